@@ -1,0 +1,158 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Train: teach a Mixtral to recover prompts
+#
+# Somebody gave an LLM a text and an instruction, and the LLM rewrote the text. We see the text before and after; we want
+# the instruction. This notebook fine-tunes a LoRA adapter for that on rows of
+# `original_text, rewritten_text, rewrite_prompt` and leaves two files, which `notebooks/submission` puts on the
+# unmodified base model.
+#
+# Every setting is in the next cell. Drive the notebook with
+# `papermill notebooks/train.ipynb out.ipynb -p model_dir /path/to/Mixtral-8x7B-Instruct-v0.1 -p train_csv rows.csv`.
+
+# %% tags=["parameters"]
+model_dir = "/workspace/Mixtral-8x7B-Instruct-v0.1"  # the base model's folder, as the hub has it
+train_csv = "rows.csv"  # one path or a list of paths
+output_dir = "outputs/train"
+style = "plain"  # plain | json | reason_json
+system_placement = "user"  # user | before | turn
+max_tokens = 640  # prompt and answer together
+max_steps = -1  # -1: as many as the epochs take
+epochs = 5
+learning_rate = 2e-5
+lora_r = 16
+lora_alpha = 64
+lora_dropout = 0.1
+batch_size = 8
+gradient_accumulation = 2
+eval_fraction = 0.1
+four_bit = False
+pad = "<pad>"  # <pad> | unk
+encoder_dir = "/workspace/sentence-t5-base"  # sentence-transformers format
+seed = 0
+resume = False  # True: go on from the last whole checkpoint in output_dir
+
+# %%
+# %xmode Minimal
+import json
+import math
+from pathlib import Path
+
+from IPython.display import Image, display
+
+from prompt_recovery import adapter, data, generation, metric, model, tokenizer, training
+
+output = Path(output_dir)
+output.mkdir(parents=True, exist_ok=True)
+
+# %% [markdown]
+# ## Rows
+# Rows that cannot teach anything are dropped and accounted for: blanks, texts that were not rewritten, duplicates,
+# refusals. The rest is split by prompt, near-duplicates together: if one wording stood on both sides, the evaluation
+# would measure memory.
+
+# %%
+model.check_model_dir(model_dir)
+rows, account = data.clean_rows(data.read_rows(train_csv))
+train_rows, eval_rows = data.split_rows(rows, eval_fraction, seed)
+print(data.describe(rows, account))
+print(f"{len(train_rows)} rows to train on, {len(eval_rows)} held out")
+train_rows.head(3)
+
+# %% [markdown]
+# ## What a training example looks like
+# The pad token is a token of its own, not EOS. Most recipes pad with EOS and mask the loss wherever the pad id stands.
+# That masks the end of the answer too, the model never learns to stop, and every answer runs on to the limit. Here the
+# loss is masked by position: only the part between »»» and «««, the answer and its `</s>`, is supervised.
+
+# %%
+tok = tokenizer.load_tokenizer(model_dir, pad=pad)
+render = dict(max_tokens=max_tokens, style=style, system_placement=system_placement)
+train_examples = training.make_examples(tok, train_rows, **render)
+eval_examples = training.make_examples(tok, eval_rows, **render) if len(eval_rows) else []
+print(training.show_example(tok, train_examples[0]))
+
+# %% [markdown]
+# Texts that are too long lose their middle, in proportion to their lengths; the instruction and the answer never do.
+
+# %%
+training.plot_lengths(train_examples, max_tokens, output / "lengths.png")
+display(Image(str(output / "lengths.png")))
+
+# %% [markdown]
+# ## Before
+# The base model answers the held-out rows first, so that the gain can be seen.
+
+# %%
+encoder = metric.load_encoder(encoder_dir)
+base = model.load_base(model_dir, four_bit=four_bit)
+answer_options = render | dict(
+    max_new_tokens=math.ceil(1.5 * max(training.answer_length(example) for example in train_examples)),
+    fallback_prompt="Please improve this text.",
+)
+before = generation.answer_table(base, tok, eval_rows, description="answers before", **answer_options)
+
+# %% [markdown]
+# ## Fine-tune
+# LoRA on the four attention projections. The input embeddings get a row for `<pad>`; `lm_head` does not, because
+# nothing ever predicts it. Killed? Run again with `resume=True`.
+
+# %%
+model.resize_input_embeddings(base, len(tok))
+lora = model.add_lora(
+    base, base=model.base_id(model_dir), r=lora_r, alpha=lora_alpha, dropout=lora_dropout, seed=seed
+)
+lora.print_trainable_parameters()
+log = training.train(
+    lora,
+    tok,
+    train_examples,
+    eval_examples,
+    output,
+    epochs=epochs,
+    max_steps=max_steps,
+    learning_rate=learning_rate,
+    batch_size=batch_size,
+    gradient_accumulation=gradient_accumulation,
+    seed=seed,
+    resume=resume,
+)
+
+# %% [markdown]
+# The training loss should fall smoothly. The held-out loss is the one to believe: where it turns up, the model has begun
+# to learn the rows by heart. The adapter kept is the one of the marked step.
+
+# %%
+training.plot_log(log, output / "loss.png")
+display(Image(str(output / "loss.png")))
+
+# %% [markdown]
+# ## The adapter
+# Two files, checked against the base's own config: no embeddings, no local paths, every tensor finite and in its place.
+
+# %%
+adapter.save_adapter(lora, output / "adapter")
+adapter.check_adapter(output / "adapter", model_dir)
+
+# %% [markdown]
+# ## After
+# Score: the cosine of the embeddings of answer and truth, cubed with its sign kept; mean over the held-out rows, with a
+# bootstrap interval.
+
+# %%
+after = generation.answer_table(lora, tok, eval_rows, description="answers after", **answer_options)
+predictions = metric.score_table(eval_rows, before, after, encoder)
+predictions.to_csv(output / "predictions.csv", index=False)
+evaluation = metric.evaluation(predictions, metric.encoder_name(encoder_dir))
+(output / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+evaluation
+
+# %%
+predictions[["rewrite_prompt", "before", "after", "scs_before", "scs_after", "stopped"]].head(10)

@@ -1,0 +1,426 @@
+"""Rows from CSV files: read, check, clean with an account of what was dropped, and split by prompt groups."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROW_COLUMNS = ("original_text", "rewritten_text", "rewrite_prompt")
+TEST_COLUMNS = ("id", "original_text", "rewritten_text")
+ACCOUNT_COLUMNS = ("id", "source", "reason", "action")
+
+# Longer than any text; csv's own limit of 131,072 characters would refuse a long book chapter.
+FIELD_LIMIT = 2**31 - 1
+
+
+class DataError(ValueError):
+    """Rows that can't be used as they are; the message names the file, the column and the rows."""
+
+
+def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
+    """Read one or several training CSV files (UTF-8, header, commas) into one table.
+
+    Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response ('' where the
+    file has none), source ("file.csv:7" is data row 7, counted from 1 under the header). A file without an
+    id column gets ids of its stem and row number. Windows line ends inside a text become "\\n"; nothing else
+    is changed.
+
+    Raises DataError for a missing or empty file, missing columns, bad UTF-8, malformed CSV, blank or
+    duplicate ids.
+    """
+    files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+    if not files:
+        raise DataError("No CSV file was given: name at least one.")
+    repeated = [str(path) for path, n in Counter(path.resolve() for path in files).items() if n > 1]
+    if repeated:
+        raise DataError(f"{repeated[0]} is given more than once: name each file once.")
+    stems: Counter[str] = Counter()
+    parts = []
+    for path in files:
+        table = _read_csv(path, ROW_COLUMNS)
+        if table.empty:
+            raise DataError(f"{path} has a header but no rows: give at least one row.")
+        stems[path.stem] += 1
+        # Two folders may each hold a rows.csv: the second one's made ids carry a number.
+        stem = path.stem if stems[path.stem] == 1 else f"{path.stem}-{stems[path.stem]}"
+        numbers = range(1, len(table) + 1)
+        if "id" not in table:
+            table["id"] = [f"{stem}-{n}" for n in numbers]
+        if "response" not in table:
+            table["response"] = ""
+        table["source"] = [f"{path.name}:{n}" for n in numbers]
+        table["file"] = str(path)
+        parts.append(table[["id", *ROW_COLUMNS, "response", "source", "file"]])
+    rows = pd.concat(parts, ignore_index=True)
+    _refuse_bad_ids(rows)
+    return rows.drop(columns="file")
+
+
+def read_test(path: str | Path) -> pd.DataFrame:
+    """Read a test CSV: columns id (exactly as written), original_text, rewritten_text, all str, in file
+    order.
+
+    No row is ever dropped: blank texts stay, and a file with a header and no rows gives an empty table.
+    Raises DataError as read_rows does.
+    """
+    path = Path(path)
+    table = _read_csv(path, TEST_COLUMNS)[list(TEST_COLUMNS)]
+    checked = table.assign(source=[f"{path.name}:{n}" for n in range(1, len(table) + 1)], file=str(path))
+    _refuse_bad_ids(checked)
+    return table
+
+
+def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
+    if not path.is_file():
+        raise DataError(f"No file at {path}: check the path.")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} in line {line}. Save it as 'CSV UTF-8'."
+        ) from error
+    header, records = _parse_csv(path, text)
+    missing = [name for name in needed if name not in header]
+    if missing:
+        hint = ""
+        if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+            hint = " The columns must be separated by commas."
+        raise DataError(f"{path} has no column {', '.join(missing)}; its columns are {header}.{hint}")
+    twice = [name for name in (*needed, "id", "response") if header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path} has the column {twice[0]} more than once: keep one.")
+    wanted = [name for name in dict.fromkeys(("id", *needed, "response")) if name in header]
+    columns = {name: [record[header.index(name)] for record in records] for name in wanted}
+    for name in wanted:
+        if name != "id":
+            columns[name] = [value.replace("\r\n", "\n") for value in columns[name]]
+    return pd.DataFrame(columns, columns=wanted, dtype=str)
+
+
+def _parse_csv(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
+    """Header and records of a CSV text. The csv module, not pandas: pandas pads short rows without a word."""
+    old_limit = csv.field_size_limit(FIELD_LIMIT)
+    try:
+        # newline="" keeps the line ends inside quotes as they are; strict refuses stray and unclosed quotes.
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header: list[str] = []
+        records: list[list[str]] = []
+        wrong: list[str] = []
+        start = 1
+        try:
+            for record in reader:
+                line, start = start, reader.line_num + 1
+                if not record:
+                    continue
+                if not header:
+                    header = record
+                    continue
+                records.append(record)
+                if len(record) != len(header):
+                    wrong.append(f"row {len(records)} (line {line}) has {len(record)}")
+        except csv.Error as error:
+            raise DataError(
+                f"{path} is malformed at row {len(records) + 1} (from line {start}): {error}. "
+                "Put texts in double quotes, and write a quote inside a text as two."
+            ) from error
+    finally:
+        csv.field_size_limit(old_limit)
+    if not header:
+        raise DataError(f"{path} is empty: it needs a header and rows.")
+    if wrong:
+        raise DataError(
+            f"{path} has {len(header)} columns, but {'; '.join(wrong[:5])}"
+            f"{' ...' if len(wrong) > 5 else ''}. "
+            "Put texts that hold commas or line ends in double quotes."
+        )
+    return header, records
+
+
+def _refuse_bad_ids(rows: pd.DataFrame) -> None:
+    """Raise DataError for blank ids and for ids that stand twice; rows has id, source and file."""
+    blank = rows[rows["id"].str.strip() == ""]
+    if len(blank):
+        places = ", ".join(blank["source"].head(10))
+        raise DataError(
+            f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill them in."
+        )
+    doubled = rows[rows["id"].duplicated(keep=False)]
+    if len(doubled):
+        shown = []
+        for value, group in list(doubled.groupby("id", sort=False))[:5]:
+            shown.append(f"{value!r} in {', '.join(group['source'].head(5))}")
+        files = ", ".join(dict.fromkeys(doubled["file"]))
+        raise DataError(
+            f"{files}: column id has {doubled['id'].nunique()} values more than once (file:row): "
+            f"{'; '.join(shown)}. "
+            "Make every id unique within and across the files."
+        )
+
+
+# --- cleaning -----------------------------------------------------------------------------------------------
+
+# A refusal speaks of the request itself. The first words alone are no sign: "I cannot believe how warm it
+# was" is a diary, "I'm sorry, but I can't come on Saturday" a letter, "As an AI researcher, I ..." a
+# biography. Blanks are \s+ because the pattern below is compiled with VERBOSE, which drops literal ones.
+_APOLOGY = (
+    r"(?:(?:i'm|i\s+am|we're|we\s+are)\s+(?:\w+\s+){0,2}sorry|sorry|"
+    r"(?:i|we|my)\s+apologi[sz]\w*|apologies|unfortunately)"
+)
+_CANNOT = (
+    r"(?:i|we)\s*(?:cannot|can't|can\s+not|could\s+not|couldn't|won't|will\s+not|"
+    r"(?:am|'m|are|'re)\s+not\s+able\s+to|(?:am|'m|are|'re)\s+unable\s+to|(?:must|have\s+to)\s+decline\s+to)"
+)
+_THING = (
+    r"(?:request|text|passage|content|prompt|response|rewrite|version|"
+    r"instruction|task|material|query|paragraph)s?\b"
+)
+_REFUSAL = re.compile(
+    rf"""^[\s"'*]*
+    (?:{_APOLOGY}[^.!?\n]{{0,40}}?[,.;:!]?\s+(?:but\s+)?(?:as\s+an\s+ai[^.,\n]{{0,40}},\s*)?)?
+    (?:
+      {_CANNOT}\s+(?:
+        (?:help|assist)\s+(?:you\s+)?(?:with|in)\s+(?:that|this|it)\s*(?:[.,;!]|$)
+      | comply\s+with\s+(?:that|this|your|the)(?:\s+{_THING}|\s*(?:[.,;!]|$))
+      | (?:continue\s+)?(?:to\s+)?
+          (?:help|assist|fulfil|fulfill|complete|process|provide|produce|generate|create|write|rewrite|rephrase|
+          paraphrase|transform|engage|answer|respond|reply|translate)
+          (?:\s+(?:you|with|in|to|on|for|out))*(?:\s+(?:this|that|the|your|any|such|a|an|these|those))?
+          (?:\s+[\w'-]+){{0,3}}?\s+{_THING}
+      | (?:do|help|assist|comply)(?:\s+(?:with\s+)?(?:that|this|it))?[.!]?\s*$
+      )
+    | as\s+(?:an?\s+)?(?:ai|artificial\s+intelligence|large\s+language\s+model|language\s+model)
+        (?:\s+(?:language\s+)?(?:model|assistant|chatbot|system))?\s*(?:\([^)]*\))?\s*,?\s+
+        (?:i|we)\s*(?:cannot|can't|do\s+not|don't|am|'m|must|have|won't|will\s+not|could)\b
+    | (?:i\s+am|i'm)\s+(?:just\s+|only\s+)?an?\s+(?:ai|large\s+language\s+model|language\s+model)
+        (?:\s+(?:language\s+)?(?:model|assistant))?\s*(?:,|\.|and\b)
+        [^.\n]{{0,60}}(?:cannot|can't|unable|not\s+able|don't)
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_BARE_REFUSAL = re.compile(
+    rf"^\s*{_APOLOGY}[,.]?\s+(?:but\s+)?(?:i\s+(?:cannot|can't))[.!]?\s*$", re.IGNORECASE
+)
+
+_OPENER = r"(?:sure(?:\s+thing)?|certainly|of\s+course|absolutely|okay|ok|gladly|no\s+problem)"
+_HERE = r"(?:here(?:'s|\s+is|\s+are)|this\s+is|below\s+is)"
+_REWORK = r"(?:re-?writ\w+|re-?wrote|revis\w+|rephras\w+|reword\w+|paraphras\w+|transformed|modified|updated)"
+_LEAD_INS = (
+    # "Sure! Here is the rewritten text:" and "Here's a revised version of your letter: Dear ..."
+    re.compile(
+        rf"^\s*\**(?:{_OPENER}[,.!:]*\s+)?{_HERE}\s[^:\n]{{0,80}}\b{_REWORK}\b[^:\n]{{0,80}}:\**[ \t]*\n*",
+        re.IGNORECASE,
+    ),
+    # "Sure, here is the poem:" only when the line ends there: in a dialogue the speech goes on.
+    re.compile(rf"^\s*\**{_OPENER}[,.!:]*\s+{_HERE}\s[^:\n]{{0,120}}:\**[ \t]*\n+", re.IGNORECASE),
+    # "Rewritten text:"
+    re.compile(
+        r"^\s*\**(?:the\s+)?(?:rewritten|revised|rephrased|reworded|paraphrased)\s+(?:text|version|"
+        r"passage|paragraph)"
+        r"\**:\**[ \t]*\n*",
+        re.IGNORECASE,
+    ),
+)
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a rewritten text begins as an LLM's refusal of the request, and not merely with "I cannot"."""
+    plain = text.replace("\u2019", "'").replace("\u2018", "'")[:400]
+    return bool(_REFUSAL.match(plain) or (len(text) < 400 and _BARE_REFUSAL.match(plain)))
+
+
+def strip_lead_in(text: str) -> str:
+    """The text without a first line such as "Sure, here is the rewritten text:"; unchanged if it has none."""
+    plain = text.replace("\u2019", "'")  # one character for one: positions stay
+    for pattern in _LEAD_INS:
+        found = pattern.match(plain)
+        if found:
+            return text[found.end() :].lstrip("\n")
+    return text
+
+
+def clean_rows(rows: pd.DataFrame, strip_lead_ins: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Drop rows that teach nothing; returns (kept rows, account).
+
+    account has one line per dropped or changed row: id, source, reason, action ('dropped' | 'changed').
+    Reasons: "blank <column>", "identical original and rewritten", "refusal", "exact duplicate" (the first
+    one stays), and with strip_lead_ins "lead-in stripped" (changed). The tables given are not altered.
+    """
+    entries: list[tuple[str, str, str, str]] = []
+    kept: list[int] = []
+    rewritten_texts: list[str] = []
+    seen: set[tuple[str, str, str]] = set()
+    columns = [rows[name].tolist() for name in ("id", "source", *ROW_COLUMNS)]
+    for position, (row_id, source, original, rewritten, prompt) in enumerate(zip(*columns, strict=True)):
+        if strip_lead_ins:
+            stripped = strip_lead_in(rewritten)
+            if stripped != rewritten:
+                entries.append((row_id, source, "lead-in stripped", "changed"))
+                rewritten = stripped
+        texts = (original.strip(), rewritten.strip(), prompt.strip())
+        blank = [name for name, text in zip(ROW_COLUMNS, texts, strict=True) if not text]
+        if blank:
+            reason = f"blank {blank[0]}"
+        elif texts[0] == texts[1]:
+            reason = "identical original and rewritten"
+        elif is_refusal(rewritten):
+            reason = "refusal"
+        elif texts in seen:
+            reason = "exact duplicate"
+        else:
+            seen.add(texts)
+            kept.append(position)
+            rewritten_texts.append(rewritten)
+            continue
+        entries.append((row_id, source, reason, "dropped"))
+    clean = rows.iloc[kept].reset_index(drop=True)
+    clean["rewritten_text"] = pd.Series(rewritten_texts, dtype=rows["rewritten_text"].dtype)
+    return clean, pd.DataFrame(entries, columns=list(ACCOUNT_COLUMNS), dtype=str)
+
+
+def describe(rows: pd.DataFrame, account: pd.DataFrame) -> str:
+    """A short report of the rows that stay and of the account of clean_rows, several lines of text."""
+    dropped = account[account["action"] == "dropped"]
+    changed = account[account["action"] == "changed"]
+    lines = [f"{len(rows) + len(dropped)} rows read, {len(dropped)} dropped, {len(rows)} kept"]
+    for part, verb in ((dropped, "dropped"), (changed, "changed")):
+        for reason, group in part.groupby("reason", sort=True):
+            places = ", ".join(group["source"].head(5)) + (" ..." if len(group) > 5 else "")
+            lines.append(f"  {verb} {len(group)}: {reason} ({places})")
+    if len(rows):
+        words = [int(rows[name].map(lambda text: len(text.split())).median()) for name in ROW_COLUMNS]
+        lines.append(f"median words: original {words[0]}, rewritten {words[1]}, prompt {words[2]}")
+        lines.append(f"distinct prompts: {rows['rewrite_prompt'].map(normalise).nunique()}")
+    return "\n".join(lines)
+
+
+# --- prompt groups and the split ----------------------------------------------------------------------------
+
+
+def normalise(text: str) -> str:
+    """Wording alone: NFKC, casefold, apostrophes removed, other punctuation and white space to single spaces.
+
+    A text of punctuation alone stays itself (stripped), so that "?" and "!" are not the same.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = re.sub(r"['\u2018\u2019`]", "", folded)
+    spaced = "".join(" " if unicodedata.category(char).startswith("P") else char for char in folded)
+    return " ".join(spaced.split()) or text.strip()
+
+
+def prompt_groups(prompts: Sequence[str], similarity: float = 0.85) -> list[int]:
+    """Group number of each prompt, counted from 0 in order of first appearance.
+
+    Two prompts are near-duplicates if their normalised wording is equal, if the Jaccard similarity of their
+    word sets is at least `similarity`, or if they differ in at most two words each and the difflib ratio of
+    the differing words is at least `similarity` (a misspelling, summarise/summarize). Near-duplicates are
+    joined transitively. The ratio is taken over the differing words, not the whole: "Rewrite this text as a
+    poet" is 0.9 like "... as a pirate", and joining those would end in one group of everything. 5,000
+    distinct prompts take a few seconds.
+    """
+    if not 0 < similarity <= 1:
+        raise DataError(f"similarity={similarity}: give a share above 0 and up to 1, such as 0.85.")
+    wordings = [normalise(prompt) for prompt in prompts]
+    distinct = list(dict.fromkeys(wordings))
+    parent = list(range(len(distinct)))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    words = [list(dict.fromkeys(wording.split())) or [wording] for wording in distinct]
+    postings: dict[str, list[int]] = defaultdict(list)
+    for i, own in enumerate(words):
+        for word in own:
+            postings[word].append(i)
+    places = {word: np.array(found) for word, found in postings.items()}
+    n_words = np.array([len(own) for own in words])
+    n_chars = np.array([sum(map(len, own)) for own in words])
+    # Letter counts, characters folded into 64 bins: they bound the difflib ratio from above, cheaply.
+    bags = np.zeros((len(distinct), 64), dtype=np.int32)
+    for i, own in enumerate(words):
+        np.add.at(bags[i], [ord(char) % 64 for word in own for char in word], 1)
+
+    for i, own in enumerate(words):
+        shared = np.zeros(len(distinct), dtype=np.int64)
+        shared_chars = np.zeros(len(distinct), dtype=np.int64)
+        for word in own:
+            shared[places[word]] += 1
+            shared_chars[places[word]] += len(word)
+        later = slice(i + 1, None)
+        jaccard = shared[later] / np.maximum(n_words[i] + n_words[later] - shared[later], 1)
+        for j in np.flatnonzero(jaccard >= similarity) + i + 1:
+            parent[root(int(j))] = root(i)
+        rest = n_chars[i] + n_chars[later] - 2 * shared_chars[later]
+        close = (
+            (n_words[i] - shared[later] <= 2)
+            & (n_words[later] - shared[later] <= 2)
+            & (np.abs(n_chars[i] - n_chars[later]) <= (1 - similarity) * rest)
+        )
+        candidates = np.flatnonzero(close) + i + 1
+        if len(candidates) == 0:
+            continue
+        unlike = np.abs(bags[candidates] - bags[i]).sum(axis=1)
+        for j in candidates[unlike <= (1 - similarity) * rest[candidates - i - 1] + 1e-9]:
+            if root(int(j)) == root(i):
+                continue
+            other = words[int(j)]
+            left = " ".join(word for word in own if word not in other)
+            right = " ".join(word for word in other if word not in own)
+            if SequenceMatcher(None, left, right, autojunk=False).ratio() >= similarity:
+                parent[root(int(j))] = root(i)
+
+    position = {wording: i for i, wording in enumerate(distinct)}
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(root(position[wording]), len(numbers)) for wording in wordings]
+
+
+def split_rows(rows: pd.DataFrame, eval_fraction: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split into (train, eval) so that no prompt group stands on both sides; row order is kept.
+
+    Groups are shuffled with the seed and go to eval while that brings its size nearer to the fraction, so a
+    large group is passed over rather than overshooting. eval_fraction 0 gives an empty eval. Same rows,
+    fraction and seed: same split. Raises DataError if eval_fraction is not in [0, 1), or if one side would
+    be empty.
+    """
+    if not 0 <= eval_fraction < 1:
+        raise DataError(f"eval_fraction={eval_fraction}: give a share from 0 up to, but not including, 1.")
+    if len(rows) == 0:
+        raise DataError("There are no rows to split: see the account of what was dropped.")
+    if eval_fraction == 0:
+        return rows.reset_index(drop=True), rows.iloc[:0].reset_index(drop=True)
+    groups = prompt_groups(rows["rewrite_prompt"].tolist())
+    sizes = Counter(groups)
+    if len(sizes) < 2:
+        raise DataError(
+            f"All {len(rows)} rows have the same or nearly the same prompt, so none can be held out "
+            "without leaking. "
+            "Add rows with other prompts, or set eval_fraction=0."
+        )
+    order = sorted(sizes)
+    random.Random(seed).shuffle(order)
+    target = eval_fraction * len(rows)
+    chosen: set[int] = set()
+    size = 0
+    for group in order:
+        grown = size + sizes[group]
+        if abs(grown - target) < abs(size - target) and grown < len(rows):
+            chosen.add(group)
+            size = grown
+    if not chosen:  # every group is more than twice the target: the smallest one is the nearest
+        chosen.add(min(order, key=lambda group: sizes[group]))
+    held_out = np.array([group in chosen for group in groups])
+    return rows[~held_out].reset_index(drop=True), rows[held_out].reset_index(drop=True)

