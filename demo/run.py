@@ -5,11 +5,11 @@ python demo/run.py [--rows path.csv]
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, default=DEMO / "rows.csv", help="CSV to train on")
     rows = parser.parse_args().rows.resolve()
-    warnings.filterwarnings("ignore", message="Passing unrecognized arguments to super")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # the libraries' deprecation notes to each other, in the notebooks' kernels
     shutil.rmtree(OUTPUT, ignore_errors=True)  # nothing of an earlier run is used
     OUTPUT.mkdir(parents=True)
     data.read_rows(rows)  # a bad file is refused here, before any notebook starts

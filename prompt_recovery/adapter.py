@@ -104,6 +104,7 @@ def load_adapter(model: PreTrainedModel, adapter_dir: str | Path, model_dir: str
                 f"{adapter_dir} was trained on another base: its fingerprint is {distance:.3f} from that of {model_dir} "
                 f"(at most {FINGERPRINT_TOLERANCE:.4f}). Load the base it was trained on, or train again."
             )
+    model.name_or_path = LoraConfig.from_pretrained(str(adapter_dir)).base_model_name_or_path
     return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False).eval()
 
 
@@ -142,7 +143,9 @@ def _check_finite(tensors: dict[str, torch.Tensor], where: str) -> None:
 def _check_names(tensors: dict[str, torch.Tensor], config: LoraConfig, model_dir: str | Path, folder: Path) -> None:
     # what peft itself would save for this config on this base, built without memory
     with torch.device("meta"):
-        skeleton = get_peft_model(AutoModelForCausalLM.from_config(load_config(model_dir)), config)
+        base = AutoModelForCausalLM.from_config(load_config(model_dir))
+        base.name_or_path = config.base_model_name_or_path  # else peft renames it in the config
+        skeleton = get_peft_model(base, config)
     expected = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(skeleton, save_embedding_layers=False).items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for kind, wrong in (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 from prompt_recovery.templates import json_object_closed, parse_answer
@@ -84,7 +84,8 @@ def generate(
         ids = torch.tensor([[PAD_ID] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
         criteria = StoppingCriteriaList([_ObjectClosed(tokenizer, width)] if stop_at_object else [])
-        torch.manual_seed(seed)
+        if temperature > 0:
+            torch.manual_seed(seed)
         with torch.inference_mode():
             output = model.generate(
                 input_ids=ids,
@@ -93,6 +94,7 @@ def generate(
                 pad_token_id=PAD_ID,
                 eos_token_id=tokenizer.eos_token_id,
                 stopping_criteria=criteria,
+                use_cache=True,
                 **choice,
             )
         for position, new in zip(batch, output[:, width:].tolist(), strict=True):
@@ -120,10 +122,10 @@ def answer_rows(
     max_new_tokens: int,
     fallback_prompt: str,
     examples: Sequence[Mapping[str, Any]] = (),
-    description: str = "answers",
+    description: str | None = "answers",
     **options: Any,
 ) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (row position, answer, how, stopped) as batches finish, with a progress bar; the answer is never blank.
+    """Yield (row position, answer, how, stopped) as batches finish, with a progress bar (none if description is None); the answer is never blank.
 
     max_tokens: limit of prompt and answer together, so prompts get max_tokens - max_new_tokens.
     how: the parser's word for where the answer was found, or "fallback" where it found none; stopped: see Answer.
@@ -138,7 +140,7 @@ def answer_rows(
     )  # fmt: skip
     prompts = [ids for ids, _ in encoded]
     options = dict(max_new_tokens=max_new_tokens, stop_at_object=style != "plain") | options
-    with tqdm(total=len(prompts), desc=description, unit="row") as bar:
+    with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar:
         for position, answer in generate(model, tokenizer, prompts, **options):
             parsed = parse_answer(answer.text, style)
             bar.update()

@@ -109,6 +109,5 @@ def add_lora(
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
-    peft_model = get_peft_model(model, config)
-    peft_model.peft_config["default"].base_model_name_or_path = base
-    return peft_model
+    model.name_or_path = base  # peft writes this name into the adapter's config
+    return get_peft_model(model, config)
