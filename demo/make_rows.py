@@ -221,10 +221,7 @@ def draw_story(rng: random.Random) -> Story:
     name, pronoun = rng.choice(PEOPLE)
     role, place = rng.choice(list(TOPICS))
     friend = rng.choice(FRIENDS)
-    parts = [
-        Clause("", verb, rest)
-        for verb, rest in rng.sample(deeds(TOPICS[role, place]), rng.choice([2, 2, 3, 3]))
-    ]
+    parts = [Clause("", verb, rest) for verb, rest in rng.sample(deeds(TOPICS[role, place]), rng.choice([2, 2, 3, 3]))]
     if rng.random() < 0.6:
         parts.insert(rng.randint(1, len(parts)), Clause(*rng.choice(OTHERS)))
     if rng.random() < 0.5:
@@ -331,9 +328,7 @@ FORMAL = {"found": "located", "lost": "misplaced", "bought": "purchased", "sold"
 
 def pirate(s: Story, rng: random.Random) -> str:
     cries = ["Arrr!", "Yo ho ho!", "Shiver me timbers!", "Avast, me hearties!", "Aye, matey!"]
-    body = [
-        swap(x, PIRATE) + rng.choice([".", ", arrr!", ", me hearties!", ", by Davy Jones!"]) for x in tell(s)
-    ]
+    body = [swap(x, PIRATE) + rng.choice([".", ", arrr!", ", me hearties!", ", by Davy Jones!"]) for x in tell(s)]
     return rng.choice(cries) + " " + " ".join(body) + " " + rng.choice(cries)
 
 
@@ -363,9 +358,7 @@ def questions(s: Story, rng: random.Random) -> str:
     out = [f"Who was at {s.place} on {s.day}? Was it {s.name}, the {s.role} from {s.town}?"]
     for c in s.clauses:
         who = c.subject or rng.choice([s.name, s.pronoun])
-        out.append(
-            f"{rng.choice(['Did', 'Why did', 'How did'])} {who} {c.verb} {c.rest.replace('{his}', s.his)}?"
-        )
+        out.append(f"{rng.choice(['Did', 'Why did', 'How did'])} {who} {c.verb} {c.rest.replace('{his}', s.his)}?")
     return " ".join(out)
 
 
@@ -375,17 +368,14 @@ def headline(s: Story, rng: random.Random) -> str:
         x if x in ("of", "the", "a", "in", "to", "for", "by", "with", "and") else upper_first(x)
         for x in predicate(s, deed, "present").split()
     )
-    return rng.choice(
-        [f"{s.town} {upper_first(s.role)} {short}", f"{s.town}: {upper_first(s.role)} {s.name} {short}"]
-    )
+    return rng.choice([f"{s.town} {upper_first(s.role)} {short}", f"{s.town}: {upper_first(s.role)} {s.name} {short}"])
 
 
 def bullets(s: Story, rng: random.Random) -> str:
     mark = rng.choice(["- ", "* ", "• "])
     facts = [f"{upper_first(c.subject or s.name)}: {predicate(s, c)}" for c in s.clauses]
     return "\n".join(
-        mark + x
-        for x in [f"Who: {s.name}, {s.role}", f"Where: {s.place}, {s.town}", f"When: {s.day}", *facts]
+        mark + x for x in [f"Who: {s.name}, {s.role}", f"Where: {s.place}, {s.town}", f"When: {s.day}", *facts]
     )
 
 
@@ -411,10 +401,7 @@ def poem(s: Story, rng: random.Random) -> str:
             ("with a song", "all day long"),
         ]
     )
-    lines = [
-        f"{upper_first(c.subject or s.name)} {predicate(s, c)}, {rhymes[i % 2]}"
-        for i, c in enumerate(s.clauses)
-    ]
+    lines = [f"{upper_first(c.subject or s.name)} {predicate(s, c)}, {rhymes[i % 2]}" for i, c in enumerate(s.clauses)]
     first = f"O {s.role} of {s.town}, {rhymes[1]}"
     return ",\n".join([first, *lines]) + "."
 
@@ -432,9 +419,7 @@ def gossip(s: Story, rng: random.Random) -> str:
         " The nerve!",
         " I swear.",
     ]
-    body = [
-        f"Apparently {c.subject or s.pronoun} {predicate(s, c)}.{rng.choice(asides)}" for c in s.clauses[:4]
-    ]
+    body = [f"Apparently {c.subject or s.pronoun} {predicate(s, c)}.{rng.choice(asides)}" for c in s.clauses[:4]]
     return " ".join([rng.choice(starts).format(f"{s.name} from {s.place}"), *body])
 
 
@@ -451,29 +436,19 @@ def future(s: Story, rng: random.Random) -> str:
 def old_english(s: Story, rng: random.Random) -> str:
     cries = ["Hark!", "Lo!", "Forsooth,", "Verily,", "Prithee, hear me:"]
     ends = ["Thus it was, my lord.", "So doth the tale end.", "Fare thee well!", "What sayest thou?"]
-    body = [
-        f"{rng.choice(cries)} {swap(x, OLD)}." if i % 2 == 0 else f"{swap(x, OLD)}."
-        for i, x in enumerate(tell(s))
-    ]
+    body = [f"{rng.choice(cries)} {swap(x, OLD)}." if i % 2 == 0 else f"{swap(x, OLD)}." for i, x in enumerate(tell(s))]
     return " ".join(body) + " " + rng.choice(ends)
 
 
 def robot(s: Story, rng: random.Random) -> str:
     ends = ["BEEP.", "BZZT. Process complete.", "End of transmission.", "BEEP BOOP."]
-    body = [
-        f"Action {i}: {c.subject or 'unit ' + s.name} {predicate(s, c)}." for i, c in enumerate(s.clauses, 1)
-    ]
-    return (
-        f"BEEP. Unit {s.name}, model {s.role}, location {s.town}. " + " ".join(body) + " " + rng.choice(ends)
-    )
+    body = [f"Action {i}: {c.subject or 'unit ' + s.name} {predicate(s, c)}." for i, c in enumerate(s.clauses, 1)]
+    return f"BEEP. Unit {s.name}, model {s.role}, location {s.town}. " + " ".join(body) + " " + rng.choice(ends)
 
 
 def one_sentence(s: Story, rng: random.Random) -> str:
     deeds = [predicate(s, c) for c in s.clauses if not c.subject]
-    return (
-        rng.choice(["In short, ", "In a word, ", "Briefly, "])
-        + f"{s.name} {', '.join(deeds[:-1])} and {deeds[-1]}."
-    )
+    return rng.choice(["In short, ", "In a word, ", "Briefly, "]) + f"{s.name} {', '.join(deeds[:-1])} and {deeds[-1]}."
 
 
 def steps(s: Story, rng: random.Random) -> str:
@@ -488,12 +463,7 @@ def advert(s: Story, rng: random.Random) -> str:
     starts = ["Amazing offer!", "Do not miss this!", "Only today!", "Special deal!"]
     ends = ["Order now!", "Buy one, get one free!", "Call today!", "Limited places, so hurry!"]
     body = [f"The incredible {s.name} {predicate(s, c, 'present')}!" for c in s.clauses if not c.subject]
-    return (
-        f"{rng.choice(starts)} Visit {s.place} in {s.town} this {s.day}! "
-        + " ".join(body)
-        + " "
-        + rng.choice(ends)
-    )
+    return f"{rng.choice(starts)} Visit {s.place} in {s.town} this {s.day}! " + " ".join(body) + " " + rng.choice(ends)
 
 
 def sad(s: Story, rng: random.Random) -> str:
@@ -509,11 +479,7 @@ def dialogue(s: Story, rng: random.Random) -> str:
     for i, c in enumerate(s.clauses):
         if i and i % 2 == 0:
             lines.append(f'{s.friend}: "{rng.choice(asks)}"')
-        who = (
-            "I"
-            if not c.subject
-            else upper_first("my friend " + c.subject if c.subject == s.friend else c.subject)
-        )
+        who = "I" if not c.subject else upper_first("my friend " + c.subject if c.subject == s.friend else c.subject)
         lines.append(f'{s.name}: "{who} {predicate(s, c, mine="my")}."')
     return "\n".join(lines)
 
@@ -768,9 +734,7 @@ def main(folder: Path = HERE) -> None:
     for i, family in enumerate(families):
         text, rewrite = new_pair(family)
         tests.append({"id": f"t{i:04d}", "original_text": text, "rewritten_text": rewrite})
-        truths.append(
-            {"id": f"t{i:04d}", "rewrite_prompt": rng.choice(FAMILIES[family][1]), "family": family}
-        )
+        truths.append({"id": f"t{i:04d}", "rewrite_prompt": rng.choice(FAMILIES[family][1]), "family": family})
     write_csv(folder / "test.csv", tests)
     write_csv(folder / "test_truths.csv", truths)
 

@@ -52,9 +52,7 @@ def draw_pair_document(rng: random.Random) -> Document:
     """Originals and their rewrites in one style, under the titles that users put above them; no prompt."""
     family = rng.choice(list(REWRITES))
     pairs = [draw_pair(family, rng) for _ in range(rng.randint(1, 2))]
-    return Document(
-        "pairs", "", "\n\n".join(f"Original text:\n{o}\n\nRewritten text:\n{r}" for o, r in pairs)
-    )
+    return Document("pairs", "", "\n\n".join(f"Original text:\n{o}\n\nRewritten text:\n{r}" for o, r in pairs))
 
 
 def draw_forward(rng: random.Random) -> Document:
@@ -62,9 +60,7 @@ def draw_forward(rng: random.Random) -> Document:
     family = rng.choice(list(REWRITES))
     text, rewrite = draw_pair(family, rng)
     prompt = rng.choice(FAMILIES[family][0])
-    return Document(
-        "forward", f"{text}\n\n{prompt}" if rng.random() < 0.1 else f"{prompt}\n\n{text}", rewrite
-    )
+    return Document("forward", f"{text}\n\n{prompt}" if rng.random() < 0.1 else f"{prompt}\n\n{text}", rewrite)
 
 
 def draw_rephrase(rng: random.Random) -> Document:
@@ -107,9 +103,7 @@ def draw_copy(rng: random.Random) -> Document:
     ]
     ask, answer = rng.choice(asks)
     opening = rng.choice(["You are given an original text and a text that an LLM rewrote from it. ", ""])
-    return Document(
-        "copy", f"{opening}{ask}\n\nOriginal text:\n{pair[0]}\n\nRewritten text:\n{pair[1]}", answer
-    )
+    return Document("copy", f"{opening}{ask}\n\nOriginal text:\n{pair[0]}\n\nRewritten text:\n{pair[1]}", answer)
 
 
 # how often each kind of document is drawn
@@ -151,13 +145,9 @@ def train_tokenizer(rng: random.Random, documents: int = 20_000) -> PreTrainedTo
     )
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].get)
-    vocabulary = {
-        piece: i for i, piece in enumerate([*specials, *(f"<0x{b:02X}>" for b in range(256)), *pieces])
-    }
+    vocabulary = {piece: i for i, piece in enumerate([*specials, *(f"<0x{b:02X}>" for b in range(256)), *pieces])}
     merges = [tuple(m) for m in learned["merges"]]
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, words
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -245,9 +235,7 @@ def train(
     for step in bar:
         done = (step - warm_up) / max(1, steps - warm_up)
         rate = (
-            peak_rate * (step + 1) / warm_up
-            if step < warm_up
-            else peak_rate * (0.51 + 0.49 * math.cos(math.pi * done))
+            peak_rate * (step + 1) / warm_up if step < warm_up else peak_rate * (0.51 + 0.49 * math.cos(math.pi * done))
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -277,9 +265,7 @@ def show_samples(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-mixtral")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=128)

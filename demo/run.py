@@ -91,13 +91,21 @@ def report(rows: Path, seconds: float) -> None:
         f"held out    SCS {evaluation['scs_before']:.3f} before, {evaluation['scs_after']:.3f} after "
         f"(95%: {interval}), {evaluation['stopped_by_eos']:.0%} of answers ended by themselves"
     )
-    print(f"test.csv    SCS {scores.mean():.3f} (95%: {low:.3f} to {high:.3f}), {len(answers)} rows with other wordings")
+    print(
+        f"test.csv    SCS {scores.mean():.3f} (95%: {low:.3f} to {high:.3f}), {len(answers)} rows with other wordings"
+    )
     print(f"            {families} of {len(answers)} answers name the right family of rewriting")
     print(f"            encoder {metric.encoder_name(metric.minilm_dir())}")
     print("\nfive held-out answers beside their truths")
     for row in predictions.sample(min(5, len(predictions)), random_state=0).to_dict("records"):
         print(f"  truth   {row['rewrite_prompt']}\n  before  {row['before'][:90]!r}\n  after   {row['after']}\n")
-    for path in ("train/adapter/", "train/evaluation.json", "train/predictions.csv", "train/loss.png", "submission.csv"):
+    for path in (
+        "train/adapter/",
+        "train/evaluation.json",
+        "train/predictions.csv",
+        "train/loss.png",
+        "submission.csv",
+    ):
         print(f"  {(OUTPUT / path).relative_to(ROOT)}")
 
 

@@ -106,9 +106,7 @@ before = generation.answer_table(base, tok, eval_rows, description="answers befo
 
 # %%
 model.resize_input_embeddings(base, len(tok))
-lora = model.add_lora(
-    base, base=model.base_id(model_dir), r=lora_r, alpha=lora_alpha, dropout=lora_dropout, seed=seed
-)
+lora = model.add_lora(base, base=model.base_id(model_dir), r=lora_r, alpha=lora_alpha, dropout=lora_dropout, seed=seed)
 lora.print_trainable_parameters()
 log = training.train(
     lora,

@@ -64,7 +64,9 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) 
     names = {path.name for path in folder.iterdir()}
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
-        raise AdapterError(f"{folder} holds pickle files {pickles}, which can run code when loaded; save as safetensors.")
+        raise AdapterError(
+            f"{folder} holds pickle files {pickles}, which can run code when loaded; save as safetensors."
+        )
     if names != {CONFIG, WEIGHTS}:
         raise AdapterError(f"{folder} must hold exactly {CONFIG} and {WEIGHTS}; it holds {sorted(names)}.")
     config = _read_config(folder)
@@ -74,10 +76,14 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) 
         _check_names(tensors, config, model_dir, folder)
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}
     if ranks != {config.r}:
-        raise AdapterError(f"{folder}: {CONFIG} says rank {config.r}, the tensors have {sorted(ranks)}; retrain or fix r.")
+        raise AdapterError(
+            f"{folder}: {CONFIG} says rank {config.r}, the tensors have {sorted(ranks)}; retrain or fix r."
+        )
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
     if config.lora_alpha == 0 or not any(tensor.any() for tensor in ups):
-        raise AdapterError(f"{folder} changes no logits: alpha {config.lora_alpha}, every lora_B zero; it is untrained.")
+        raise AdapterError(
+            f"{folder} changes no logits: alpha {config.lora_alpha}, every lora_B zero; it is untrained."
+        )
     return {
         "base": config.base_model_name_or_path,
         "rank": config.r,

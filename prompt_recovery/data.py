@@ -153,9 +153,7 @@ def _refuse_bad_ids(rows: pd.DataFrame) -> None:
     blank = rows[rows["id"].str.strip() == ""]
     if len(blank):
         places = ", ".join(blank["source"].head(10))
-        raise DataError(
-            f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill them in."
-        )
+        raise DataError(f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill them in.")
     doubled = rows[rows["id"].duplicated(keep=False)]
     if len(doubled):
         shown = []
@@ -209,9 +207,7 @@ _REFUSAL = re.compile(
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
-_BARE_REFUSAL = re.compile(
-    rf"^\s*{_APOLOGY}[,.]?\s+(?:but\s+)?(?:i\s+(?:cannot|can't))[.!]?\s*$", re.IGNORECASE
-)
+_BARE_REFUSAL = re.compile(rf"^\s*{_APOLOGY}[,.]?\s+(?:but\s+)?(?:i\s+(?:cannot|can't))[.!]?\s*$", re.IGNORECASE)
 
 _OPENER = r"(?:sure(?:\s+thing)?|certainly|of\s+course|absolutely|okay|ok|gladly|no\s+problem)"
 _HERE = r"(?:here(?:'s|\s+is|\s+are)|this\s+is|below\s+is)"

@@ -125,7 +125,9 @@ def answer_rows(
     description: str | None = "answers",
     **options: Any,
 ) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (row position, answer, how, stopped) as batches finish, with a progress bar (none if description is None); the answer is never blank.
+    """Yield (row position, answer, how, stopped) as batches finish; the answer is never blank.
+
+    description: the progress bar's; None shows no bar.
 
     max_tokens: limit of prompt and answer together, so prompts get max_tokens - max_new_tokens.
     how: the parser's word for where the answer was found, or "fallback" where it found none; stopped: see Answer.

@@ -86,9 +86,7 @@ def sharpened_cosine(
     """
     predictions, truths = list(predictions), list(truths)
     if len(predictions) != len(truths):
-        raise ValueError(
-            f"{len(predictions)} predictions but {len(truths)} truths: give one prediction per truth."
-        )
+        raise ValueError(f"{len(predictions)} predictions but {len(truths)} truths: give one prediction per truth.")
     for name, texts in (("predictions", predictions), ("truths", truths)):
         bad = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
         if bad:
@@ -105,9 +103,7 @@ def sharpened_cosine(
     vectors = np.asarray(encoded, dtype=np.float64)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or (norms == 0).any():
-        raise ValueError(
-            "The encoder gave a zero or non-finite embedding: its folder is damaged, or load it in fp32."
-        )
+        raise ValueError("The encoder gave a zero or non-finite embedding: its folder is damaged, or load it in fp32.")
     vectors = vectors / norms
     left = vectors[[place[text] for text in predictions]]
     right = vectors[[place[text] for text in truths]]
@@ -125,9 +121,7 @@ def bootstrap_interval(
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"Scores have shape {values.shape}: an interval needs a list of one score or more.")
     if not np.isfinite(values).all():
-        raise ValueError(
-            f"Scores are not finite at positions {np.flatnonzero(~np.isfinite(values))[:10].tolist()}."
-        )
+        raise ValueError(f"Scores are not finite at positions {np.flatnonzero(~np.isfinite(values))[:10].tolist()}.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: give a share between 0 and 1, such as 0.95.")
     if samples < 1:
@@ -139,9 +133,7 @@ def bootstrap_interval(
     chunk = max(1, 4_000_000 // values.size)
     means = np.concatenate(
         [
-            values[random.integers(0, values.size, size=(min(chunk, samples - start), values.size))].mean(
-                axis=1
-            )
+            values[random.integers(0, values.size, size=(min(chunk, samples - start), values.size))].mean(axis=1)
             for start in range(0, samples, chunk)
         ]
     )
@@ -163,9 +155,7 @@ def paired_difference(
     """
     later, earlier = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if later.shape != earlier.shape:
-        raise ValueError(
-            f"after has shape {later.shape}, before {earlier.shape}: score the same rows both times."
-        )
+        raise ValueError(f"after has shape {later.shape}, before {earlier.shape}: score the same rows both times.")
     low, high = bootstrap_interval(later - earlier, confidence, samples, seed)
     return float((later - earlier).mean()), low, high
 
@@ -177,9 +167,7 @@ def exact_match(predictions: Sequence[str], truths: Sequence[str]) -> float:
     """
     predictions, truths = list(predictions), list(truths)
     if len(predictions) != len(truths) or not predictions:
-        raise ValueError(
-            f"{len(predictions)} predictions, {len(truths)} truths: give as many of each, at least one."
-        )
+        raise ValueError(f"{len(predictions)} predictions, {len(truths)} truths: give as many of each, at least one.")
     equal = sum(normalise(left) == normalise(right) for left, right in zip(predictions, truths, strict=True))
     return equal / len(truths)
 
@@ -207,11 +195,12 @@ def evaluation(table: pd.DataFrame, encoder: str) -> dict[str, Any]:
     if table.empty:
         names = ("scs_before", "scs_after", "scs_after_ci", "gain_ci", "exact_match", "stopped_by_eos")
         return dict.fromkeys(names) | {"n": 0, "encoder": encoder}
-    _, low, high = paired_difference(table["scs_after"], table["scs_before"])
+    before, after = table["scs_before"].to_numpy(), table["scs_after"].to_numpy()
+    _, low, high = paired_difference(after, before)
     return {
-        "scs_before": float(table["scs_before"].mean()),
-        "scs_after": float(table["scs_after"].mean()),
-        "scs_after_ci": list(bootstrap_interval(table["scs_after"])),
+        "scs_before": float(before.mean()),
+        "scs_after": float(after.mean()),
+        "scs_after_ci": list(bootstrap_interval(after)),
         "gain_ci": [low, high],
         "exact_match": exact_match(table["after"].to_list(), table["rewrite_prompt"].to_list()),
         "stopped_by_eos": float((table["stopped"] == "eos").mean()),

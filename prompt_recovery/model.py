@@ -25,7 +25,9 @@ def check_model_dir(model_dir: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"model_dir {folder} has no config.json; give the folder of a base model as the hub has it.")
     if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"model_dir {folder} has no *.safetensors; pickle weights (.bin) are not loaded, convert them.")
+        raise ModelError(
+            f"model_dir {folder} has no *.safetensors; pickle weights (.bin) are not loaded, convert them."
+        )
     return folder
 
 

@@ -74,7 +74,9 @@ def check_submission(test: pd.DataFrame, path: str | Path) -> None:
         raise SubmissionError(f"{path} does not have the ids of test.csv in its order; write it from test.csv again.")
     blank = frame.index[frame["rewrite_prompt"].str.strip() == ""].to_list()
     if blank:
-        raise SubmissionError(f"{path}: rows {blank[:5]} are blank, which fails the whole submission; set fallback_prompt.")
+        raise SubmissionError(
+            f"{path}: rows {blank[:5]} are blank, which fails the whole submission; set fallback_prompt."
+        )
 
 
 def answer_test(
@@ -94,7 +96,9 @@ def answer_test(
     Raises SubmissionError for a blank fallback, before anything is answered.
     """
     if not fallback_prompt.strip():
-        raise SubmissionError("fallback_prompt is blank; a blank answer fails the whole submission. Give a real prompt.")
+        raise SubmissionError(
+            "fallback_prompt is blank; a blank answer fails the whole submission. Give a real prompt."
+        )
     deadline = time.monotonic() + time_budget_hours * 3600
     answers: dict[int, str] = {}
     report = pd.DataFrame({"id": test["id"], "answer": fallback_prompt, "how": "out of time", "stopped": ""})

@@ -15,8 +15,7 @@ STYLES = ("plain", "json", "reason_json")
 SYSTEM_PLACEMENTS = ("user", "before", "turn")
 
 _TASK = (
-    "You are given an original text and a text that an LLM rewrote from it. "
-    "Recover the prompt that the LLM was given."
+    "You are given an original text and a text that an LLM rewrote from it. Recover the prompt that the LLM was given."
 )
 SYSTEM_PROMPTS = {
     "plain": f"{_TASK} Answer with the prompt alone.",
@@ -85,13 +84,9 @@ def render_conversation(
         system = SYSTEM_PROMPTS[style]
     turns: list[tuple[str, str | None]] = []
     for example in examples:
-        missing = [
-            name for name in ("original_text", "rewritten_text", "rewrite_prompt") if name not in example
-        ]
+        missing = [name for name in ("original_text", "rewritten_text", "rewrite_prompt") if name not in example]
         if missing:
-            raise TemplateError(
-                f"An example has no {', '.join(missing)}: give the columns of a training row."
-            )
+            raise TemplateError(f"An example has no {', '.join(missing)}: give the columns of a training row.")
         answer = render_answer(example["rewrite_prompt"], style, example.get("response", ""))
         turns.append((render_user(example["original_text"], example["rewritten_text"]), answer))
     turns.append((render_user(original_text, rewritten_text), None))
@@ -181,9 +176,7 @@ def parse_answer(text: str, style: str) -> Parsed:
         if style == "reason_json":
             # The reason may quote an object of its own; the answer is the one numbered 2.
             numbered = [
-                found
-                for found in objects
-                if re.search(r"(?:^|\n)\s*2[.)]\s*(?:```\w*\s*)?$", text[: found[0]])
+                found for found in objects if re.search(r"(?:^|\n)\s*2[.)]\s*(?:```\w*\s*)?$", text[: found[0]])
             ]
             start, prompt = (numbered or objects)[0]
         fenced = re.search(r"```[ \t]*\w*\s*$", text[:start])

@@ -47,7 +47,9 @@ def load_tokenizer(model_dir: str | Path, pad: str = "<pad>", side: str = "right
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=side, **SPECIALS)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()]
     if ids != [0, 1, 2]:
-        raise TokenizerError(f"{folder}: <unk>, <s>, </s> have the ids {ids}; Mistral's are 0, 1, 2. Use Mixtral's files.")
+        raise TokenizerError(
+            f"{folder}: <unk>, <s>, </s> have the ids {ids}; Mistral's are 0, 1, 2. Use Mixtral's files."
+        )
     if pad == "<pad>":
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     else:
@@ -104,7 +106,7 @@ def encode_conversation(
 
 def encode_row(
     tokenizer: PreTrainedTokenizerFast,
-    row: Mapping[str, Any],
+    row: Mapping[Any, Any],  # str keys; pandas calls its records' keys Hashable
     *,
     max_tokens: int,
     style: str = "plain",
@@ -115,7 +117,7 @@ def encode_row(
     """Ids and loss mask of a row, at most max_tokens long.
 
     Where they are longer, the middle of the original and of the rewritten text is cut out, in proportion to their
-    lengths; the instruction, the examples and the answer are never cut.
+    lengths (a short one keeps an eighth of the room); the instruction, the examples and the answer are never cut.
     Raises TokenizerError where those alone do not fit.
     """
     original, rewritten = str(row["original_text"]), str(row["rewritten_text"])
@@ -131,7 +133,10 @@ def encode_row(
     room = max_tokens - (len(ids) - sum(lengths))
     # pieces join differently once the text is cut, so the first guess can be some tokens off: shrink by the excess
     while room > 0:
-        share = [room * length // sum(lengths) for length in lengths]
+        # a short text beside a huge one keeps up to an eighth of the room: in strict proportion it would vanish
+        first = max(room * lengths[0] // sum(lengths), min(lengths[0], room // 8))
+        first = min(first, room - min(lengths[1], room // 8))
+        share = (first, room - first)
         ids, supervised = encode(
             _cut_middle(tokenizer, original, share[0]), _cut_middle(tokenizer, rewritten, share[1])
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
@@ -22,8 +23,8 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from prompt_recovery.tokenizer import encode_row
 from prompt_recovery.templates import render_answer
+from prompt_recovery.tokenizer import encode_row
 
 IGNORED = -100  # torch's cross_entropy leaves this label out
 Example = dict[str, list[int]]
@@ -76,7 +77,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
         return torch.tensor([example[name] + [value] * (width - len(example[name])) for example in examples])
 
     mask = [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
-    return {"input_ids": pad("input_ids", pad_id), "attention_mask": torch.tensor(mask), "labels": pad("labels", IGNORED)}
+    return {
+        "input_ids": pad("input_ids", pad_id),
+        "attention_mask": torch.tensor(mask),
+        "labels": pad("labels", IGNORED),
+    }
 
 
 def answer_length(example: Example) -> int:
@@ -287,15 +292,16 @@ def plot_log(log: pd.DataFrame, path: str | Path) -> None:
     if scored:
         part = log[log["eval_scs"].notna()]
         right = axes.twinx()
-        right.plot(part["step"], part["eval_scs"], color="tab:green", marker="s", ms=3, ls="--", label="eval SCS (right)")
+        right.plot(
+            part["step"], part["eval_scs"], color="tab:green", marker="s", ms=3, ls="--", label="eval SCS (right)"
+        )
         right.set(ylim=(0, None), ylabel="SCS of held-out answers")
-        right.legend(frameon=False, loc="lower right")
     if log["eval_loss"].notna().any():
-        best = log.loc[log["eval_scs"].idxmax() if scored else log["eval_loss"].idxmin()]
+        best = log.iloc[int(np.nanargmax(log["eval_scs"]) if scored else np.nanargmin(log["eval_loss"]))]
         value = f"SCS {best['eval_scs']:.3f}" if scored else f"eval loss {best['eval_loss']:.3f}"
         axes.axvline(best["step"], color="grey", lw=0.8, ls=":", label=f"best: {value} at step {best['step']:.0f}")
     axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

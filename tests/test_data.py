@@ -78,9 +78,7 @@ def test_several_files_with_made_ids_and_responses(tmp_path):
     plain = "original_text,rewritten_text,rewrite_prompt\na,b,c\nd,e,f\n"
     first = write(tmp_path / "rows.csv", plain)
     second = write(tmp_path / "more" / "rows.csv", plain)
-    third = write(
-        tmp_path / "r.csv", "response,rewrite_prompt,rewritten_text,original_text,id\nwhy,p,r,o,7\n"
-    )
+    third = write(tmp_path / "r.csv", "response,rewrite_prompt,rewritten_text,original_text,id\nwhy,p,r,o,7\n")
     rows = read_rows([first, second, third])
     assert rows["id"].tolist() == ["rows-1", "rows-2", "rows-2-1", "rows-2-2", "7"]
     assert rows.iloc[4].to_dict() == {
@@ -133,9 +131,7 @@ def test_missing_files_and_ids_across_files(tmp_path):
 
 
 def test_test_file_keeps_every_row_and_id(tmp_path):
-    path = write(
-        tmp_path / "test.csv", "\ufeffid,original_text,rewritten_text,x\n007,,\n".replace(",,\n", ",,,1\n")
-    )
+    path = write(tmp_path / "test.csv", "\ufeffid,original_text,rewritten_text,x\n007,,\n".replace(",,\n", ",,,1\n"))
     assert read_test(path).values.tolist() == [["007", "", ""]]
     rows = read_test(write(tmp_path / "t.csv", "rewritten_text,id,original_text\nb,1,a\nb,01,a\n ,1.0,\n"))
     assert list(rows.columns) == ["id", "original_text", "rewritten_text"]
@@ -315,18 +311,13 @@ def test_five_thousand_prompts_are_grouped_in_seconds():
     who = ["".join(dice.choices("abcdefgh", k=7)) for _ in range(5000)]
     start = time.perf_counter()
     groups = prompt_groups([f"Rewrite this text as a {name} would say it" for name in who])
-    assert (
-        time.perf_counter() - start < 30
-    )  # 4 s measured on one core; the worst of four kinds of prompts tried
+    assert time.perf_counter() - start < 30  # 4 s measured on one core; the worst of four kinds of prompts tried
     assert 1000 < len(set(groups)) < 5000
 
 
 def test_split_leaks_no_group_and_depends_on_the_seed():
     dice = random.Random(1)
-    kinds = [
-        f"Turn it into a {noun}"
-        for noun in ("poem", "song", "letter", "joke", "memo", "haiku", "play", "diary")
-    ]
+    kinds = [f"Turn it into a {noun}" for noun in ("poem", "song", "letter", "joke", "memo", "haiku", "play", "diary")]
     prompts = [dice.choice(kinds) + dice.choice(["", ".", "!", " "]) for _ in range(400)]
     rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(prompts)])
     train, held_out = split_rows(rows, 0.25, seed=3)
@@ -349,9 +340,7 @@ def test_split_passes_over_a_group_too_large_for_eval():
 
 
 def test_split_sides_are_never_empty_unless_asked():
-    rows = table(
-        [(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(["Make it rhyme"] * 5 + ["Be brief"] * 5)]
-    )
+    rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(["Make it rhyme"] * 5 + ["Be brief"] * 5)])
     for fraction in (0.01, 0.5, 0.99):
         assert [len(part) for part in split_rows(rows, fraction, 0)] == [5, 5]
     train, held_out = split_rows(rows, 0, 0)

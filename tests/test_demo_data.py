@@ -26,9 +26,7 @@ def read(name: str) -> list[dict[str, str]]:
 def test_the_script_makes_the_committed_bytes(tmp_path: Path) -> None:
     make_rows.main(tmp_path)
     for name in ("rows.csv", "test.csv", "test_truths.csv"):
-        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), (
-            f"{name}: run python demo/make_rows.py"
-        )
+        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), f"{name}: run python demo/make_rows.py"
 
 
 def test_size_and_columns() -> None:

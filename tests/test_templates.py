@@ -21,8 +21,7 @@ from prompt_recovery.templates import (
 )
 
 TASK = (
-    "You are given an original text and a text that an LLM rewrote from it. "
-    "Recover the prompt that the LLM was given."
+    "You are given an original text and a text that an LLM rewrote from it. Recover the prompt that the LLM was given."
 )
 SYSTEMS = {
     "plain": TASK + " Answer with the prompt alone.",

@@ -1,0 +1,137 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+
+from prompt_recovery import adapter, model
+from prompt_recovery.adapter import CONFIG, WEIGHTS, AdapterError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """An adapter with random weights, saved from a model whose vocabulary was resized."""
+    base = model.load_base(TINY)
+    model.resize_input_embeddings(base, 2401)
+    lora = model.add_lora(base, base="tiny-mixtral", r=4)
+    torch.manual_seed(1)
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    folder = adapter.save_adapter(lora, tmp_path_factory.mktemp("adapter") / "adapter")
+    ids = torch.tensor([[1, 300, 400, 500]])
+    with torch.inference_mode():
+        return folder, ids, lora.eval()(ids).logits
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved[0], tmp_path / "adapter")
+
+
+def test_two_files_that_give_the_same_logits_on_the_unmodified_base(saved):
+    folder, ids, logits = saved
+    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+    tensors = load_file(folder / WEIGHTS)
+    assert all("lora_" in name for name in tensors) and len(tensors) == 5 * 4 * 2
+    assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == "tiny-mixtral"
+    assert str(TINY.parent) not in (folder / CONFIG).read_text()
+    base = model.load_base(TINY)
+    loaded = adapter.load_adapter(base, folder, TINY)
+    assert base.get_input_embeddings().num_embeddings == 2400
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, logits)
+        with loaded.disable_adapter():
+            assert not torch.allclose(loaded(ids).logits, logits, atol=1e-3)
+    assert adapter.check_adapter(folder, TINY) == {
+        "base": "tiny-mixtral", "rank": 4, "alpha": 64, "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
+        "parameters": sum(t.numel() for t in tensors.values()), "bytes": (folder / WEIGHTS).stat().st_size,
+    }  # fmt: skip
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def drop(tensors):
+    del tensors[sorted(tensors)[0]]
+
+
+def add_head(tensors):
+    tensors["base_model.model.lm_head.weight"] = torch.ones(2400, 192)
+
+
+def poison(tensors):
+    tensors[sorted(tensors)[0]][0, 0] = torch.nan
+
+
+def silence(tensors):
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name].zero_()
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda f: (f / WEIGHTS).unlink(), "must hold exactly"),
+        (lambda f: (f / "README.md").write_text("x"), "must hold exactly"),
+        (lambda f: (f / "adapter_model.bin").write_bytes(b"x"), "pickle"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"not safetensors"), "not a safetensors file"),
+        (lambda f: (f / CONFIG).write_text("{"), "not a LoRA config"),
+        (lambda f: edit_config(f, r=8), "in another shape"),
+        (lambda f: edit_config(f, base_model_name_or_path="/home/me/mixtral"), "local path"),
+        (lambda f: edit_tensors(f, drop), "misses 1 tensors"),
+        (lambda f: edit_tensors(f, add_head), "has besides 1 tensors.*lm_head"),
+        (lambda f: edit_tensors(f, poison), "NaN"),
+        (lambda f: edit_tensors(f, silence), "changes no logits"),
+    ],
+)
+def test_broken_adapters_are_refused_by_name(copy, break_it, message):
+    break_it(copy)
+    with pytest.raises(AdapterError, match=message):
+        adapter.check_adapter(copy, TINY)
+
+
+def test_rank_is_checked_without_the_base(copy):
+    edit_config(copy, r=8)
+    with pytest.raises(AdapterError, match="says rank 8, the tensors have \\[4\\]"):
+        adapter.check_adapter(copy)
+
+
+def test_another_base_of_the_same_shape_is_refused(copy):
+    base = model.load_base(TINY)
+    base.get_output_embeddings().weight.data += 0.1
+    with pytest.raises(AdapterError, match="trained on another base"):
+        adapter.load_adapter(base, copy, TINY)
+
+
+def test_a_diverged_adapter_is_not_saved_over_a_good_one(copy):
+    lora = model.add_lora(model.load_base(TINY), base="tiny-mixtral", r=4)
+    next(p for n, p in lora.named_parameters() if "lora_A" in n).data[0, 0] = torch.inf
+    good = (copy / WEIGHTS).read_bytes()
+    with pytest.raises(AdapterError, match="NaN or infinity"):
+        adapter.save_adapter(lora, copy)
+    assert (copy / WEIGHTS).read_bytes() == good
+
+
+def test_model_folders_are_checked_first(tmp_path):
+    with pytest.raises(model.ModelError, match="no config.json"):
+        model.load_base(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(model.ModelError, match="pickle"):
+        model.load_base(tmp_path)
+    with pytest.raises(model.ModelError, match="16 bit"):
+        model.load_base(TINY, four_bit=True)
+    assert model.base_id(TINY) == "tiny-mixtral"
