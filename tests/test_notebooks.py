@@ -73,7 +73,8 @@ def test_an_unknown_csv_stops_with_its_message(tmp_path):
 
 
 def test_importing_the_package_is_cheap():
-    code = "import sys, time; t = time.perf_counter(); import prompt_recovery; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    code = "import sys, time; t = time.perf_counter(); import prompt_recovery; "
+    code += "print(time.perf_counter() - t, 'torch' in sys.modules)"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.split()

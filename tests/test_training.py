@@ -74,9 +74,9 @@ def test_nasty_rows_keep_answer_and_eos():
         {"original_text": NASTY, "rewritten_text": NASTY[::-1], "rewrite_prompt": [t[:200] for t in NASTY]}
     )
     for example, prompt in zip(
-        training.make_examples(tok, rows, **OPTIONS | dict(max_tokens=900)), rows["rewrite_prompt"]
+        training.make_examples(tok, rows, **OPTIONS | dict(max_tokens=900)), rows["rewrite_prompt"], strict=True
     ):
-        assert tok.decode([i for i in example["labels"] if i != IGNORED]) == prompt + "</s>"
+        assert tok.decode([i for i in example["labels"] if i != IGNORED]) == prompt.strip() + "</s>"
 
 
 def test_adapter_moves_in_fp32_and_the_base_does_not(tmp_path):
@@ -185,4 +185,4 @@ def test_shown_example_marks_the_supervised_part():
     example = training.make_examples(tok, demo_rows(1), **OPTIONS)[0]
     prompt = demo_rows(1)["rewrite_prompt"][0]
     assert training.show_example(tok, example).endswith(f"[/INST]»»»{prompt}</s>«««")
-    assert training.answer_length(example) == len(tok(prompt)["input_ids"]) + 1
+    assert training.answer_length(example) == len(tok(prompt, add_special_tokens=False)["input_ids"]) + 1
