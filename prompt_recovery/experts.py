@@ -1,324 +1,252 @@
-"""The experts of a mixture-of-experts layer in 4 bits: quantised while loading, computed without weight gradients.
+"""4-bit models with 4-bit experts: registered with transformers, loaded, checked, summed up, saved.
 
-transformers 5 keeps a layer's experts in two 3-D parameters, which its 4-bit loading leaves in 16 bit. `register()`
-adds a quantiser that loads them as NF4 (blocks of 64, double quantisation), each expert's matrix on its own and bit for
-bit as bitsandbytes does it, and a forward for them. Everything else is bitsandbytes' own: linear layers become
-`Linear4bit`; router, norms, embeddings and head keep 16 bit.
-
-In the forward the routing weight multiplies the rows before the down-projection, so its gradient needs no output of
-the down-projection, and nothing after SwiGLU is saved: activation checkpointing stops its recomputation there (early
-stop), without the down-projection. Dequantised weights go into one buffer a device and projection that remembers
-whose weights it holds, so that a layer's recomputation and backward share one dequantisation.
+transformers 5 keeps a layer's experts in two 3-D parameters, which its own 4-bit loading leaves in 16 bit (97% of
+Mixtral). `register()` adds a quantiser that turns them into NF4 as the loading path merges them, one projection of one
+layer at a time, and a forward that computes with them. The rest is bitsandbytes' own 4-bit loading: linear layers become
+`Linear4bit`; routers, norms, embeddings and the head stay in 16 bit. A dense model is loaded like bitsandbytes does it.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
-import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.integrations import moe
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from prompt_recovery.moe_forward import experts_forward
+from prompt_recovery.nf4 import BLOCK, PIECES, PROJECTIONS, meta_pieces, quantise
 
 METHOD = "prompt_recovery_nf4"
-LAYOUT = "nf4-per-expert-1"  # of the saved tensors; another layout gets another name
-BLOCK, NESTED_BLOCK = 64, 256
-PROJECTIONS = ("gate_up_proj", "down_proj")
-# what a projection [E, N, K] becomes; fp32 values are kept as int32 bits so that `model.to(dtype)` can't round them
-PIECES = ("packed", "absmax", "nested", "offset")
+LAYOUT = "nf4-per-expert-1"  # of the saved tensors: another layout gets another name
 
 
 class Nf4Error(ValueError):
-    """A model or folder that is not 4-bit the way this module needs it."""
+    """A model or folder that is not, or can't become, 4-bit the way this module does it."""
 
 
 def fused_experts(module: nn.Module) -> bool:
     """Whether a module has transformers' fused experts, in 16 bit or already in 4."""
-    return any(hasattr(module, name) or hasattr(module, f"{name}_packed") for name in PROJECTIONS) and hasattr(
-        module, "is_transposed"
+    return hasattr(module, "is_transposed") and any(
+        hasattr(module, name) or hasattr(module, f"{name}_packed") for name in (*PROJECTIONS, "up_proj")
     )
 
 
 def check_supported(name: str, experts: nn.Module) -> None:
     """Raises Nf4Error for experts in another form than gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
-    odd = [flag for flag in ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
-           if getattr(experts, flag, False)]  # fmt: skip
+    flags = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
+    odd = [flag for flag in flags if getattr(experts, flag, False)]
     odd += [] if experts.has_gate and experts.is_concatenated else ["no concatenated gate and up projections"]
     for projection in PROJECTIONS:
         weight = getattr(experts, projection, None)
         if weight is not None and (weight.shape[1:].numel() % BLOCK or weight.shape[2] % 2):
             odd.append(f"{projection} {tuple(weight.shape)}: an expert must have a multiple of {BLOCK} weights")
     if odd:
-        raise Nf4Error(f"The experts {name} can't become 4-bit ({', '.join(odd)}); load this model with four_bit=False.")
-
-
-def quantise(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """NF4 pieces of a projection [E, N, K] of 16 or 32 bit: packed uint8 [E, N, K / 2], absmax uint8 [E, B],
-    nested int32 (bits of fp32) [E, ceil(B / 256)], offset int32 (bits of fp32) [E], with B = N * K / 64."""
-    rows = []
-    for matrix in weight:
-        packed, state = bnb_functional.quantize_4bit(
-            matrix.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+        raise Nf4Error(
+            f"The experts {name} can't become 4-bit ({', '.join(odd)}); load this model with four_bit=False."
         )
-        rows.append((packed.view(matrix.shape[0], -1), state.absmax, state.state2.absmax, state.offset))
-    packed, absmax, nested, offset = (torch.stack(piece) for piece in zip(*rows, strict=True))
-    return {"packed": packed, "absmax": absmax, "nested": nested.view(torch.int32), "offset": offset.view(torch.int32)}
 
 
-def meta_pieces(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Empty pieces on the meta device for a projection of the same shape."""
-    count, rows, columns = weight.shape
-    blocks = rows * columns // BLOCK
-    empty = functools.partial(torch.empty, device="meta")
-    return {
-        "packed": empty((count, rows, columns // 2), dtype=torch.uint8),
-        "absmax": empty((count, blocks), dtype=torch.uint8),
-        "nested": empty((count, -(-blocks // NESTED_BLOCK)), dtype=torch.int32),
-        "offset": empty((count,), dtype=torch.int32),
-    }
+class Nf4Config(BitsAndBytesConfig):
+    """The `quantization_config` for `from_pretrained`: NF4 with double quantisation, blocks of 64, experts included.
 
-
-@functools.cache
-def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """bitsandbytes' tables on the device: [256] of the absmax levels, [16] of NF4; fp32."""
-    with torch.inference_mode(False):
-        code = bnb_functional.create_dynamic_map().to(device=device, dtype=torch.float32)
-        nf4 = bnb_functional.get_4bit_type("nf4", device=device).float()
-    return code, nf4
-
-
-@functools.cache
-def _kernels(device: torch.device) -> Any:
-    """The Triton kernels, or None where there is no CUDA device of sm80 or newer."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or torch.version.hip:
-        return None
-    from prompt_recovery import kernels
-
-    return kernels
-
-
-def dequantise(pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The weights [E, N, K] in `dtype`, bit for bit bitsandbytes' dequantisation of every expert; into `out` if given."""
-    packed, absmax = pieces["packed"], pieces["absmax"]
-    nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
-    shape = (*packed.shape[:2], packed.shape[2] * 2)
-    code, nf4 = _tables(packed.device)
-    triton_kernels = _kernels(packed.device)
-    if triton_kernels is not None:
-        out = packed.new_empty(shape, dtype=dtype) if out is None else out
-        triton_kernels.dequantise(packed, absmax, nested, offset, code, nf4, out)
-        return out
-    second = nested.repeat_interleave(NESTED_BLOCK, dim=1)[:, : absmax.shape[1]]
-    scale = (code[absmax.int()] * second + offset[:, None]).reshape(-1)
-    bits = packed.reshape(-1, 1)
-    if out is None or packed.device.type == "cpu":
-        result = torch.ops.bitsandbytes.dequantize_4bit(bits, scale, BLOCK, "nf4", list(shape), dtype)
-        return result if out is None else out.copy_(result)
-    torch.ops.bitsandbytes.dequantize_4bit.out(bits, scale, BLOCK, "nf4", list(shape), dtype, out=out)
-    return out
-
-
-class _Buffer:
-    """Room for one projection's 16-bit weights, and a weak reference to the packed tensor that it holds now."""
-
-    room: torch.Tensor | None = None
-    owner: weakref.ref | None = None
-    key: tuple = ()
-
-
-_buffers: dict[tuple, _Buffer] = {}
-
-
-def release_buffers() -> None:
-    """Give back the memory of the dequantised weights (one layer's experts in 16 bit a device)."""
-    _buffers.clear()
-
-
-def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Tensor:
-    """A projection's weights [E, N, K] in `dtype`, valid until the same projection of another layer is asked for."""
-    pieces = {piece: getattr(experts, f"{projection}_{piece}").detach() for piece in PIECES}
-    packed = getattr(experts, f"{projection}_packed")
-    buffer = _buffers.setdefault((packed.device, projection, dtype), _Buffer())
-    key = (packed.data_ptr(), None if packed.is_inference() else packed._version, packed.shape)
-    if buffer.owner is not None and buffer.owner() is packed and buffer.key == key and buffer.room is not None:
-        return buffer.room.view(*packed.shape[:2], -1)
-    if buffer.room is None or buffer.room.numel() != packed.numel() * 2:
-        buffer.room = None  # freed before the new one is asked for
-        with torch.inference_mode(False):
-            buffer.room = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
-    buffer.owner = None  # a dequantisation that fails leaves nothing that looks valid
-    dequantise(pieces, dtype, out=buffer.room.view(*packed.shape[:2], -1))
-    buffer.owner, buffer.key = weakref.ref(packed), key
-    return buffer.room.view(*packed.shape[:2], -1)
-
-
-class Routing(NamedTuple):
-    """Where the R = T * top_k rows go. order [R]: flat (token, choice) index of each row in expert order; inverse [R]:
-    row of each flat index; ends [E] int32 on the device: end of each expert's rows; bounds: the same on the host, read
-    (one host sync) only where no grouped GEMM takes `ends` from the device."""
-
-    order: torch.Tensor
-    inverse: torch.Tensor
-    ends: torch.Tensor
-    bounds: list[int] | None
-    top_k: int
-
-
-def _grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    # the real kernel is for bf16 on sm90 and sm100; elsewhere torch loops over the experts itself, with a host sync each time
-    return (
-        device.type == "cuda" and dtype == torch.bfloat16 and hasattr(nn.functional, "grouped_mm")
-        and torch.cuda.get_device_capability(device)[0] in (9, 10)
-    )  # fmt: skip
-
-
-def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype) -> Routing:
-    """Sort once for the whole layer. top_k_index: [T, top_k] integers in [0, experts)."""
-    flat = top_k_index.reshape(-1).to(torch.int32)
-    ordered, order = torch.sort(flat, stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    numbers = torch.arange(experts, device=order.device, dtype=torch.int32)
-    ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
-    bounds = None if _grouped_gemm(flat.device, dtype) else ends.tolist()
-    return Routing(order, inverse, ends, bounds, top_k_index.shape[-1])
-
-
-def _matmul(rows: torch.Tensor, weight: torch.Tensor, routing: Routing, transpose: bool) -> torch.Tensor:
-    """Each expert's rows times its weight [N, K], transposed (rows [R, K] -> [R, N]) or not ([R, N] -> [R, K])."""
-    weight = weight.transpose(1, 2) if transpose else weight
-    if routing.bounds is None and not (rows.shape[1] % 8 or weight.shape[2] % 8) and rows.shape[0]:
-        return nn.functional.grouped_mm(rows, weight, offs=routing.ends)
-    out = rows.new_empty(rows.shape[0], weight.shape[2])
-    start = 0
-    for expert, end in enumerate(routing.ends.tolist() if routing.bounds is None else routing.bounds):
-        if end > start:
-            torch.mm(rows[start:end], weight[expert], out=out[start:end])
-        start = end
-    return out
-
-
-def _gather(x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    triton_kernels = _kernels(x.device)
-    if triton_kernels is not None and x.shape[0]:
-        return triton_kernels.gather(x.contiguous(), routing.order, routing.top_k)
-    return x.index_select(0, routing.order // routing.top_k)
-
-
-def _combine(rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-    triton_kernels = _kernels(rows.device)
-    if triton_kernels is not None and rows.shape[0]:
-        return triton_kernels.combine(rows, routing.inverse, routing.top_k)
-    tokens = rows.index_select(0, routing.inverse).view(-1, routing.top_k, rows.shape[1])
-    return tokens.sum(1, dtype=torch.float32).to(rows.dtype)
-
-
-class _GateUp(torch.autograd.Function):
-    """x [T, H] -> gate and up rows [R, 2I] in expert order."""
-
-    @staticmethod
-    def forward(ctx, x, experts, routing, keep):
-        ctx.experts, ctx.routing = experts, routing
-        kept = experts.__dict__.pop("_kept_gate_up", None)
-        # inside a backward pass this is a recomputation by activation checkpointing
-        if torch._C._current_graph_task_id() != -1 and kept is not None and kept.shape[0] == routing.order.numel():
-            return kept
-        out = _matmul(_gather(x, routing), weights(experts, "gate_up_proj", x.dtype), routing, transpose=True)
-        if keep and torch._C._current_graph_task_id() == -1:
-            experts._kept_gate_up = out
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight = weights(ctx.experts, "gate_up_proj", grad.dtype)
-        return _combine(_matmul(grad.contiguous(), weight, ctx.routing, transpose=False), ctx.routing), None, None, None
-
-
-class _SwiGlu(torch.autograd.Function):
-    """Gate and up rows [R, 2I], routing weights [T, top_k] -> silu(gate) * up * weight [R, I]."""
-
-    @staticmethod
-    def forward(ctx, gate_up, top_k_weights, order):
-        ctx.order = order
-        ctx.save_for_backward(gate_up, top_k_weights)
-        triton_kernels = _kernels(gate_up.device)
-        if triton_kernels is not None and gate_up.shape[0]:
-            return triton_kernels.swiglu(gate_up, top_k_weights.contiguous(), order)
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        weight = top_k_weights.reshape(-1)[order, None].float()
-        return (nn.functional.silu(gate) * up * weight).to(gate_up.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, top_k_weights = ctx.saved_tensors
-        triton_kernels = _kernels(gate_up.device)
-        if triton_kernels is not None and gate_up.shape[0]:
-            weight, grad = top_k_weights.contiguous(), grad.contiguous()
-            return *triton_kernels.swiglu_backward(gate_up, weight, ctx.order, grad), None
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        received = grad.float()
-        grad_weights = torch.empty_like(top_k_weights).reshape(-1)
-        grad_weights[ctx.order] = (received * silu * up).sum(1).to(grad_weights.dtype)
-        received = received * top_k_weights.reshape(-1)[ctx.order, None].float()
-        grad_gate = received * up * (sigmoid + silu * (1 - sigmoid))
-        grad_gate_up = torch.cat((grad_gate, received * silu), dim=1).to(gate_up.dtype)
-        return grad_gate_up, grad_weights.view_as(top_k_weights), None
-
-
-class _Down(torch.autograd.Function):
-    """Weighted rows [R, I] -> sums over each token's experts [T, H]. It saves no tensor: activation checkpointing would
-    recompute the down-projection to hand it one."""
-
-    @staticmethod
-    def forward(ctx, rows, experts, routing):
-        ctx.experts, ctx.routing = experts, routing
-        return _combine(_matmul(rows, weights(experts, "down_proj", rows.dtype), routing, transpose=True), routing)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight = weights(ctx.experts, "down_proj", grad.dtype)
-        return _matmul(_gather(grad, ctx.routing), weight, ctx.routing, transpose=False), None, None
-
-
-@torch.compiler.disable
-def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The experts' output [T, H] in the dtype of hidden_states [T, H]; top_k_index and top_k_weights: [T, top_k].
-
-    Computes in autocast's dtype where autocast is on, else in that of hidden_states. Gradients go to hidden_states and
-    top_k_weights only.
+    Raises Nf4Error for the config of another layout (a folder saved by another version).
     """
-    kind = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
-    with torch.autocast(kind, enabled=False):
-        routing = route(top_k_index, self.num_experts, dtype)
-        keep = getattr(self, "keep_gate_up", False) and torch.is_grad_enabled()
-        rows = _GateUp.apply(hidden_states.to(dtype), self, routing, keep)
-        silu = isinstance(self.act_fn, nn.SiLU) or type(self.act_fn).__name__ == "SiLUActivation"
-        if silu and type(self)._apply_gate is moe._default_apply_gate:
-            rows = _SwiGlu.apply(rows, top_k_weights, routing.order)
-        else:
-            rows = (self._apply_gate(rows) * top_k_weights.reshape(-1)[routing.order, None]).to(dtype)
-        return _Down.apply(rows, self, routing).to(hidden_states.dtype)
+
+    def __init__(self, layout: str = LAYOUT, **_: Any):
+        if layout != LAYOUT:
+            raise Nf4Error(
+                f"The folder's 4-bit layout is {layout!r}, this version reads {LAYOUT!r}: quantise the 16-bit model again."
+            )
+        super().__init__(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        self.quant_method = METHOD
+        self.layout = layout
+
+    def to_dict(self) -> dict[str, Any]:
+        # without load_in_4bit, by which transformers would take the folder for one of bitsandbytes' own layout
+        return {"quant_method": METHOD, "layout": self.layout, "quant_type": "nf4", "block": BLOCK}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
 
 
-def keep_gate_up(model: nn.Module, layers: int) -> None:
-    """Under activation checkpointing, keep the gate and up rows (4 * I * top_k bytes a token) of the last `layers` MoE
-    layers instead of recomputing them: then only attention and norms are recomputed there. 0 keeps none. Only with
-    checkpointing, and one forward before each backward."""
-    found = [module for module in model.modules() if fused_experts(module)]
-    for number, experts in enumerate(found):
-        experts.__dict__.pop("_kept_gate_up", None)
-        experts.keep_gate_up = number >= len(found) - layers
+class _QuantiseOp(ConversionOps):
+    """Called by the loading path with one merged parameter: an experts' projection or a linear layer's weight."""
+
+    def __init__(self, stock: ConversionOps):
+        self.stock = stock
+
+    def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
+        result = {}
+        for name, value in input_dict.items():
+            module, attribute = get_module_from_name(model, name)
+            if not fused_experts(module):
+                result |= self.stock.convert({name: value}, full_layer_name=name, model=model, **kwargs)
+                continue
+            weight = value[0] if isinstance(value, list) else value
+            expected = tuple(getattr(module, attribute).shape)
+            if tuple(weight.shape) != expected:
+                raise Nf4Error(f"{name} has shape {tuple(weight.shape)} in the checkpoint, {expected} in the model.")
+            pieces = {f"{name}_{piece}": tensor for piece, tensor in quantise(weight).items()}
+            result |= {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in pieces.items()}
+            delattr(module, attribute)
+            module._is_hf_initialized = True
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return result
+
+
+class Nf4Quantizer(Bnb4BitHfQuantizer):
+    """bitsandbytes' quantiser of transformers, and the experts."""
+
+    @staticmethod
+    def get_modules_to_not_convert(model, skip_modules=None, keep_in_fp32_modules=None, add_default_skips=False):
+        # names that end in "gate" are routers and the gates of shared experts
+        return Bnb4BitHfQuantizer.get_modules_to_not_convert(
+            model, [*(skip_modules or []), "gate"], keep_in_fp32_modules, add_default_skips=True
+        )
+
+    def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
+        self.quantization_config.bnb_4bit_compute_dtype = model.dtype
+        super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
+        for name, module in model.named_modules():
+            if not fused_experts(module):
+                continue
+            check_supported(name, module)
+            for projection in PROJECTIONS:
+                for piece, tensor in meta_pieces(getattr(module, projection)).items():
+                    module.register_parameter(f"{projection}_{piece}", nn.Parameter(tensor, requires_grad=False))
+                if self.pre_quantized:
+                    delattr(module, projection)
+                    module._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        if any(fused_experts(module) for module in model.modules()):
+            model.set_experts_implementation(METHOD)
+        return model
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        module, name = get_module_from_name(model, param_name)
+        if fused_experts(module):
+            return name in PROJECTIONS
+        return super().param_needs_quantization(model, param_name, **kwargs)
+
+    def param_element_size(self, model, param_name, param):
+        # the warm-up of the allocator counts the experts once: as their 3-D parameters, not as the pieces to come
+        if not self.pre_quantized and param_name.endswith(tuple(f"proj_{piece}" for piece in PIECES)):
+            return 0.0
+        return super().param_element_size(model, param_name, param)
+
+    def get_quantize_ops(self):
+        return _QuantiseOp(super().get_quantize_ops())
+
+
+def register() -> None:
+    """Make transformers know the quantiser, its config and the experts' forward; calling it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(Nf4Config)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(Nf4Quantizer)
+    ALL_EXPERTS_FUNCTIONS.register(METHOD, experts_forward)
+
+
+def check_folder(model_dir: str | Path) -> bool:
+    """True if the folder holds a model saved in this module's 4-bit layout, False if it is not quantised.
+
+    Raises Nf4Error for every other quantisation, before anything loads.
+    """
+    found = json.loads((Path(model_dir) / "config.json").read_text()).get("quantization_config")
+    if not found:
+        return False
+    if found.get("quant_method") != METHOD or found.get("layout") != LAYOUT:
+        raise Nf4Error(
+            f"{model_dir} is quantised already, as {found.get('quant_method')!r} with layout {found.get('layout')!r};"
+            f" only {METHOD!r} with {LAYOUT!r} can be read. Give the folder of the 16-bit model (a checkpoint that"
+            " transformers 4 saved in 4 bits does not load in transformers 5 either) or save it again with this version."
+        )
+    return True
+
+
+class Part(NamedTuple):
+    """One row of `summary`: a part of the model, its parameters, how they are kept, and the memory they take."""
+
+    part: str
+    parameters: int
+    precision: str
+    gib: float
+
+
+def _part(name: str, module: nn.Module, model: PreTrainedModel) -> str:
+    if fused_experts(module):
+        return "experts"
+    if module is model.get_input_embeddings():
+        return "embeddings"
+    if module is model.get_output_embeddings():
+        return "lm_head"
+    if "norm" in name.rsplit(".", 1)[-1]:
+        return "norms"
+    if name.endswith("gate") or "Router" in type(module).__name__:
+        return "router"
+    if "lora_" in name:
+        return "adapter"
+    return "attention" if "attn" in name or "attention" in name else "other layers"
+
+
+def summary(model: PreTrainedModel) -> list[Part]:
+    """The model by part and precision, largest first. A part that is kept in two precisions gets two rows."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, module in model.named_modules():
+        for key, tensor in module.named_parameters(recurse=False):
+            count, size = tensor.numel(), tensor.numel() * tensor.element_size()
+            precision = str(tensor.dtype).removeprefix("torch.")
+            if fused_experts(module) and key.endswith(PIECES):
+                precision, count = "nf4", count * 2 if key.endswith("_packed") else 0
+            elif isinstance(tensor, bnb.nn.Params4bit) and tensor.quant_state is not None:
+                state = tensor.quant_state
+                precision, count = "nf4", int(torch.Size(state.shape).numel())
+                size += state.absmax.numel() * state.absmax.element_size()
+                size += state.state2.absmax.numel() * 4 if state.nested else 0
+            total = rows.setdefault((_part(name, module, model), precision), [0, 0])
+            total[0] += count
+            total[1] += size
+    parts = [Part(part, count, precision, size / 2**30) for (part, precision), (count, size) in rows.items()]
+    return sorted(parts, key=lambda part: -part.gib)
+
+
+def check_quantised(model: PreTrainedModel) -> None:
+    """Raises Nf4Error, naming them, if any experts or linear layers that should be 4-bit are not."""
+    skip = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    wrong = []
+    for name, module in model.named_modules():
+        if fused_experts(module):
+            for projection in PROJECTIONS:
+                packed = getattr(module, f"{projection}_packed", None)
+                if hasattr(module, projection) or packed is None or packed.dtype != torch.uint8 or packed.is_meta:
+                    wrong.append(f"{name}.{projection}")
+        elif isinstance(module, bnb.nn.Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            if state is None or state.quant_type != "nf4" or not state.nested or module.weight.dtype != torch.uint8:
+                wrong.append(f"{name}.weight")
+        elif isinstance(module, nn.Linear) and id(module) not in skip:
+            if not name.endswith("gate") and "lora_" not in name:
+                wrong.append(f"{name}.weight")
+    if wrong:
+        shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise Nf4Error(
+            f"These parts should be in 4 bits and are not: {shown}. Load with quantization_config=Nf4Config() after"
+            " register(); if it persists, this model's layers are of a kind that is not supported: four_bit=False."
+        )

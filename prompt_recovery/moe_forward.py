@@ -1,0 +1,179 @@
+"""The forward of 4-bit experts, with gradients to activations only; transformers' experts interface calls it.
+
+The routing weight multiplies the rows before the down-projection, so its gradient needs no output of the
+down-projection, and nothing after SwiGLU is saved: activation checkpointing stops its recomputation there (early stop),
+without the down-projection. Grouped GEMM without host syncs on sm90 and sm100, one cuBLAS call an expert elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.integrations import moe
+
+from prompt_recovery.nf4 import fast_kernels, weights
+
+
+class Routing(NamedTuple):
+    """Where the R = T * top_k rows go. order [R]: flat (token, choice) index of each row in expert order; inverse [R]:
+    row of each flat index; ends [E] int32 on the device: end of each expert's rows; bounds: the same on the host, read
+    (one host sync) only where no grouped GEMM takes `ends` from the device."""
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    ends: torch.Tensor
+    bounds: list[int] | None
+    top_k: int
+
+
+def _grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
+    # the real kernel is for bf16 on sm90 and sm100; elsewhere torch loops over the experts itself, with a host sync each time
+    return (
+        device.type == "cuda" and dtype == torch.bfloat16 and hasattr(nn.functional, "grouped_mm")
+        and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    )  # fmt: skip
+
+
+def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype) -> Routing:
+    """Sort once for the whole layer. top_k_index: [T, top_k] integers in [0, experts)."""
+    flat = top_k_index.reshape(-1).to(torch.int32)
+    ordered, order = torch.sort(flat, stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    numbers = torch.arange(experts, device=order.device, dtype=torch.int32)
+    ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
+    bounds = None if _grouped_gemm(flat.device, dtype) else ends.tolist()
+    return Routing(order, inverse, ends, bounds, top_k_index.shape[-1])
+
+
+def _matmul(rows: torch.Tensor, weight: torch.Tensor, routing: Routing, transpose: bool) -> torch.Tensor:
+    """Each expert's rows times its weight [N, K], transposed (rows [R, K] -> [R, N]) or not ([R, N] -> [R, K])."""
+    weight = weight.transpose(1, 2) if transpose else weight
+    if routing.bounds is None and not (rows.shape[1] % 8 or weight.shape[2] % 8) and rows.shape[0]:
+        return nn.functional.grouped_mm(rows, weight, offs=routing.ends)
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    start = 0
+    for expert, end in enumerate(routing.ends.tolist() if routing.bounds is None else routing.bounds):
+        if end > start:
+            torch.mm(rows[start:end], weight[expert], out=out[start:end])
+        start = end
+    return out
+
+
+def _gather(x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    triton_kernels = fast_kernels(x.device)
+    if triton_kernels is not None and x.shape[0]:
+        return triton_kernels.gather(x.contiguous(), routing.order, routing.top_k)
+    return x.index_select(0, routing.order // routing.top_k)
+
+
+def _combine(rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+    triton_kernels = fast_kernels(rows.device)
+    if triton_kernels is not None and rows.shape[0]:
+        return triton_kernels.combine(rows, routing.inverse, routing.top_k)
+    tokens = rows.index_select(0, routing.inverse).view(-1, routing.top_k, rows.shape[1])
+    return tokens.sum(1, dtype=torch.float32).to(rows.dtype)
+
+
+class _GateUp(torch.autograd.Function):
+    """x [T, H] -> gate and up rows [R, 2I] in expert order."""
+
+    @staticmethod
+    def forward(ctx, x, experts, routing, keep):
+        ctx.experts, ctx.routing = experts, routing
+        kept = experts.__dict__.pop("_kept_gate_up", None)
+        # inside a backward pass this is a recomputation by activation checkpointing
+        if torch._C._current_graph_task_id() != -1 and kept is not None and kept.shape[0] == routing.order.numel():
+            return kept
+        out = _matmul(_gather(x, routing), weights(experts, "gate_up_proj", x.dtype), routing, transpose=True)
+        if keep and torch._C._current_graph_task_id() == -1:
+            experts.__dict__["_kept_gate_up"] = out.detach()
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = weights(ctx.experts, "gate_up_proj", grad.dtype)
+        return _combine(_matmul(grad.contiguous(), weight, ctx.routing, transpose=False), ctx.routing), None, None, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Gate and up rows [R, 2I], routing weights [T, top_k] -> silu(gate) * up * weight [R, I]."""
+
+    @staticmethod
+    def forward(ctx, gate_up, top_k_weights, order):
+        ctx.order = order
+        ctx.save_for_backward(gate_up, top_k_weights)
+        triton_kernels = fast_kernels(gate_up.device)
+        if triton_kernels is not None and gate_up.shape[0]:
+            return triton_kernels.swiglu(gate_up, top_k_weights.contiguous(), order)
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        weight = top_k_weights.reshape(-1)[order, None].float()
+        return (nn.functional.silu(gate) * up * weight).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate_up, top_k_weights = ctx.saved_tensors
+        triton_kernels = fast_kernels(gate_up.device)
+        if triton_kernels is not None and gate_up.shape[0]:
+            weight, grad = top_k_weights.contiguous(), grad.contiguous()
+            return *triton_kernels.swiglu_backward(gate_up, weight, ctx.order, grad), None
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        received = grad.float()
+        grad_weights = torch.empty_like(top_k_weights).reshape(-1)
+        grad_weights[ctx.order] = (received * silu * up).sum(1).to(grad_weights.dtype)
+        received = received * top_k_weights.reshape(-1)[ctx.order, None].float()
+        grad_gate = received * up * (sigmoid + silu * (1 - sigmoid))
+        grad_gate_up = torch.cat((grad_gate, received * silu), dim=1).to(gate_up.dtype)
+        return grad_gate_up, grad_weights.view_as(top_k_weights), None
+
+
+class _Down(torch.autograd.Function):
+    """Weighted rows [R, I] -> sums over each token's experts [T, H]. It saves no tensor: activation checkpointing would
+    recompute the down-projection to hand it one."""
+
+    @staticmethod
+    def forward(ctx, rows, experts, routing):
+        ctx.experts, ctx.routing = experts, routing
+        return _combine(_matmul(rows, weights(experts, "down_proj", rows.dtype), routing, transpose=True), routing)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = weights(ctx.experts, "down_proj", grad.dtype)
+        return _matmul(_gather(grad, ctx.routing), weight, ctx.routing, transpose=False), None, None
+
+
+@torch.compiler.disable
+def experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts' output [T, H] in the dtype of hidden_states [T, H]; top_k_index and top_k_weights: [T, top_k].
+
+    Computes in autocast's dtype where autocast is on, else in that of hidden_states. Gradients go to hidden_states and
+    top_k_weights only.
+    """
+    kind = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+    with torch.autocast(kind, enabled=False):
+        routing = route(top_k_index, self.num_experts, dtype)
+        keep = getattr(self, "keep_gate_up", False) and torch.is_grad_enabled()
+        rows = _GateUp.apply(hidden_states.to(dtype), self, routing, keep)
+        silu = isinstance(self.act_fn, nn.SiLU) or type(self.act_fn).__name__ == "SiLUActivation"
+        if silu and type(self)._apply_gate is moe._default_apply_gate:
+            rows = _SwiGlu.apply(rows, top_k_weights, routing.order)
+        else:
+            rows = (self._apply_gate(rows) * top_k_weights.reshape(-1)[routing.order, None]).to(dtype)
+        return _Down.apply(rows, self, routing).to(hidden_states.dtype)
+
+
+def keep_gate_up(model: nn.Module, layers: int) -> None:
+    """Under activation checkpointing, keep the gate and up rows (4 * I * top_k bytes a token) of the last `layers` MoE
+    layers instead of recomputing them: then only attention and norms are recomputed there. 0 keeps none. Only with
+    checkpointing, and one forward before each backward."""
+    found = [module for module in model.modules() if hasattr(module, "down_proj_packed")]
+    for number, experts in enumerate(found):
+        experts.__dict__.pop("_kept_gate_up", None)
+        experts.keep_gate_up = number >= len(found) - layers
