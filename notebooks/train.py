@@ -105,6 +105,7 @@ before = generation.answer_table(base, tok, eval_rows, description="answers befo
 # nothing ever predicts it. Killed? Run again with `resume=True`.
 
 # %%
+scored = eval_rows.sample(min(64, len(eval_rows)), random_state=seed)  # not the first 64: files may be sorted
 model.resize_input_embeddings(base, len(tok))
 lora = model.add_lora(base, base=model.base_id(model_dir), r=lora_r, alpha=lora_alpha, dropout=lora_dropout, seed=seed)
 lora.print_trainable_parameters()
@@ -122,8 +123,8 @@ log = training.train(
     seed=seed,
     resume=resume,
     score=lambda: metric.sharpened_cosine(
-        generation.answer_table(lora, tok, eval_rows[:64], description=None, **answer_options)["answer"],
-        eval_rows["rewrite_prompt"][:64],
+        generation.answer_table(lora, tok, scored, description=None, **answer_options)["answer"],
+        scored["rewrite_prompt"],
         encoder,
     ).mean(),
 )

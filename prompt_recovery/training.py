@@ -23,8 +23,8 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from prompt_recovery.templates import render_answer
-from prompt_recovery.tokenizer import encode_row
+from prompt_recovery.templates import TemplateError, render_answer
+from prompt_recovery.tokenizer import TokenizerError, encode_row
 
 IGNORED = -100  # torch's cross_entropy leaves this label out
 Example = dict[str, list[int]]
@@ -40,16 +40,25 @@ def make_examples(
     """Rows as `input_ids` and `labels` (lists of equal length, at most max_tokens): labels are the ids where the answer
     and its EOS stand and -100 elsewhere. Masked by position, so it does not matter which id pads.
 
-    Raises TrainingError naming rows without a supervised token, TokenizerError where an answer does not fit.
+    Raises TrainingError naming the rows that have no answer in this style, whose answer does not fit, or that have no
+    supervised token.
     """
     examples = []
-    for row in rows.to_dict("records"):
-        answer = render_answer(row["rewrite_prompt"], style, row.get("response", ""))
-        ids, supervised = encode_row(
-            tokenizer, row, max_tokens=max_tokens, style=style, system_placement=system_placement, answer=answer
-        )
+    refused: list[tuple[str, str]] = []
+    for number, row in enumerate(rows.to_dict("records"), 1):
+        try:
+            answer = render_answer(row["rewrite_prompt"], style, row.get("response", ""))
+            ids, supervised = encode_row(
+                tokenizer, row, max_tokens=max_tokens, style=style, system_placement=system_placement, answer=answer
+            )
+        except (TemplateError, TokenizerError) as error:
+            refused.append((str(row.get("source", f"row {number}")), str(error)))
+            continue
         labels = [i if keep else IGNORED for i, keep in zip(ids, supervised, strict=True)]
         examples.append({"input_ids": ids, "labels": labels})
+    if refused:
+        places = ", ".join(place for place, _ in refused[:10]) + (" ..." if len(refused) > 10 else "")
+        raise TrainingError(f"{len(refused)} of {len(rows)} rows are refused ({places}); the first: {refused[0][1]}")
     check_supervised(examples, tokenizer.eos_token_id)
     return examples
 
@@ -184,6 +193,7 @@ def train(
     checkpoints = output_dir / "checkpoints"
     settings = dict(
         total=total, learning_rate=learning_rate, batch=batch_size, accumulation=gradient_accumulation, seed=seed,
+        warmup=warmup_steps, evaluations=evaluations, patience=patience, scored=score is not None,
         lora=model.peft_config["default"].to_dict(), rows=[train_examples, eval_examples],
     )  # fmt: skip
     last = _prepare_checkpoints(checkpoints, settings, resume)
@@ -212,6 +222,7 @@ def train(
         save_steps=eval_every,
         save_total_limit=2,
         load_best_model_at_end=has_eval,
+        restore_callback_states_from_checkpoint=True,  # else a resumed run forgets how long it has not improved
         metric_for_best_model=best if has_eval else None,
         greater_is_better=best == "eval_scs" if has_eval else None,
         report_to=["tensorboard"] if tensorboard else [],
@@ -266,6 +277,13 @@ def _prepare_checkpoints(checkpoints: Path, settings: Mapping[str, Any], resume:
             f"resume=True, but {checkpoints} was made with other rows or settings. Give those back, "
             "or resume=False to start again, or another output_dir."
         )
+    if last:  # the folder may have been moved since: without this the best checkpoint would be lost with a warning
+        state = json.loads((last / "trainer_state.json").read_text())
+        if state["best_model_checkpoint"]:
+            state["best_model_checkpoint"] = str(checkpoints / Path(state["best_model_checkpoint"]).name)
+            partial = last / "trainer_state.json.partial"
+            partial.write_text(json.dumps(state, indent=2))
+            os.replace(partial, last / "trainer_state.json")
     checkpoints.mkdir(parents=True, exist_ok=True)
     note.write_text(key)
     return last

@@ -18,6 +18,7 @@ from prompt_recovery.tokenizer import load_tokenizer
 from prompt_recovery.training import IGNORED, TrainingError, collate
 
 OPTIONS = dict(max_tokens=320, style="plain", system_placement="user")
+SHORT = OPTIONS | dict(max_tokens=120)
 FAST = dict(learning_rate=5e-3, batch_size=8, gradient_accumulation=1)
 
 
@@ -79,14 +80,21 @@ def test_nasty_rows_keep_answer_and_eos():
         assert tok.decode([i for i in example["labels"] if i != IGNORED]) == prompt.strip() + "</s>"
 
 
-def test_adapter_moves_in_fp32_and_the_base_does_not(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_adapter_is_fp32_on_any_base(dtype):
+    """facts.md 17: fp16's GradScaler refuses gradients of 16-bit weights."""
+    lora = model.add_lora(model.load_base(TINY, dtype=dtype), base="tiny-mixtral")
+    kinds = {("lora_" in name, p.requires_grad, p.dtype) for name, p in lora.named_parameters()}
+    assert kinds == {(True, True, torch.float32), (False, False, dtype)}
+
+
+def test_adapter_moves_and_the_base_does_not(tmp_path):
     tok, lora = build(dropout=0.1)
     before = {name: p.detach().clone() for name, p in lora.named_parameters()}
     examples = training.make_examples(tok, demo_rows(24), **OPTIONS)
     log = training.train(lora, tok, examples, [], tmp_path, max_steps=3, **FAST)
     moved = {name for name, p in lora.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora" in name}
-    assert {p.dtype for name, p in lora.named_parameters() if "lora" in name} == {torch.float32}
     assert log["loss"].notna().all() and len(log) == 3
     assert not lora.training  # dropout is off afterwards
 
@@ -103,81 +111,159 @@ def test_pad_token_and_unk_give_the_same_losses_and_adapter(tmp_path):
     assert all(torch.allclose(state[name], other[name], atol=1e-5) for name in state)
 
 
-def test_masking_by_id_with_pad_eos_never_stops_and_ours_does(tmp_path):
-    """facts.md 9, both ways in one place: only the labels differ."""
+def test_masking_by_id_with_pad_eos_never_stops_and_ours_does():
+    """facts.md 9, both ways in one place: only the pad id and the labels differ."""
     stopped = {}
-    rows = demo_rows(16).assign(rewrite_prompt="Make it rhyme.")
+    rows = demo_rows(4).assign(rewrite_prompt="Make it rhyme.")
     for way in ("by position", "by id, pad = eos"):
         tok, lora = build()
         examples = training.make_examples(tok, rows, **OPTIONS)
-        if way != "by position":  # what a collator with pad = eos does: mask every label that equals the pad id
-            examples = [e | {"labels": [IGNORED if i == 2 else i for i in e["labels"]]} for e in examples]
-            with pytest.raises(TrainingError, match="never learn to stop"):
-                training.check_supervised(examples, 2)
         optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=5e-3)
         for _ in range(15):
-            batch = collate(examples, 0)
+            batch = collate(examples, tok.pad_token_id)
+            if way != "by position":  # what a collator does that masks every label with the id of the pad token
+                batch = collate(examples, pad_id=tok.eos_token_id)
+                batch["labels"][batch["input_ids"] == tok.eos_token_id] = IGNORED
             lora(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         options = OPTIONS | dict(max_new_tokens=40, fallback_prompt="-", description=None)
         answers = generation.answer_table(lora, tok, rows, **options)
+        assert answers["answer"].str.startswith("Make it rhyme.").all()  # both have learned the answer
         stopped[way] = (answers["stopped"] == "eos").mean()
     assert stopped == {"by position": 1.0, "by id, pad = eos": 0.0}
 
 
+def test_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
+    from safetensors.torch import load_file
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tok, lora = build()
+    examples = training.make_examples(tok, demo_rows(6), **SHORT)
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 1.0])
+    log = training.train(
+        lora, tok, examples[:4], examples[4:], tmp_path, max_steps=20, patience=3, score=lambda: next(scores),
+        tensorboard=True, **FAST | dict(batch_size=2),
+    )  # fmt: skip
+    assert log["eval_scs"].dropna().to_list() == [0.1, 0.9, 0.2, 0.3, 0.4]
+    assert log.loc[log["eval_scs"].notna(), "step"].to_list() == [2, 4, 6, 8, 10] and log["step"].max() == 10
+    assert log["eval_loss"].notna().sum() == 5
+    best = load_file(tmp_path / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
+    last = load_file(tmp_path / "checkpoints" / "checkpoint-10" / "adapter_model.safetensors")
+    kept = {name.replace(".default", ""): value for name, value in lora_state(lora).items()}
+    assert kept.keys() == best.keys()
+    assert all(torch.equal(kept[name], best[name]) for name in best)
+    assert not all(torch.equal(kept[name], last[name]) for name in best)
+    (events,) = (tmp_path / "checkpoints").rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events.parent))
+    board.Reload()
+    assert [round(point.value, 1) for point in board.Scalars("eval/scs")] == [0.1, 0.9, 0.2, 0.3, 0.4]
+    assert len(board.Scalars("train/loss")) == 10
+
+
+def test_batches_hold_similar_lengths_in_an_order_of_their_own_each_epoch(tmp_path):
+    lengths = list(range(1, 401))
+    sampler = training.LengthGroupedBatches(lengths, batch=4, seed=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(400))
+    spread = [max(orders[0][i : i + 4]) - min(orders[0][i : i + 4]) for i in range(0, 400, 4)]
+    assert sum(spread) / len(spread) < 40  # about 240 in a plain shuffle
+    # and Trainer does pass the epoch on: with nothing learned, only the order can change the losses
+    tok, lora = build()
+    examples = training.make_examples(tok, demo_rows(8), **SHORT)
+    log = training.train(lora, tok, examples, [], tmp_path, max_steps=8, **FAST | dict(batch_size=2, learning_rate=0))
+    losses = log["loss"].to_list()
+    assert len(losses) == 8 and losses[:4] != losses[4:]
+
+
+def test_activation_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_path):
+    results = []
+    for on in (False, True):
+        tok, lora = build()
+        calls = []
+        lora.get_base_model().model.layers[1].mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
+        examples = training.make_examples(tok, demo_rows(4), **SHORT)
+        training.train(
+            lora, tok, examples, [], tmp_path / str(on), max_steps=2, activation_checkpointing=on,
+            **FAST | dict(batch_size=2),
+        )  # fmt: skip
+        results.append((len(calls), lora_state(lora)))
+    assert [calls for calls, _ in results] == [2, 4]
+    assert all(torch.allclose(value, results[1][1][name], atol=1e-6) for name, value in results[0][1].items())
+
+
+# a constant score: the first checkpoint stays the best, and patience runs out after 5 more, at step 12 of 20
 RUN = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
-from safetensors.torch import save_file
-from test_training import FAST, OPTIONS, build, demo_rows, lora_state
-from prompt_recovery import training
+from test_training import FAST, SHORT, build, demo_rows
+from prompt_recovery import adapter, training
 tok, lora = build(dropout=0.1)
-examples = training.make_examples(tok, demo_rows(40), **OPTIONS)
-out = Path(sys.argv[1])
-training.train(lora, tok, examples[:32], examples[32:], out, max_steps=20, resume=True, patience=99, **FAST)
-save_file({{k.replace("default.", ""): v for k, v in lora_state(lora).items()}}, out / "final.safetensors")
+examples = training.make_examples(tok, demo_rows(20), **SHORT)
+options = FAST | dict(batch_size=2, gradient_accumulation=2, max_steps=20, patience=5, score=lambda: 0.5)
+training.train(lora, tok, examples[:16], examples[16:], Path(sys.argv[1]), resume=True, **options)
+adapter.save_adapter(lora, Path(sys.argv[1], "adapter"))
+print("finished")
 """
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     from safetensors.torch import load_file
 
-    command = [sys.executable, "-c", RUN]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the sums' order, and so the last bits, depend on the threads
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole)], check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(
-        [*command, str(killed)], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    checkpoints = killed / "checkpoints"
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "the run ended before its first checkpoint"
+
+    def start(folder):
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+
+    whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
+    while not (tmp_path / "killed/checkpoints/checkpoint-4/trainer_state.json").is_file():
+        assert killed.poll() is None, "the run ended before its second checkpoint"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "final.safetensors").exists()
-    half = checkpoints / "checkpoint-9999"  # killed while writing: no trainer_state.json yet
+    killed.send_signal(signal.SIGKILL)
+    assert b"finished" not in killed.communicate()[0] and killed.returncode == -signal.SIGKILL
+    moved = tmp_path / "moved"  # a rented machine may go on elsewhere
+    (tmp_path / "killed").rename(moved)
+    half = moved / "checkpoints" / "checkpoint-9999"  # killed while writing: no trainer_state.json yet
     half.mkdir()
-    subprocess.run([*command, str(killed)], check=True, env=environment, capture_output=True)
+    resumed = start(moved)
+    assert b"finished" in resumed.communicate()[0] and b"finished" in whole.communicate()[0]
     assert not half.exists()
-    expected, found = load_file(whole / "final.safetensors"), load_file(killed / "final.safetensors")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    log, other = (pd.read_csv(folder / "training_log.csv") for folder in (whole, killed))
-    pd.testing.assert_frame_equal(log, other)
-    assert log["step"].is_unique and log["step"].max() == 20
+    for name in ("checkpoints/checkpoint-2", "checkpoints/checkpoint-12", "adapter"):  # the best, the last, the kept
+        expected, found = (
+            load_file(folder / name / "adapter_model.safetensors") for folder in (tmp_path / "whole", moved)
+        )
+        assert all(torch.equal(expected[name], found[name]) for name in expected), name
+    log, other = (pd.read_csv(folder / "training_log.csv") for folder in (tmp_path / "whole", moved))
+    pd.testing.assert_frame_equal(log, other, check_exact=True)
+    assert log["step"].to_list() == list(range(1, 13))
 
 
 def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tmp_path):
     tok, lora = build()
-    examples = training.make_examples(tok, demo_rows(8), **OPTIONS)
+    examples = training.make_examples(tok, demo_rows(4), **SHORT)
     training.train(lora, tok, examples, [], tmp_path, max_steps=1, **FAST)
+    stale = tmp_path / "checkpoints" / "checkpoint-1" / "stale"
+    stale.touch()
     with pytest.raises(TrainingError, match="other rows or settings"):
         training.train(lora, tok, examples[1:], [], tmp_path, max_steps=1, resume=True, **FAST)
-    training.train(lora, tok, examples[1:], [], tmp_path, max_steps=2, activation_checkpointing=True, **FAST)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"] or sorted(
-        path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")
-    ) == ["checkpoint-1", "checkpoint-2"]
+    with pytest.raises(TrainingError, match="other rows or settings"):
+        training.train(lora, tok, examples, [], tmp_path, max_steps=1, resume=True, **FAST | dict(warmup_steps=1))
+    training.train(lora, tok, examples[1:], [], tmp_path, max_steps=2, **FAST)
+    assert not stale.exists() and training.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+
+
+def test_rows_without_an_answer_in_the_style_are_named():
+    tok = load_tokenizer(TINY)
+    rows = demo_rows(3).assign(response=["1. why", "", " "], source=["a.csv:1", "a.csv:2", "a.csv:3"])
+    with pytest.raises(TrainingError, match=r"2 of 3 rows are refused \(a.csv:2, a.csv:3\).*reason_json"):
+        training.make_examples(tok, rows, max_tokens=400, style="reason_json", system_placement="user")
+    with pytest.raises(TrainingError, match=r"1 of 1 rows are refused \(row 1\).*raise max_tokens to"):
+        training.make_examples(tok, demo_rows(1), max_tokens=20, style="plain", system_placement="user")
 
 
 def test_shown_example_marks_the_supervised_part():
