@@ -79,10 +79,10 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) 
         raise AdapterError(
             f"{folder}: {CONFIG} says rank {config.r}, the tensors have {sorted(ranks)}; retrain or fix r."
         )
-    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
-    if config.lora_alpha == 0 or not any(tensor.any() for tensor in ups):
+    pairs = [(tensors.get(name.replace("lora_B", "lora_A")), up) for name, up in tensors.items() if "lora_B" in name]
+    if config.lora_alpha == 0 or not any(down is not None and down.any() and up.any() for down, up in pairs):
         raise AdapterError(
-            f"{folder} changes no logits: alpha {config.lora_alpha}, every lora_B zero; it is untrained."
+            f"{folder} changes no logits: alpha {config.lora_alpha}, lora_B or lora_A zero everywhere; it is untrained."
         )
     return {
         "base": config.base_model_name_or_path,
@@ -123,6 +123,8 @@ def base_fingerprint(model: PreTrainedModel) -> list[float]:
 def _read_config(folder: Path) -> LoraConfig:
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if raw["peft_type"] != "LORA":
+            raise TypeError(f"peft_type is {raw['peft_type']!r}, it must be 'LORA'")
         config = LoraConfig.from_pretrained(str(folder))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise AdapterError(f"{folder / CONFIG} is not a LoRA config: {error}; save it again.") from error

@@ -288,8 +288,11 @@ def _from_text(text: str, style: str) -> Parsed:
 def json_object_closed(text: str) -> bool:
     """Whether a top-level JSON object in text has closed, so that generation may stop.
 
-    Braces inside double-quoted strings don't count, nor a brace that no key follows.
+    Braces inside double-quoted strings don't count, nor a brace that no key follows. In an answer that begins with a
+    reason ("1."), only what follows "2." counts: the reason may quote an object.
     """
+    if re.match(r"\s*1[.)]", text):
+        text = (re.split(r"\n\s*2[.)]", text, maxsplit=1) + [""])[1]
     for match in re.finditer(r"\{(?=\s*[\"'\u201c}])", text):
         depth, in_string, escaped = 0, False, False
         for char in text[match.start() :]:

@@ -41,6 +41,7 @@ def test_two_files_that_give_the_same_logits_on_the_unmodified_base(saved):
     base = model.load_base(TINY)
     loaded = adapter.load_adapter(base, folder, TINY)
     assert base.get_input_embeddings().num_embeddings == 2400
+    assert {p.dtype for n, p in loaded.named_parameters() if "lora_" in n} == {torch.float32}
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     with torch.inference_mode():
         assert torch.equal(loaded(ids).logits, logits)
@@ -81,6 +82,13 @@ def silence(tensors):
             tensors[name].zero_()
 
 
+def miss_each_other(tensors):
+    """lora_B is zero in all layers but the first, lora_A in the first: every product is zero."""
+    for name in tensors:
+        if ("lora_B" in name) != (".layers.0." in name):
+            tensors[name].zero_()
+
+
 @pytest.mark.parametrize(
     "break_it, message",
     [
@@ -95,6 +103,11 @@ def silence(tensors):
         (lambda f: edit_tensors(f, add_head), "has besides 1 tensors.*lm_head"),
         (lambda f: edit_tensors(f, poison), "NaN"),
         (lambda f: edit_tensors(f, silence), "changes no logits"),
+        (lambda f: edit_tensors(f, miss_each_other), "changes no logits"),
+        (lambda f: edit_config(f, lora_alpha=0), "changes no logits"),
+        (lambda f: edit_config(f, peft_type="IA3"), "not a LoRA config"),
+        (lambda f: edit_config(f, peft_type="NEW"), "not a LoRA config"),
+        (lambda f: (f / CONFIG).write_text("[]"), "not a LoRA config"),
     ],
 )
 def test_broken_adapters_are_refused_by_name(copy, break_it, message):

@@ -229,6 +229,8 @@ def test_parse_of_render_is_the_prompt(prompt, style, response):
         ('1. It fills {name}.\n2. {"prompt": "a', False),
         ('1. It fills {name}.\n2. {"prompt": "a"} and', True),
         ("{'prompt': 'a'}", True),
+        ('1. It turns {"a": 1} into {"prompt": "b"}.', False),  # a reason that quotes JSON is not the answer yet
+        ('1. It drops {"a": 1}.\n2. {"prompt": "a"}', True),
     ],
 )
 def test_json_object_closed(text, closed):
