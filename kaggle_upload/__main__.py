@@ -1,0 +1,126 @@
+"""Publish on Kaggle, through the kaggle program: python -m kaggle_upload adapter|base|wheels|notebook|submit --help"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kaggle_upload import notebook, stage, wheels
+from kaggle_upload.contents import adapter_content, base_content
+from kaggle_upload.handles import Page, UploadError, Variation, check_slug
+from kaggle_upload.publish import Publish, show
+from kaggle_upload.remote import Remote, RemoteDataset, RemoteModel
+
+VERSIONS = stage.HERE / "versions.csv"
+NOTEBOOK = stage.HERE.parent / "notebooks" / "submission.ipynb"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m kaggle_upload", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    made = {}
+    for name, text in (
+        ("adapter", "a LoRA adapter as a new version of a private model's variation"),
+        ("base", "a 4-bit base checkpoint, likewise; an interrupted upload is resumed"),
+        ("wheels", "our wheel and the pinned ones that Kaggle's image lacks, as a private dataset"),
+        ("notebook", "push notebooks/submission.ipynb: private, no internet, 2x T4, pinned sources"),
+        ("submit", "hand in a finished version of the notebook"),
+    ):
+        made[name] = sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--dry-run", action="store_true", help="show what would be sent; ask and write nothing")
+        sub.add_argument(
+            "--timeout", type=float, default=120, metavar="S", help="of a call besides transfers (%(default)s s)"
+        )
+    for name in ("adapter", "base", "wheels"):
+        sub = made[name]
+        form = "OWNER/DATASET" if name == "wheels" else "OWNER/MODEL/transformers/VARIATION"
+        if name != "wheels":
+            sub.add_argument("dir", type=Path, metavar="DIR")
+        sub.add_argument("--to", required=True, metavar=form)
+        sub.add_argument(
+            "--notes", required=name == "adapter", default=f"{name} by kaggle_upload", help="of the version"
+        )
+        how = "download" if name == "adapter" else "list"
+        text = "compare names and sizes, or sha256 too (%(default)s)"
+        sub.add_argument("--verify", choices=("list", "download"), default=how, help=text)
+        sub.add_argument("--force", action="store_true", help="publish unchanged content once more")
+        text = "where files are staged until they stand on Kaggle; on DIR's file system they are links"
+        sub.add_argument("--work", type=Path, help=text + " (DIR/../.kaggle_upload; wheels: outputs/kaggle_upload)")
+        sub.add_argument("--versions", type=Path, default=VERSIONS, metavar="CSV", help="the record (%(default)s)")
+    made["adapter"].add_argument("--with-library", action="store_true", help="send our wheel along")
+    made["notebook"].add_argument("--to", required=True, metavar="OWNER/NOTEBOOK")
+    for option in ("--adapter", "--base"):
+        made["notebook"].add_argument(option, required=True, metavar="OWNER/MODEL/transformers/VARIATION/N")
+    made["notebook"].add_argument("--wheels", required=True, metavar="OWNER/DATASET")
+    made["notebook"].add_argument("--file", type=Path, default=NOTEBOOK, metavar="IPYNB")
+    made["submit"].add_argument("--notebook", required=True, metavar="OWNER/NOTEBOOK/N")
+    made["submit"].add_argument("--message", required=True)
+    made["submit"].add_argument("--output", default="submission.csv", help="the notebook's output file (%(default)s)")
+    for name in ("notebook", "submit"):
+        made[name].add_argument("--competition", required=True, metavar="SLUG")
+    return top
+
+
+def publish(args: argparse.Namespace, temp: Path) -> None:
+    """adapter, base and wheels."""
+    handle: Variation | Page
+    details: dict[str, Any] = {}
+    remote: Remote
+    if args.command == "wheels":
+        handle = Page.parse(args.to, "dataset")
+        metadata = stage.dataset_metadata(handle)
+        remote = RemoteDataset(handle, args.timeout)
+        content = stage.read(wheels.collect(temp))
+        work = Path("outputs/kaggle_upload")
+    else:
+        handle = Variation.parse(args.to)
+        metadata = stage.model_metadata(handle)
+        remote = RemoteModel(handle, args.timeout)
+        if args.command == "adapter":
+            content, details = adapter_content(args.dir, wheels.build_library(temp) if args.with_library else None)
+        else:
+            content, details = base_content(args.dir)
+        work = args.dir.resolve().parent / ".kaggle_upload"
+    if args.dry_run:
+        return show(handle, content, metadata, args.notes)
+    work = (args.work or work).resolve()
+    Publish(remote, content, metadata, args.notes, work, args.versions, args.verify, args.force, details).run()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if all that was asked for stands on Kaggle, else 1."""
+    args = parser().parse_args(argv)
+    try:
+        if args.command in ("adapter", "base", "wheels"):
+            with tempfile.TemporaryDirectory() as temp:
+                publish(args, Path(temp))
+        elif args.command == "notebook":
+            handle = Page.parse(args.to, "notebook")
+            models = [Variation.parse(text, pinned=True) for text in (args.adapter, args.base)]
+            sources = (models, Page.parse(args.wheels, "dataset"), check_slug(args.competition, "competition"))
+            metadata = stage.notebook_metadata(handle, args.file.name, *sources)
+            stage.pick(args.file.parent, [args.file.name])
+            if args.dry_run:
+                print(f"would push {args.file} with kernel-metadata.json: {json.dumps(metadata, indent=2)}")
+            else:
+                print(f"{handle}/{notebook.push(handle, args.file, metadata, args.timeout)}")
+        else:
+            version = Page.parse(args.notebook, "notebook", pinned=True)
+            check_slug(args.competition, "competition")
+            if args.dry_run:
+                print(f"would hand in {args.output} of {version} to {args.competition}: {args.message!r}")
+            else:
+                notebook.submit(version, args.competition, args.output, args.message, args.timeout)
+    except (UploadError, ValueError, OSError) as error:  # AdapterError and Nf4Error are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

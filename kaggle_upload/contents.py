@@ -1,0 +1,93 @@
+"""What an adapter and a base consist of: the only place where publishing the two differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kaggle_upload.handles import UploadError
+from kaggle_upload.stage import ADAPTER, BASE, Content, pick, read
+
+SCORES = ("scs_before", "scs_after", "scs_after_ci", "gain_ci", "exact_match", "stopped_by_eos", "n", "encoder")
+
+
+def adapter_content(folder: Path, wheel: Path | None = None) -> tuple[Content, dict[str, Any]]:
+    """The adapter's two files (and the library's wheel), and what versions.csv says about them.
+
+    Style, rows hash and scores come from evaluation.json beside the folder as far as it holds them. Raises UploadError,
+    or AdapterError for files that are not a working adapter.
+    """
+    paths = pick(folder, ADAPTER)
+    from prompt_recovery.adapter import check_adapter  # imports torch
+
+    about = check_adapter(folder)
+    evaluation = _json(folder.resolve().parent / "evaluation.json") or {}
+    scores = {key: evaluation[key] for key in SCORES if evaluation.get(key) is not None}
+    details = {
+        "base": about["base"],
+        "rank": about["rank"],
+        "style": evaluation.get("style") or "",
+        "rows_hash": evaluation.get("rows_hash") or "",
+        "scores": json.dumps(scores) if scores else "",
+    }
+    return read([*paths, *([wheel] if wheel else [])]), details
+
+
+def base_content(folder: Path) -> tuple[Content, dict[str, Any]]:
+    """The checkpoint's files, and what versions.csv says about them.
+
+    Raises UploadError (or experts.Nf4Error) for a folder that is not a whole 4-bit checkpoint of this project: pieces
+    missing or cut short, no tokenizer, another quantisation.
+    """
+    paths = {path.name: path for path in pick(folder, BASE)}
+    if "config.json" not in paths:
+        raise UploadError(f"{folder} holds no config.json: give the folder that save_pretrained wrote.")
+    from prompt_recovery.experts import check_folder  # imports torch
+
+    if not check_folder(folder):
+        raise UploadError(
+            f"{folder} is not in 4 bits and would not fit 2x T4: load it with four_bit and save it again."
+        )
+    if not {"tokenizer.json", "tokenizer.model"} & paths.keys():
+        raise UploadError(
+            f"{folder} holds neither tokenizer.json nor tokenizer.model: copy them from the 16-bit model."
+        )
+    weights = {name for name in paths if name.endswith(".safetensors")}
+    index = _json(folder / "model.safetensors.index.json")
+    wanted = set(index["weight_map"].values()) if index else {"model.safetensors"}
+    if weights != wanted:
+        raise UploadError(
+            f"{folder} lacks {sorted(wanted - weights)} and has besides {sorted(weights - wanted)}: save it again, whole."
+        )
+    for name in sorted(weights):
+        _check_length(paths[name])
+    left = sorted(path.name for path in folder.iterdir() if path.name not in paths)
+    if left:
+        print(f"not sent: {', '.join(left)}")
+    return read(paths.values()), {"base": (_json(paths["config.json"]) or {}).get("_name_or_path") or ""}
+
+
+def _check_length(path: Path) -> None:
+    """Raises UploadError for a safetensors file that is shorter or longer than its header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < 2**27 else None  # its format allows 100 MB
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise UploadError(f"{path} is not a safetensors file: save it again.")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if path.stat().st_size != expected:
+        raise UploadError(f"{path} has {path.stat().st_size} bytes, its header says {expected}: save it again.")
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UploadError(f"{path} is not JSON: {error}; write it again.") from error

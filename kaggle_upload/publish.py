@@ -1,0 +1,225 @@
+"""The one way to publish: stage, create what is missing, send, find the version that holds the bytes, record it.
+
+The program's word is not taken for anything: it exits with 0 on errors, loses files, repeats creations whose reply was
+lost, and does not say which version it made. So versions are listed before and after, and compared with what was sent.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kaggle_upload import cli
+from kaggle_upload.handles import UploadError
+from kaggle_upload.remote import Remote
+from kaggle_upload.stage import HERE, Content, lay_out
+
+COLUMNS = ("handle", "version", "sha256", "base", "rank", "style", "rows_hash", "scores", "commit", "time")
+POLL = 1.0  # seconds between two looks at the list of versions, doubled each time up to 30
+SETTLE = 3  # looks at the list after a call that went wrong, in case its version appears late
+
+
+@dataclass
+class Publish:
+    """One publish: what goes where, and how sure it must be."""
+
+    remote: Remote
+    content: Content
+    metadata: dict[str, dict[str, Any]]
+    notes: str
+    work: Path
+    versions_csv: Path
+    verify: str = "list"  # or "download": compare sha256 instead of sizes
+    force: bool = False  # publish content that stands already once more
+    details: dict[str, Any] = field(default_factory=dict)  # for versions.csv
+    compared: dict[int, bool] = field(default_factory=dict)  # versions whose bytes were compared: are they ours?
+
+    def run(self) -> int:
+        """The number of the version that holds the content, new or old. Raises UploadError in any other case; run again,
+        it goes on where it stopped."""
+        self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _lock(self.work / f"{str(self.remote.handle).replace('/', '_')}.lock"):
+            key = hashlib.sha256(f"{self.remote.handle} {self.content.sha256}".encode()).hexdigest()[:16]
+            folder = self.work / key
+            # own staging path and own TMPDIR for each content: kaggle's program resumes a session by path, size and
+            # time alone, and would publish the bytes of an earlier file
+            (folder / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
+            lay_out(self.content, folder / "files", self.metadata)
+            versions = self._send(folder)
+            if changed := self.content.changed():
+                raise UploadError(
+                    f"{changed} changed while being published; {self.remote.handle}/{versions[0]} holds neither state for "
+                    "sure. Publish again when nothing writes to the folder."
+                )
+            if self.remote.private() is not True:
+                raise UploadError(f"{self.remote.handle}/{versions[0]} stands, but it is PUBLIC: make it private now.")
+            self._record(versions)
+            shutil.rmtree(folder)
+        handle, *copies = (f"{self.remote.handle}/{number}" for number in versions)
+        for copy in copies:
+            print(f"duplicate: {copy} holds the same bytes (the creation was repeated); you may delete it.")
+        print(handle)
+        return versions[0]
+
+    def _send(self, folder: Path) -> list[int]:
+        """The versions with the content, ascending; sent only if there are none."""
+        private = self.remote.private()
+        if private is None:
+            self.remote.create_container(folder / "files")
+            private = self.remote.private()
+        if private is False:
+            raise UploadError(
+                f"{self.remote.handle} is public, and so would the new version be. Make it private on its page, or choose "
+                "another handle."
+            )
+        standing = self.remote.versions()
+        journal = folder / "before.json"  # the newest version before an earlier, interrupted run for this content
+        before = json.loads(journal.read_text()) if journal.exists() else None
+        if before is not None and (ours := self._matching([n for n in standing if n > before], exact=True)):
+            print("An earlier run has published this already.")
+            return ours
+        if not self.force and (ours := self._known(standing)):
+            print("Unchanged: this content is published already, no new version is made (--force would).")
+            return ours
+        newest = max(standing, default=0)
+        journal.write_text(json.dumps(newest if before is None else before))
+        timeout = cli.transfer_timeout(self.remote.timeout, sum(self.content.sizes.values()))
+        for first in [False] if standing else [True, False]:
+            reply = self.remote.create_version(folder / "files", self.notes, first, timeout, folder / "tmp")
+            ours, others = self._find(newest, reply)
+            if ours:
+                return ours
+            _forget_sessions(folder / "tmp", reply)
+            if not others or reply.lost or reply.kind != "failed":
+                break  # else another publish made the variation first: ours becomes its next version
+        raise self._not_found(reply, others)
+
+    def _find(self, newest: int, reply: cli.Reply) -> tuple[list[int], list[int]]:
+        """Versions above `newest`: those with the content, and others. Waits for them to be listed, longer if the program
+        reported success."""
+        said_so = reply.kind == "ok" and re.search(r"was created|is being created", reply.out) is not None
+        clean = said_so and "Will retry" not in reply.err
+        deadline, pause, looks = time.monotonic() + self.remote.timeout, POLL, 0
+        ours, fresh = [], []
+        while True:
+            looks += 1
+            try:
+                fresh = [n for n in self.remote.versions() if n > newest]
+                ours = self._matching(fresh, self.verify == "download" or not clean or len(fresh) > 1)
+            except UploadError:
+                if time.monotonic() > deadline or not said_so:
+                    raise
+            done = bool(ours) if said_so else looks >= SETTLE
+            if done and (clean or looks >= SETTLE) or time.monotonic() + pause > deadline:
+                return ours, [n for n in fresh if n not in ours]
+            time.sleep(pause)
+            pause = min(2 * pause, 30)
+
+    def _matching(self, numbers: list[int], exact: bool) -> list[int]:
+        """Those versions whose names and sizes are ours and, if `exact`, whose bytes are."""
+        same = [number for number in numbers if self.remote.files(number) == self.content.sizes]
+        size = sum(self.content.sizes.values())
+        for number in same if exact else ():
+            if number not in self.compared:
+                print(f"Comparing the bytes of version {number} ({size / 1e6:,.1f} MB) ...", flush=True)
+                self.compared[number] = self.remote.hashes(number, size, self.work) == self.content.hashes
+        return [number for number in same if not exact or self.compared[number]]
+
+    def _known(self, standing: list[int]) -> list[int]:
+        """A version with this content: recorded in versions.csv and still listed, or the newest one if its bytes are ours."""
+        handle, newest = str(self.remote.handle), standing[-1:]
+        recorded = {int(row["version"]): row["sha256"] for row in _rows(self.versions_csv) if row["handle"] == handle}
+        ours = [n for n, sha256 in recorded.items() if sha256 == self.content.sha256 and n in standing]
+        if ours := self._matching(sorted(ours), exact=False):
+            return ours[-1:]
+        return [] if newest and newest[0] in recorded else self._matching(newest, exact=True)
+
+    def _not_found(self, reply: cli.Reply, others: list[int]) -> UploadError:
+        """The error for a publish after which no version holds the content."""
+        found = [f"{self.remote.handle}/{n} holds {self._difference(n)}" for n in others]
+        stand = f" What stands instead: {'; '.join(found)}. Delete what is yours and wrong." if found else ""
+        if reply.lost:
+            return UploadError(f"The upload of {', '.join(reply.lost)} failed.{stand} {cli.REMEDIES['failed']}")
+        if reply.kind == "ok":
+            return UploadError(f"Kaggle reports success but lists no such version.{stand} {cli.REMEDIES['failed']}")
+        error = reply.failure(f"Publishing {self.remote.handle}")
+        return UploadError(f"{error}{stand}")
+
+    def _difference(self, number: int) -> str:
+        files, sizes = self.remote.files(number), self.content.sizes
+        missing = sorted(sizes.keys() - files.keys())
+        if files == sizes:
+            return "other bytes of the same size"
+        return f"no {', '.join(missing)}" if missing else f"other files or sizes ({files})"
+
+    def _record(self, versions: list[int]) -> None:
+        """Append the versions that versions.csv lacks."""
+        self.versions_csv.parent.mkdir(parents=True, exist_ok=True)
+        handle, now = str(self.remote.handle), datetime.now(UTC).isoformat(timespec="seconds")
+        with _lock(self.versions_csv, "a+") as file:
+            known = {(row["handle"], row["version"]) for row in _rows(self.versions_csv)}
+            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+            if self.versions_csv.stat().st_size == 0:
+                writer.writeheader()
+            for number in versions:
+                if (handle, str(number)) not in known:
+                    row = {"handle": handle, "version": number, "sha256": self.content.sha256}
+                    writer.writerow(self.details | row | {"commit": commit(), "time": now})
+
+
+def show(handle: object, content: Content, metadata: dict[str, dict[str, Any]], notes: str) -> None:
+    """What a publish would send (--dry-run)."""
+    print(f"would publish to {handle} (private), notes {notes!r}, content sha256 {content.sha256}")
+    for name, (_, digest, size, _) in sorted(content.files.items()):
+        print(f"  {size:>14,} bytes  {digest}  {name}")
+    for name, values in metadata.items():
+        print(f"{name}: {json.dumps(values, indent=2, ensure_ascii=False)}")
+
+
+def commit() -> str:
+    """The repository's commit, with -dirty if files differ from it; empty where there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    if shutil.which("git") is None:
+        return ""
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _forget_sessions(temp: Path, reply: cli.Reply) -> None:
+    """Drop the upload sessions of lost files, so that the next run starts them afresh: 2.2.4 would try an expired or
+    refused one again and again. One that broke with its connection is kept, to be resumed."""
+    for name in reply.lost:
+        if "onnection" not in reply.out:
+            for session in temp.rglob(f"*{name}.json"):
+                session.unlink()
+
+
+@contextmanager
+def _lock(path: Path, mode: str = "a") -> Iterator[Any]:
+    """The opened file, held by this process alone; a second publish to the same handle waits here."""
+    with path.open(mode, newline="", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Waiting for another publish that holds {path.name} ...", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
