@@ -8,7 +8,8 @@ import jupytext
 import pandas as pd
 import papermill
 import pytest
-from conftest import ROOT, TINY
+import run as run_demo  # demo/run.py
+from conftest import ROOT, TINY  # puts demo/ on the path
 
 from prompt_recovery import metric
 
@@ -37,17 +38,16 @@ def run(name, folder, **parameters):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("style, placement, pad", [("plain", "user", "<pad>"), ("reason_json", "turn", "unk")])
-def test_both_notebooks_run(tmp_path, style, placement, pad):
-    rows = pd.read_csv(ROOT / "demo" / "rows.csv", dtype=str).head(24)
+def test_both_notebooks_run_on_natural_rows(tmp_path):
+    rows = pd.read_csv(ROOT / "demo" / "natural_rows.csv", dtype=str)
     rows["response"] = '1. The voice changed. \n2. {"prompt": "x"}'
     rows.to_csv(tmp_path / "rows.csv", index=False)
     test = pd.read_csv(ROOT / "demo" / "test.csv", dtype=str).head(5)
     test.to_csv(tmp_path / "test.csv", index=False)
-    shared = dict(model_dir=str(TINY), style=style, system_placement=placement)
+    shared = dict(model_dir=str(TINY), style="reason_json", system_placement="turn")
     run(
         "train", tmp_path, train_csv=[str(tmp_path / "rows.csv")], output_dir=str(tmp_path / "out"), max_steps=2,
-        eval_fraction=0.2, encoder_dir=str(metric.minilm_dir()), pad=pad, **shared,
+        eval_fraction=0.05, encoder_dir=str(metric.minilm_dir()), pad="unk", batch_size=2, **shared,
     )  # fmt: skip
     out = tmp_path / "out"
     assert {p.name for p in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -72,10 +72,39 @@ def test_an_unknown_csv_stops_with_its_message(tmp_path):
     assert len(str(caught.value)) < 2000  # a message, not a page
 
 
+def test_demo_trains_on_the_rows_given_and_uses_nothing_stale(tmp_path, monkeypatch, capsys):
+    """What `make demo ROWS=path.csv` runs, with plain answers and <pad>."""
+    output = tmp_path / "demo"
+    monkeypatch.setattr(run_demo, "OUTPUT", output)
+    (output / "train" / "checkpoints" / "checkpoint-7").mkdir(parents=True)
+    (output / "train" / "checkpoints" / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    bad = tmp_path / "bad.csv"
+    bad.write_text("id,text\n1,a\n")
+    with pytest.raises(SystemExit, match=r"bad.csv has no column original_text"):
+        run_demo.main(["--rows", str(bad)])
+    assert (output / "train").exists()  # a mistyped path costs nothing
+    own = pd.read_csv(ROOT / "demo" / "rows.csv", dtype=str).tail(24)
+    own.to_csv(tmp_path / "own rows.csv", index=False)
+    run_demo.main(["--rows", str(tmp_path / "own rows.csv")])
+    assert {path.name for path in (output / "train" / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    assert set(pd.read_csv(output / "train" / "predictions.csv", dtype=str)["id"]) < set(own["id"])
+    assert not list((output / "train").rglob("checkpoint-7"))
+    answers = pd.read_csv(output / "submission.csv", dtype=str, keep_default_na=False)
+    assert answers["id"].to_list() == pd.read_csv(ROOT / "demo" / "test.csv", dtype=str)["id"].to_list()
+    assert (answers["rewrite_prompt"].str.strip() != "").all()
+    report = capsys.readouterr().out.split("== report")[1]
+    assert "24 in own rows.csv" in report and "peak memory" in report and "95%" in report
+    assert report.count("  truth ") == report.count("  after ") > 0 and "submission.csv" in report
+
+
 def test_importing_the_package_is_cheap():
-    code = "import sys, time; t = time.perf_counter(); import prompt_recovery; "
-    code += "print(time.perf_counter() - t, 'torch' in sys.modules)"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout.split()
-    assert float(out[0]) < 0.2 and out[1] == "False"
+    times = []
+    for _ in range(3):  # the least of three: other programs may hold the machine up
+        command = [sys.executable, "-X", "importtime", "-c", "import prompt_recovery"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr.splitlines()
+        modules = {line.split("|")[-1].strip(): int(line.split("|")[1]) for line in lines[1:]}
+        assert "torch" not in modules
+        times.append(modules["prompt_recovery"] / 1e6)
+    assert min(times) < 0.2
