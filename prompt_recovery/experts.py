@@ -62,11 +62,12 @@ def check_supported(name: str, experts: nn.Module) -> None:
 
 class Nf4Config(BitsAndBytesConfig):
     """The `quantization_config` for `from_pretrained`: NF4 with double quantisation, blocks of 64, experts included.
+    base: public name of the model that is quantised, kept in the saved folder.
 
     Raises Nf4Error for the config of another layout (a folder saved by another version).
     """
 
-    def __init__(self, layout: str = LAYOUT, **_: Any):
+    def __init__(self, layout: str = LAYOUT, base: str = "", **_: Any):
         if layout != LAYOUT:
             raise Nf4Error(
                 f"The folder's 4-bit layout is {layout!r}, this version reads {LAYOUT!r}: quantise the 16-bit model again."
@@ -74,10 +75,13 @@ class Nf4Config(BitsAndBytesConfig):
         super().__init__(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         self.quant_method = METHOD
         self.layout = layout
+        self.base = base
 
     def to_dict(self) -> dict[str, Any]:
         # without load_in_4bit, by which transformers would take the folder for one of bitsandbytes' own layout
-        return {"quant_method": METHOD, "layout": self.layout, "quant_type": "nf4", "block": BLOCK}
+        return {
+            "quant_method": METHOD, "layout": self.layout, "base": self.base, "quant_type": "nf4", "block": BLOCK,
+        }  # fmt: skip
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -225,6 +229,16 @@ def summary(model: PreTrainedModel) -> list[Part]:
             total[1] += size
     parts = [Part(part, count, precision, size / 2**30) for (part, precision), (count, size) in rows.items()]
     return sorted(parts, key=lambda part: -part.gib)
+
+
+def summary_text(model: PreTrainedModel) -> str:
+    """`summary` as lines of text, with the sum."""
+    parts = summary(model)
+    lines = [
+        f"{part.part:<12}{part.parameters / 1e9:9.3f} B  {part.precision:<10}{part.gib:7.2f} GiB" for part in parts
+    ]
+    total = f"{'together':<12}{sum(part.parameters for part in parts) / 1e9:9.3f} B  {'':<10}"
+    return "\n".join([*lines, f"{total}{sum(part.gib for part in parts):7.2f} GiB"])
 
 
 def check_quantised(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from prompt_recovery import experts, memory
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -32,8 +35,12 @@ def check_model_dir(model_dir: str | Path) -> Path:
 
 
 def base_id(model_dir: str | Path) -> str:
-    """A public name for the base: `_name_or_path` of its config if that is owner/name, else the folder's name."""
-    name = json.loads((check_model_dir(model_dir) / "config.json").read_text()).get("_name_or_path", "")
+    """A public name for the base: `_name_or_path` of its config if that is owner/name, else the folder's name; for a
+    folder of `save_quantised`, that of the model it was made from."""
+    config = json.loads((check_model_dir(model_dir) / "config.json").read_text())
+    name = config.get("quantization_config", {}).get("base") or config.get("_name_or_path", "")
+    if "quantization_config" in config and name:
+        return name
     public = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
     return name if public else Path(model_dir).resolve().name
 
@@ -46,27 +53,64 @@ def default_dtype() -> torch.dtype:
 
 
 def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit: bool = False) -> PreTrainedModel:
-    """The base model with frozen weights in eval mode, on the GPU if there is one.
+    """The base model with frozen weights in eval mode, on the GPUs if there are any (see `memory.place`).
 
-    dtype: of the weights; None takes `default_dtype()`.
-    Raises ModelError for a folder without config or safetensors, and for four_bit.
+    dtype: of the weights that stay 16 bit and of the computation; None takes `default_dtype()`.
+    four_bit: linear layers and experts become NF4 while they are read, one layer's experts at a time; a folder that
+    `save_quantised` wrote is in 4 bits already. Prints what is kept in which precision.
+    Raises ModelError for a folder without config or safetensors, or a 4-bit folder with four_bit=False; Nf4Error for
+    another 4-bit layout or where a part that should be 4-bit is not; TooLittleMemory before anything loads.
     """
     folder = check_model_dir(model_dir)
+    quantised = experts.check_folder(folder)
+    if quantised and not four_bit:
+        raise ModelError(f"model_dir {folder} holds a 4-bit model; set four_bit=True, or give the 16-bit folder.")
+    dtype = dtype or default_dtype()
+    placed = None
+    if torch.cuda.is_available():
+        free = memory.free_memory()
+        sizes = memory.sizes(folder, dtype, four_bit)
+        placed = memory.device_map(sizes, memory.place(sizes, list(free.values())), list(free))
     if four_bit:
-        # refused rather than done halfway: transformers' load_in_4bit leaves Mixtral's experts (97% of it) in 16 bit
-        raise ModelError("four_bit=True is not available: stock 4-bit loading leaves Mixtral's experts in 16 bit.")
+        experts.register()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=dtype or default_dtype(),
-        device_map="auto" if torch.cuda.is_available() else None,
+        dtype=dtype,
+        device_map=placed,
         local_files_only=True,
+        **({"quantization_config": experts.Nf4Config(base=base_id(folder))} if four_bit and not quantised else {}),
     )
-    if not torch.cuda.is_available():
+    if four_bit:
+        experts.check_quantised(model)
+        print(experts.summary_text(model))
+    elif not torch.cuda.is_available():
         # transformers takes batched_mm for decoding, which copies the experts' weights for every token: 37 s a training
         # step of the demo on 2 cores, where eager takes 0.5 s
         model.set_experts_implementation("eager")
     model.generation_config = GenerationConfig(eos_token_id=2, bos_token_id=1)  # no sampling settings from the hub
     return model.eval().requires_grad_(False)
+
+
+def save_quantised(model: PreTrainedModel, model_dir: str | Path, quantised_dir: str | Path) -> Path:
+    """Write a 4-bit model as a folder that loads without quantising again, with the tokenizer's files of model_dir.
+
+    Written beside the target and moved there when whole. Raises Nf4Error if the model is not in 4 bits, ModelError if
+    quantised_dir is there already.
+    """
+    experts.check_quantised(model)
+    if not hasattr(model.config, "quantization_config"):
+        raise experts.Nf4Error("The model is not in 4 bits: load it with four_bit=True first.")
+    target = Path(quantised_dir)
+    if target.exists():
+        raise ModelError(f"{target} is there already; give a new folder, or remove it.")
+    staging = target.with_name(target.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    for pattern in ("tokenizer*", "special_tokens_map.json"):
+        for path in Path(model_dir).glob(pattern):
+            shutil.copy2(path, staging / path.name)
+    staging.rename(target)
+    return target
 
 
 def load_config(model_dir: str | Path) -> Any:

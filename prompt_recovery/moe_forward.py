@@ -13,19 +13,25 @@ import torch
 from torch import nn
 from transformers.integrations import moe
 
-from prompt_recovery.nf4 import fast_kernels, weights
+from prompt_recovery.nf4 import expert_weight, fast_kernels, gemm, weights
+
+# up to this many tokens (a decode step) the rows are few: a kernel that reads the packed weights once beats dequantising
+FEW_TOKENS = 64
+FEW_TOKENS_WITHOUT_TRITON = 32  # where bitsandbytes' fused GEMM runs every expert on every row
 
 
 class Routing(NamedTuple):
     """Where the R = T * top_k rows go. order [R]: flat (token, choice) index of each row in expert order; inverse [R]:
     row of each flat index; ends [E] int32 on the device: end of each expert's rows; bounds: the same on the host, read
-    (one host sync) only where no grouped GEMM takes `ends` from the device."""
+    (one host sync) only where no grouped GEMM takes `ends` from the device; one_by_one: dequantise an expert at a time
+    (a T4 has no room for a layer) instead of the layer, which forward, recomputation and backward can share."""
 
     order: torch.Tensor
     inverse: torch.Tensor
     ends: torch.Tensor
     bounds: list[int] | None
     top_k: int
+    one_by_one: bool
 
 
 def _grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
@@ -36,7 +42,7 @@ def _grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     )  # fmt: skip
 
 
-def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype) -> Routing:
+def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype, one_by_one: bool = False) -> Routing:
     """Sort once for the whole layer. top_k_index: [T, top_k] integers in [0, experts)."""
     flat = top_k_index.reshape(-1).to(torch.int32)
     ordered, order = torch.sort(flat, stable=True)
@@ -45,21 +51,60 @@ def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype) -> Routin
     numbers = torch.arange(experts, device=order.device, dtype=torch.int32)
     ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
     bounds = None if _grouped_gemm(flat.device, dtype) else ends.tolist()
-    return Routing(order, inverse, ends, bounds, top_k_index.shape[-1])
+    return Routing(order, inverse, ends, bounds, top_k_index.shape[-1], one_by_one and bounds is not None)
 
 
-def _matmul(rows: torch.Tensor, weight: torch.Tensor, routing: Routing, transpose: bool) -> torch.Tensor:
+def _matmul(rows: torch.Tensor, experts: nn.Module, projection: str, routing: Routing, transpose: bool) -> torch.Tensor:
     """Each expert's rows times its weight [N, K], transposed (rows [R, K] -> [R, N]) or not ([R, N] -> [R, K])."""
-    weight = weight.transpose(1, 2) if transpose else weight
-    if routing.bounds is None and not (rows.shape[1] % 8 or weight.shape[2] % 8) and rows.shape[0]:
-        return nn.functional.grouped_mm(rows, weight, offs=routing.ends)
-    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    packed = getattr(experts, f"{projection}_packed")
+    size, width = packed.shape[1], packed.shape[2] * 2
+    if not routing.one_by_one:
+        weight = weights(experts, projection, rows.dtype)
+        if routing.bounds is None and not (size % 8 or width % 8) and rows.shape[0]:
+            return nn.functional.grouped_mm(rows, weight.transpose(1, 2) if transpose else weight, offs=routing.ends)
+    out = rows.new_empty(rows.shape[0], size if transpose else width)
     start = 0
     for expert, end in enumerate(routing.ends.tolist() if routing.bounds is None else routing.bounds):
         if end > start:
-            torch.mm(rows[start:end], weight[expert], out=out[start:end])
+            one = routing.one_by_one
+            matrix = expert_weight(experts, projection, expert, rows.dtype) if one else weight[expert]
+            torch.mm(rows[start:end], matrix.t() if transpose else matrix, out=out[start:end])
         start = end
     return out
+
+
+def _every_expert(
+    x: torch.Tensor, experts: nn.Module, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Few rows without Triton: bitsandbytes' fused 4-bit GEMM of every expert on every row, with weight 0 where the
+    router did not choose it. No host sync, so that a decode step can be a CUDA graph. x [T, H] -> [T, H]."""
+    chosen = torch.zeros(x.shape[0], experts.num_experts, device=x.device, dtype=torch.float32)
+    chosen.scatter_add_(1, top_k_index, top_k_weights.float())
+    out = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
+    for expert in range(experts.num_experts):
+        rows = experts._apply_gate(gemm(x, experts, "gate_up_proj", expert))
+        out += gemm(rows, experts, "down_proj", expert).float() * chosen[:, expert, None]
+    return out.to(x.dtype)
+
+
+def _few_rows(
+    x: torch.Tensor, experts: nn.Module, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor | None:
+    """The output [T, H] where x has few rows and a kernel for them is there, else None. No gradients."""
+    if torch.is_grad_enabled() or x.device.type != "cuda" or not 0 < x.shape[0] <= FEW_TOKENS:
+        return None
+    if x.dtype not in (torch.float16, torch.bfloat16) or not _plain_swiglu(experts):
+        return None
+    if fast_kernels(x.device) is not None:
+        from prompt_recovery import kernels_decode
+
+        return kernels_decode.few_rows(x, top_k_index, top_k_weights, experts)
+    return _every_expert(x, experts, top_k_index, top_k_weights) if x.shape[0] <= FEW_TOKENS_WITHOUT_TRITON else None
+
+
+def _plain_swiglu(experts: nn.Module) -> bool:
+    silu = isinstance(experts.act_fn, nn.SiLU) or type(experts.act_fn).__name__ == "SiLUActivation"
+    return silu and type(experts)._apply_gate is moe._default_apply_gate
 
 
 def _gather(x: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -87,15 +132,15 @@ class _GateUp(torch.autograd.Function):
         # inside a backward pass this is a recomputation by activation checkpointing
         if torch._C._current_graph_task_id() != -1 and kept is not None and kept.shape[0] == routing.order.numel():
             return kept
-        out = _matmul(_gather(x, routing), weights(experts, "gate_up_proj", x.dtype), routing, transpose=True)
+        out = _matmul(_gather(x, routing), experts, "gate_up_proj", routing, transpose=True)
         if keep and torch._C._current_graph_task_id() == -1:
             experts.__dict__["_kept_gate_up"] = out.detach()
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        weight = weights(ctx.experts, "gate_up_proj", grad.dtype)
-        return _combine(_matmul(grad.contiguous(), weight, ctx.routing, transpose=False), ctx.routing), None, None, None
+        rows = _matmul(grad.contiguous(), ctx.experts, "gate_up_proj", ctx.routing, transpose=False)
+        return _combine(rows, ctx.routing), None, None, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -138,12 +183,12 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, experts, routing):
         ctx.experts, ctx.routing = experts, routing
-        return _combine(_matmul(rows, weights(experts, "down_proj", rows.dtype), routing, transpose=True), routing)
+        return _combine(_matmul(rows, experts, "down_proj", routing, transpose=True), routing)
 
     @staticmethod
     def backward(ctx, grad):
-        weight = weights(ctx.experts, "down_proj", grad.dtype)
-        return _matmul(_gather(grad, ctx.routing), weight, ctx.routing, transpose=False), None, None
+        rows = _matmul(_gather(grad, ctx.routing), ctx.experts, "down_proj", ctx.routing, transpose=False)
+        return rows, None, None
 
 
 @torch.compiler.disable
@@ -158,11 +203,14 @@ def experts_forward(
     kind = hidden_states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
     with torch.autocast(kind, enabled=False):
-        routing = route(top_k_index, self.num_experts, dtype)
-        keep = getattr(self, "keep_gate_up", False) and torch.is_grad_enabled()
+        few = _few_rows(hidden_states.to(dtype), self, top_k_index, top_k_weights)
+        if few is not None:
+            return few.to(hidden_states.dtype)
+        training = torch.is_grad_enabled()
+        routing = route(top_k_index, self.num_experts, dtype, one_by_one=not training and kind == "cuda")
+        keep = getattr(self, "keep_gate_up", False) and training
         rows = _GateUp.apply(hidden_states.to(dtype), self, routing, keep)
-        silu = isinstance(self.act_fn, nn.SiLU) or type(self.act_fn).__name__ == "SiLUActivation"
-        if silu and type(self)._apply_gate is moe._default_apply_gate:
+        if _plain_swiglu(self):
             rows = _SwiGlu.apply(rows, top_k_weights, routing.order)
         else:
             rows = (self._apply_gate(rows) * top_k_weights.reshape(-1)[routing.order, None]).to(dtype)

@@ -8,6 +8,7 @@ recomputation (activation checkpointing) and its backward share one dequantisati
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from typing import Any
 
@@ -58,8 +59,11 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def fast_kernels(device: torch.device) -> Any:
-    """The Triton kernels, or None where there is no CUDA device of sm80 or newer."""
+    """The Triton kernels, or None where there is no CUDA device of sm80 or newer. PROMPT_RECOVERY_TRITON=0 in the
+    environment switches them off, which is how the path of older GPUs is tested on a new one."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or torch.version.hip:
+        return None
+    if os.environ.get("PROMPT_RECOVERY_TRITON") == "0":
         return None
     from prompt_recovery import kernels
 
@@ -119,3 +123,19 @@ def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Te
     dequantise(pieces, dtype, out=buffer.room.view(*packed.shape[:2], -1))
     buffer.owner, buffer.key = weakref.ref(packed), key
     return buffer.room.view(*packed.shape[:2], -1)
+
+
+def expert_weight(experts: nn.Module, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """One expert's weight [N, K] in `dtype`, in memory of its own."""
+    pieces = {piece: getattr(experts, f"{projection}_{piece}").detach()[expert : expert + 1] for piece in PIECES}
+    return dequantise(pieces, dtype)[0]
+
+
+def gemm(x: torch.Tensor, experts: nn.Module, projection: str, expert: int) -> torch.Tensor:
+    """x [T, K] times one expert's weight transposed -> [T, N], by bitsandbytes' fused 4-bit GEMM."""
+    packed, absmax, nested, offset = (getattr(experts, f"{projection}_{piece}")[expert] for piece in PIECES)
+    code, _ = _tables(x.device)
+    return torch.ops.bitsandbytes.gemm_4bit(
+        x, packed.view(-1, 1), [packed.shape[0], packed.shape[1] * 2], nested.view(torch.float32), BLOCK, "nf4",
+        absmax_8bit=absmax, absmax_code=code, absmax_offset=offset.view(torch.float32),
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""How much memory a model takes, reckoned from its config before anything loads: sizes by part, layers on GPUs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prompt_recovery.experts import fused_experts
+from prompt_recovery.nf4 import BLOCK, NESTED_BLOCK, PROJECTIONS
+
+GIB = 2**30
+NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)  # a parameter, with double quantisation: 0.516
+# A guess with a margin: the room of CUDA's context, cuBLAS and the allocator's fragments
+RESERVE = GIB
+# Room for the KV cache that a placement must leave, in tokens: some three rows of the longest texts
+KV_TOKENS = 8192
+
+
+class TooLittleMemory(RuntimeError):
+    """Too little memory for what was asked; the message says how much is needed and how much there is."""
+
+
+class Sizes(NamedTuple):
+    """Bytes: of each decoder layer's weights; of what stands before the layers (embeddings) and behind (norm, lm_head);
+    of the KV cache for one token in one layer; of the 16-bit weights that are needed at a time while the model quantises
+    as it loads (one layer's gate and up projections, as read and merged) or computes (one expert). modules: where each part is, for a device_map."""
+
+    layers: tuple[int, ...]
+    before: int
+    behind: int
+    kv: int
+    workspace: int
+    modules: tuple[tuple[str, str], ...]  # (module name, "before" | "behind" | layer number)
+
+    @property
+    def weights(self) -> int:
+        return self.before + sum(self.layers) + self.behind
+
+
+def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
+    """Sizes of the model in model_dir when loaded in `dtype`, or with its linear layers and experts in 4 bits. The model
+    is built on the meta device, which takes no memory."""
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    quantised = hasattr(config, "quantization_config")
+    if quantised:
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head, wide = model.get_output_embeddings(), torch.finfo(dtype).bits // 8
+    bytes_of: dict[str, float] = {}
+    workspace = 0
+    for name, module in model.named_modules():
+        experts = fused_experts(module)
+        small = experts or (isinstance(module, nn.Linear) and module is not head and not name.endswith("gate"))
+        for key, tensor in module.named_parameters(recurse=False):
+            packed = four_bit and small and tensor.dim() > 1
+            bytes_of[f"{name}.{key}"] = tensor.numel() * (NF4_BYTES if packed else wide)
+        if experts and four_bit:
+            # as read, merged, and packed; or a matrix of each projection
+            loading = 2.25 * module.gate_up_proj.numel() * wide
+            computing = sum(getattr(module, key)[0].numel() * wide for key in PROJECTIONS)
+            workspace = max(workspace, round(computing if quantised else loading))
+    layers: dict[int, float] = {}
+    before = behind = 0.0
+    modules: dict[str, str] = {}
+    embeddings = model.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    inputs = {name for name, module in model.named_modules() if module is embeddings}
+    for name, size in bytes_of.items():
+        found = re.match(r"(.*?\blayers)\.(\d+)\.", name)
+        if found:
+            modules[f"{found[1]}.{found[2]}"] = found[2]
+            layers[int(found[2])] = layers.get(int(found[2]), 0) + size
+        elif name.rsplit(".", 1)[0] in inputs:
+            modules[name.rsplit(".", 1)[0]] = "before"
+            before += size
+        else:
+            modules[name.rsplit(".", 1)[0]] = "behind"
+            behind += size
+    for name, module in model.named_modules():
+        if name.endswith("rotary_emb") and not any(True for _ in module.parameters()):
+            modules[name] = "before"
+        if tied and module is head:
+            modules[name] = "before"  # one tensor, one device
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = 2 * config.num_key_value_heads * head_dim * wide
+    sized = tuple(round(layers[n]) for n in sorted(layers))
+    return Sizes(sized, round(before), round(behind), kv, workspace, tuple(modules.items()))
+
+
+def free_memory() -> dict[int, int]:
+    """Free bytes by GPU that this process may use. One of several processes on a host (accelerate launch) has the GPU of
+    its rank for itself."""
+    rank = os.environ.get("LOCAL_RANK")
+    devices = range(torch.cuda.device_count()) if rank is None else [int(rank) % torch.cuda.device_count()]
+    return {device: torch.cuda.mem_get_info(device)[0] for device in devices}
+
+
+def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list[int]:
+    """How many layers, in order, go to each GPU so that the fullest one, weights and KV cache of kv_tokens together, is
+    as empty as it can be. The fewest GPUs that have room are used; on one nothing is split. free: bytes of each.
+
+    Raises TooLittleMemory with what is needed and what is there, if all of them together have too little room.
+    """
+    for used in range(1, len(free) + 1):
+        split = _balance(sizes, free[:used], kv_tokens)
+        if split is not None:
+            return split + [0] * (len(free) - used)
+    needed = sizes.weights + kv_tokens * sizes.kv * len(sizes.layers)
+    each = sizes.workspace + RESERVE
+    raise TooLittleMemory(
+        f"The model needs {needed / GIB:.1f} GiB (weights {sizes.weights / GIB:.1f}, KV cache of {kv_tokens} tokens) and "
+        f"{each / GIB:.1f} GiB of working room on each GPU; free are {[round(f / GIB, 1) for f in free]} GiB. Free the "
+        "GPUs or add one; four_bit=True takes a quarter, and a folder of model.save_quantised needs less room to load."
+    )
+
+
+def _balance(sizes: Sizes, free: Sequence[int], kv_tokens: int) -> list[int] | None:
+    """The split over exactly these GPUs with the smallest largest share of room used; None if it does not fit."""
+    count, gpus = len(sizes.layers), len(free)
+    if gpus > count:
+        return None
+    costs = [size + kv_tokens * sizes.kv for size in sizes.layers]
+    sums = [0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+
+    def share(gpu: int, first: int, last: int) -> float:
+        used = sums[last] - sums[first] + sizes.before * (gpu == 0) + sizes.behind * (gpu == gpus - 1)
+        room = free[gpu] - sizes.workspace - RESERVE
+        return used / room if room > 0 else float("inf")
+
+    # best[n]: (largest share, split) with the first n layers on the GPUs so far
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for gpu in range(gpus):
+        nxt: dict[int, tuple[float, list[int]]] = {}
+        for first, (worst, split) in best.items():
+            for last in range(first + 1, count + 1):
+                candidate = max(worst, share(gpu, first, last))
+                if last not in nxt or candidate < nxt[last][0]:
+                    nxt[last] = (candidate, [*split, last - first])
+        best = nxt
+    worst, split = best[count]
+    return split if worst <= 1 else None
+
+
+def device_map(sizes: Sizes, split: Sequence[int], devices: Sequence[int]) -> dict[str, int]:
+    """transformers' device_map of a split over these GPU numbers: the part before the layers stands on the first GPU,
+    that behind on the last one that has layers."""
+    used = [device for device, layers in zip(devices, split, strict=True) for _ in range(layers)]
+    where = {"before": used[0], "behind": used[-1]}
+    return {name: where[part] if part in where else used[int(part)] for name, part in sizes.modules}
