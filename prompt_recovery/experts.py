@@ -94,7 +94,7 @@ class _QuantiseOp(ConversionOps):
         self.stock = stock
 
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
-        result = {}
+        result: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             module, attribute = get_module_from_name(model, name)
             if not fused_experts(module):

@@ -217,11 +217,11 @@ def experts_forward(
         return _Down.apply(rows, self, routing).to(hidden_states.dtype)
 
 
-def keep_gate_up(model: nn.Module, layers: int) -> None:
-    """Under activation checkpointing, keep the gate and up rows (4 * I * top_k bytes a token) of the last `layers` MoE
-    layers instead of recomputing them: then only attention and norms are recomputed there. 0 keeps none. Only with
-    checkpointing, and one forward before each backward."""
+def keep_gate_up(model: nn.Module, checkpointed: int, kept: int) -> None:
+    """Where the first `checkpointed` layers recompute their activations, let the last `kept` of them keep the gate and up
+    rows (2 * 2I * top_k bytes a token) from the forward pass: only attention and norms are then computed again. Needs a
+    backward after each forward."""
     found = [module for module in model.modules() if hasattr(module, "down_proj_packed")]
     for number, experts in enumerate(found):
         experts.__dict__.pop("_kept_gate_up", None)
-        experts.keep_gate_up = number >= len(found) - layers
+        experts.keep_gate_up = checkpointed - kept <= number < checkpointed

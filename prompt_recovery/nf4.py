@@ -113,16 +113,17 @@ def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Te
     packed = getattr(experts, f"{projection}_packed")
     buffer = _buffers.setdefault((packed.device, projection, dtype), _Buffer())
     key = (packed.data_ptr(), None if packed.is_inference() else packed._version, packed.shape)
-    if buffer.owner is not None and buffer.owner() is packed and buffer.key == key and buffer.room is not None:
-        return buffer.room.view(*packed.shape[:2], -1)
-    if buffer.room is None or buffer.room.numel() != packed.numel() * 2:
-        buffer.room = None  # freed before the new one is asked for
+    room = buffer.room
+    if room is None or room.numel() != packed.numel() * 2:
+        buffer.owner = buffer.room = room = None  # freed before the new one is asked for
         with torch.inference_mode(False):
-            buffer.room = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
-    buffer.owner = None  # a dequantisation that fails leaves nothing that looks valid
-    dequantise(pieces, dtype, out=buffer.room.view(*packed.shape[:2], -1))
-    buffer.owner, buffer.key = weakref.ref(packed), key
-    return buffer.room.view(*packed.shape[:2], -1)
+            buffer.room = room = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
+    matrices = room.view(*packed.shape[:2], -1)
+    if buffer.owner is None or buffer.owner() is not packed or buffer.key != key:
+        buffer.owner = None  # a dequantisation that fails leaves nothing that looks valid
+        dequantise(pieces, dtype, out=matrices)
+        buffer.owner, buffer.key = weakref.ref(packed), key
+    return matrices
 
 
 def expert_weight(experts: nn.Module, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:

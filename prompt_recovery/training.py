@@ -18,11 +18,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from peft import PeftModel
+from accelerate import PartialState
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from prompt_recovery import memory
+from prompt_recovery.memory import TooLittleMemory
+from prompt_recovery.nf4 import release_buffers
 from prompt_recovery.templates import TemplateError, render_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
@@ -125,6 +130,60 @@ class LengthGroupedBatches(Sampler[int]):
 
 class _Trainer(Trainer):
     score: Callable[[], float] | None = None
+    rows_in_order = 1  # rows of one optimiser step, all processes together: they are sorted among themselves
+    rows_at_a_time: int | None = None  # set when a micro-batch ran out of memory
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy over the supervised tokens of the whole batch. lm_head runs on the columns in which some row
+        has a label: all of B8 x S512 would be 1.6 GiB of fp32 logits and their gradient."""
+        labels = inputs["labels"]
+        columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=columns)
+        targets = labels[:, columns + 1].flatten()
+        logits = outputs.logits.float().flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        if num_items_in_batch is None:
+            loss = loss / targets.ne(IGNORED).sum()
+        else:
+            # processes average their gradients, and each holds its part of a sum
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+        """A forward and backward pass. Out of memory, the rows are halved and, at one row, every layer checkpointed; the
+        gradients so far are kept, and the sum over the parts is the same."""
+        rows = len(inputs["labels"])
+        if self.rows_at_a_time is None or rows <= self.rows_at_a_time:
+            grads = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                self._make_room(rows, error)
+            # outside of the handler, whose traceback would hold the activations
+            for parameter, grad in grads:
+                parameter.grad = grad
+            torch.cuda.empty_cache()
+        parts = min(rows, self.rows_at_a_time or rows)
+        losses = [
+            self.training_step(model, {k: v[start : start + parts] for k, v in inputs.items()}, num_items_in_batch)
+            for start in range(0, rows, parts)
+        ]
+        return torch.stack(losses).sum()
+
+    def _make_room(self, rows: int, error: torch.OutOfMemoryError) -> None:
+        base = self.accelerator.unwrap_model(self.model)
+        count = base.config.get_text_config().num_hidden_layers
+        if self.args.world_size > 1 or (rows == 1 and self.rows_at_a_time == 1):
+            raise TooLittleMemory(
+                f"Out of memory with {rows} rows at a time and no way left to use less: {error}. Lower max_tokens or, with "
+                "several processes, batch_size."
+            ) from error
+        if rows == 1:
+            memory.apply_plan(base, memory.Plan(1, 1, checkpointed=count))
+        self.rows_at_a_time = max(1, rows // 2)
+        print(f"out of memory with {rows} rows at a time: going on with {self.rows_at_a_time}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
@@ -138,8 +197,7 @@ class _Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedBatches(lengths, batch, self.args.seed)
+        return LengthGroupedBatches(lengths, self.rows_in_order, self.args.seed)
 
 
 class _WriteLog(TrainerCallback):
@@ -166,7 +224,7 @@ def train(
     warmup_steps: int = 30,
     evaluations: int = 10,
     patience: int = 3,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | None = None,
     seed: int = 0,
     resume: bool = False,
     tensorboard: bool = False,
@@ -180,10 +238,16 @@ def train(
 
     Defaults are the figures of the system this design comes from: lr 2e-5 linear with 30 steps of warm-up, batch 8x2.
     evaluations: how often eval loss is measured and a checkpoint kept; patience: stop after that many without gain.
+    activation_checkpointing: None lets a memory plan choose rows at a time and checkpointed layers on a GPU, with
+    gradient accumulation up to batch_size * gradient_accumulation rows a step, and checkpoints nothing on the CPU; True
+    and False take batch_size rows at a time with every layer or none. Out of memory, the run goes on with fewer rows.
+    Under `accelerate launch` the rows of a step are shared out to the processes.
     resume: go on from the last whole checkpoint under output_dir/checkpoints, if there is one; else they are removed.
     Returns the log (step, epoch, loss, eval_loss, eval_scs, learning_rate), also written to output_dir/training_log.csv.
-    Raises TrainingError where the checkpoints belong to other rows or settings.
+    Raises TrainingError where the checkpoints belong to other rows or settings, or the rows of a step can't be shared
+    out evenly; TooLittleMemory where one row does not fit.
     """
+    state = PartialState()
     check_supervised(train_examples, tokenizer.eos_token_id)
     steps_an_epoch = math.ceil(len(train_examples) / (batch_size * gradient_accumulation))
     total = max_steps if max_steps > 0 else math.ceil(epochs * steps_an_epoch)
@@ -196,9 +260,25 @@ def train(
         warmup=warmup_steps, evaluations=evaluations, patience=patience, scored=score is not None,
         lora=model.peft_config["default"].to_dict(), rows=[train_examples, eval_examples],
     )  # fmt: skip
-    last = _prepare_checkpoints(checkpoints, settings, resume)
+    last = _prepare_checkpoints(checkpoints, settings, resume) if state.is_main_process else None
+    state.wait_for_everyone()
+    last = last or last_checkpoint(checkpoints)
+    if last:
+        state = json.loads((last / "trainer_state.json").read_text())
+        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+            # killed after its last step: Trainer would do one more all the same
+            kept = checkpoints / Path(state["best_model_checkpoint"] or last).name
+            set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
+            log = training_log(state["log_history"])
+            _write_atomically(log, output_dir / "training_log.csv")
+            model.eval()
+            return log
     on_gpu = torch.cuda.is_available()
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    model.config.use_cache = False
+    plan = _plan(model, train_examples, batch_size, gradient_accumulation, activation_checkpointing, bf16)
+    memory.apply_plan(model, plan)
+    print(plan)
     has_eval = len(eval_examples) > 0
     best = "eval_scs" if score else "eval_loss"
     arguments = TrainingArguments(
@@ -208,9 +288,9 @@ def train(
         warmup_steps=min(warmup_steps, total // 10),
         lr_scheduler_type="linear",
         optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=plan.rows,
         per_device_eval_batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation,
+        gradient_accumulation_steps=plan.accumulation,
         max_grad_norm=1.0,
         bf16=bf16,
         fp16=on_gpu and not bf16,
@@ -231,12 +311,6 @@ def train(
         seed=seed,
         dataloader_pin_memory=on_gpu,
     )
-    if activation_checkpointing:
-        base = model.get_base_model()
-        # transformers 5.23 renamed it; the GPU machine's 5.17 has the old name only
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    model.config.use_cache = False
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -247,10 +321,32 @@ def train(
         + ([EarlyStoppingCallback(early_stopping_patience=patience)] if has_eval else []),
     )
     trainer.score = score
+    trainer.rows_in_order = batch_size * gradient_accumulation
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.config.use_cache = True
+    release_buffers()
     model.eval()
     return training_log(trainer.state.log_history)
+
+
+def _plan(
+    model: PeftModel, examples: Sequence[Example], batch: int, accumulation: int, checkpointing: bool | None, bf16: bool
+) -> memory.Plan:
+    processes = PartialState().num_processes
+    if batch * accumulation % processes:
+        raise TrainingError(
+            f"batch_size {batch} x gradient_accumulation {accumulation} rows can't be shared out to {processes} processes:"
+            " make the product a multiple of their number."
+        )
+    rows = batch * accumulation // processes
+    if torch.cuda.is_available() and checkpointing is None:
+        free = min(memory.free_memory().values()) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        longest = max(len(example["input_ids"]) for example in examples)
+        answer = max(answer_length(example) for example in examples)
+        return memory.plan_training(model, free, longest, answer, rows, torch.bfloat16 if bf16 else torch.float16)
+    micro = math.gcd(rows, batch)
+    layers = model.config.get_text_config().num_hidden_layers if checkpointing else 0
+    return memory.Plan(micro, rows // micro, checkpointed=layers)
 
 
 def last_checkpoint(checkpoints: str | Path) -> Path | None:
@@ -277,13 +373,6 @@ def _prepare_checkpoints(checkpoints: Path, settings: Mapping[str, Any], resume:
             f"resume=True, but {checkpoints} was made with other rows or settings. Give those back, "
             "or resume=False to start again, or another output_dir."
         )
-    if last:  # the folder may have been moved since: without this the best checkpoint would be lost with a warning
-        state = json.loads((last / "trainer_state.json").read_text())
-        if state["best_model_checkpoint"]:
-            state["best_model_checkpoint"] = str(checkpoints / Path(state["best_model_checkpoint"]).name)
-            partial = last / "trainer_state.json.partial"
-            partial.write_text(json.dumps(state, indent=2))
-            os.replace(partial, last / "trainer_state.json")
     checkpoints.mkdir(parents=True, exist_ok=True)
     note.write_text(key)
     return last
