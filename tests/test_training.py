@@ -230,9 +230,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     (tmp_path / "killed").rename(moved)
     half = moved / "checkpoints" / "checkpoint-9999"  # killed while writing: no trainer_state.json yet
     half.mkdir()
-    resumed = start(moved)
-    assert b"finished" in resumed.communicate()[0] and b"finished" in whole.communicate()[0]
+    early = (moved / "checkpoints" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
+    assert b"finished" in start(moved).communicate()[0] and b"finished" in whole.communicate()[0]
     assert not half.exists()
+    # went on, did not begin again
+    assert (moved / "checkpoints" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == early
     for name in ("checkpoints/checkpoint-2", "checkpoints/checkpoint-12", "adapter"):  # the best, the last, the kept
         expected, found = (
             load_file(folder / name / "adapter_model.safetensors") for folder in (tmp_path / "whole", moved)
@@ -241,6 +243,26 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     log, other = (pd.read_csv(folder / "training_log.csv") for folder in (tmp_path / "whole", moved))
     pd.testing.assert_frame_equal(log, other, check_exact=True)
     assert log["step"].to_list() == list(range(1, 13))
+
+
+def test_resuming_a_finished_run_trains_no_further(tmp_path):
+    """Killed while answering after the training: the same adapter and log come back, wherever the folder is now."""
+    results = []
+    for folder in ("first", "first", "moved"):
+        tok, lora = build(dropout=0.1)
+        examples = training.make_examples(tok, demo_rows(6), **SHORT)
+        options = FAST | dict(batch_size=2, max_steps=8, patience=2, score=lambda: 0.5, evaluations=4)
+        log = training.train(lora, tok, examples[:4], examples[4:], tmp_path / folder, resume=True, **options)
+        assert not lora.training
+        results.append((log, lora_state(lora)))
+        if len(results) == 2:
+            (tmp_path / "first").rename(tmp_path / "moved")
+    (log, state), *others = results
+    assert log["step"].to_list() == [1, 2, 3, 4, 5, 6]
+    for other, weights in others:
+        pd.testing.assert_frame_equal(log, other, check_exact=True)
+        assert all(torch.equal(state[name], weights[name]) for name in state)
+    pd.testing.assert_frame_equal(log, pd.read_csv(tmp_path / "moved" / "training_log.csv"))
 
 
 def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tmp_path):
