@@ -264,12 +264,12 @@ def train(
     state.wait_for_everyone()
     last = last or last_checkpoint(checkpoints)
     if last:
-        state = json.loads((last / "trainer_state.json").read_text())
-        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+        saved = json.loads((last / "trainer_state.json").read_text())
+        if saved["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             # killed after its last step: Trainer would do one more all the same
-            kept = checkpoints / Path(state["best_model_checkpoint"] or last).name
+            kept = checkpoints / Path(saved["best_model_checkpoint"] or last).name
             set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
-            log = training_log(state["log_history"])
+            log = training_log(saved["log_history"])
             _write_atomically(log, output_dir / "training_log.csv")
             model.eval()
             return log
