@@ -270,7 +270,8 @@ def train(
             kept = checkpoints / Path(saved["best_model_checkpoint"] or last).name
             set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
             log = training_log(saved["log_history"])
-            _write_atomically(log, output_dir / "training_log.csv")
+            if state.is_main_process:
+                _write_atomically(log, output_dir / "training_log.csv")
             model.eval()
             return log
     on_gpu = torch.cuda.is_available()
