@@ -105,7 +105,7 @@ def save_quantised(model: PreTrainedModel, model_dir: str | Path, quantised_dir:
         raise ModelError(f"{target} is there already; give a new folder, or remove it.")
     staging = target.with_name(target.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
+    model.save_pretrained(staging, save_original_format=False)  # the hub's names are for 16-bit experts
     for pattern in ("tokenizer*", "special_tokens_map.json"):
         for path in Path(model_dir).glob(pattern):
             shutil.copy2(path, staging / path.name)

@@ -1,0 +1,316 @@
+"""Loading and training of a 4-bit Mixtral at its true shape beside the stock stack, in one run on one GPU.
+
+python bench/training.py [--layers 32] [--work DIR]   (DIR: 26 GB of room at 32 layers)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+from bitsandbytes import functional as bnb_functional
+from bitsandbytes.nn.parametrize import Bnb4bitParametrization, _register_parametrization_hooks
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from true_shape import device_rates, fill, write_checkpoint
+
+from prompt_recovery import memory, model, moe_forward, nf4, training
+
+GIB = 2**30
+LENGTH, LABELS = 512, 64
+ACTIVE, FORWARD = 12.75e9, 2.0  # active parameters; floating-point operations a parameter and token
+rows_of_table: list[tuple[str, ...]] = []
+
+
+def report(*cells: str) -> None:
+    rows_of_table.append(cells)
+    print("  ".join(cells), flush=True)
+
+
+def timed_steps(step, rows: int, steps: int = 4, warm: int = 2) -> tuple[float, float]:
+    """Median seconds and peak GiB of a training step on fresh random ids; the last LABELS tokens are supervised."""
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(warm + steps):
+        ids = torch.randint(5, 32000, (rows, LENGTH), device="cuda")
+        labels = ids.clone()
+        labels[:, :-LABELS] = training.IGNORED
+        torch.cuda.synchronize()
+        start = time.monotonic()
+        step(ids, labels)
+        torch.cuda.synchronize()
+        times.append(time.monotonic() - start)
+    times = sorted(times[warm:])
+    return times[len(times) // 2], torch.cuda.max_memory_allocated() / GIB
+
+
+def row(name: str, tokens: int, spent: float, peak: float, floor_flops: float, rate: float, scale: float) -> None:
+    share = tokens * ACTIVE * floor_flops * scale / (rate * 1e12) / spent
+    report(
+        f"{name:<58}",
+        f"{tokens / spent:7.0f} tok/s",
+        f"{peak:6.1f} GiB",
+        f"{share:5.0%} of the {floor_flops:.0f}N floor",
+    )
+
+
+def check_experts(experts: nn.Module) -> None:
+    """Forward and input gradient against the dequantised weights in fp32, at the true shape of one layer."""
+    hidden = experts.hidden_dim
+    pieces = [{piece: getattr(experts, f"{name}_{piece}") for piece in nf4.PIECES} for name in nf4.PROJECTIONS]
+    gate_up, down = (nf4.dequantise(each, torch.float32) for each in pieces)
+    for dtype in (torch.bfloat16, torch.float16):
+        for tokens in (1, 77, 8192):
+            for routing in ("random", "two experts only"):
+                x = torch.randn(tokens, hidden, device="cuda", dtype=dtype, requires_grad=True)
+                index = torch.stack([torch.randperm(experts.num_experts, device="cuda")[:2] for _ in range(tokens)])
+                index = index if routing == "random" else index * 0 + torch.tensor([1, 6], device="cuda")
+                weights = torch.rand(tokens, 2, device="cuda", dtype=dtype)
+                grad = torch.randn(tokens, hidden, device="cuda", dtype=dtype)
+                out = moe_forward.experts_forward(experts, x, index, weights)
+                out.backward(grad)
+                exact = x.detach().float().requires_grad_()
+                want = torch.zeros_like(exact)
+                for expert in range(experts.num_experts):
+                    at, choice = torch.where(index == expert)
+                    gate, up = (exact[at] @ gate_up[expert].T).chunk(2, dim=-1)
+                    value = functional.silu(gate) * up @ down[expert].T * weights[at, choice, None].float()
+                    want = want.index_add(0, at, value)
+                want.backward(grad.float())
+                errors = [((a.float() - b).norm() / b.norm()).item() for a, b in ((out, want), (x.grad, exact.grad))]
+                limit = 1e-2 if dtype == torch.bfloat16 else 2e-3
+                verdict = "ok" if max(errors) < limit else "TOO LARGE"
+                print(
+                    f"experts {dtype} {tokens} tokens, {routing}: relative errors {errors[0]:.1e} {errors[1]:.1e} {verdict}"
+                )
+    nf4.release_buffers()
+
+
+def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    start = time.monotonic()
+    base = model.load_base(folder, four_bit=True)
+    torch.cuda.synchronize()
+    fresh = time.monotonic() - start
+    peak, resident = torch.cuda.max_memory_allocated() / GIB, torch.cuda.memory_allocated() / GIB
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    anonymous = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 2**20
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
+    report(
+        f"load {size:.0f} GiB of 16 bit and quantise: {fresh:.0f} s (zeros from a sparse file: no disk read is in it)"
+    )
+    report(f"resident {resident:.1f} GiB, GPU peak while loading {peak:.1f} GiB")
+    report(f"host peak {host:.1f} GiB, of which {anonymous:.1f} GiB are not pages of the files")
+    fill(base)
+    check_experts(base.model.layers[0].mlp.experts)
+    start = time.monotonic()
+    model.save_quantised(base, folder, args.work / "nf4")
+    saved = time.monotonic() - start
+    ids = torch.randint(5, 32000, (2, 64), device="cuda")
+    with torch.inference_mode():
+        logits = base(ids).logits
+    del base
+    gc.collect()
+    torch.cuda.empty_cache()
+    start = time.monotonic()
+    base = model.load_base(args.work / "nf4", four_bit=True)
+    torch.cuda.synchronize()
+    again = time.monotonic() - start
+    with torch.inference_mode():
+        same = torch.equal(base(ids).logits, logits)
+    report(
+        f"saved 4-bit folder: written in {saved:.0f} s, loaded in {again:.0f} s, logits bit for bit the same: {same}"
+    )
+
+    lora = model.add_lora(base, base="bench", dropout=0.1)
+    optimiser = bnb.optim.PagedAdamW8bit([p for p in lora.parameters() if p.requires_grad], lr=1e-5)
+
+    def step(ids: torch.Tensor, labels: torch.Tensor) -> None:
+        columns = (labels[:, 1:] != training.IGNORED).any(0).nonzero()[:, 0]
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            output = lora(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=columns)
+        targets = labels[:, columns + 1].flatten()
+        functional.cross_entropy(output.logits.float().flatten(0, 1), targets).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    lora.train()
+    lora.config.use_cache = False
+    saved_per_token = memory.saved_bytes(lora, torch.bfloat16)
+    report(
+        f"activations saved for the backward pass: {saved_per_token / 32 * 32 / args.layers / 1024:.0f} KiB a token and layer"
+    )
+    total = torch.cuda.get_device_properties(0).total_memory
+    plans = [("B8, every layer checkpointed", memory.Plan(8, 1, args.layers, 0))]
+    for name, rows, budget in (
+        ("B8 within 32 GiB", 8, 32 * GIB),
+        ("plan within 40 GiB", 32, 40 * GIB),
+        ("plan for the card, 64 rows", 64, total),
+        ("plan for the card, 48 rows", 48, total),
+        ("plan for the card, 16 rows", 16, total),
+    ):
+        free = min(budget, total) - torch.cuda.memory_allocated()
+        plans.append((name, memory.plan_training(lora, free, LENGTH, LABELS, rows, torch.bfloat16)))
+    for name, plan in plans:
+        memory.apply_plan(lora, plan)
+        nf4.release_buffers()
+        gc.collect()
+        torch.cuda.empty_cache()
+        allocated = torch.cuda.memory_allocated()
+        try:
+            spent, peak = timed_steps(step, plan.rows, steps=4 if plan.rows < 32 else 3)
+        except torch.OutOfMemoryError as error:
+            report(f"{name}: {plan} -> {str(error)[:120]}")
+            optimiser.zero_grad()
+            continue
+        recomputing = plan.checkpointed > plan.kept
+        row(f"ours, {name}: {plan.rows} rows, {plan.checkpointed} recomputed, {plan.kept} kept", plan.rows * LENGTH,
+            spent, peak, 6 if recomputing else 4, rate, scale)  # fmt: skip
+        if plan.peak:
+            print(f"    expected peak {(allocated + plan.peak) / GIB:.1f} GiB, measured {peak:.1f}")
+    ids = torch.randint(5, 32000, (plan.rows, LENGTH), device="cuda")
+    profile(lambda: step(ids, torch.where(torch.arange(LENGTH, device="cuda") < LENGTH - LABELS, -100, ids)))
+
+
+def profile(call) -> None:
+    """Where a step's GPU time goes, by kind of kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)
+    whole = sum(event.self_device_time_total for event in events)
+    print(f"profile of the last step: {whole / 1e3:.0f} ms of GPU time")
+    for event in events[:16]:
+        print(f"  {event.self_device_time_total / whole:6.1%} {event.count:6d}  {event.key[:100]}")
+
+
+class _Probe(torch.autograd.Function):
+    """The best stock-like variant of ../shared/performance.md: dequantise and grouped_mm, no weight gradients."""
+
+    @staticmethod
+    def forward(ctx, x, packed, state, ends):
+        ctx.packed, ctx.state = packed, state
+        ctx.save_for_backward(ends)
+        return functional.grouped_mm(x, bnb_functional.dequantize_4bit(packed, state).transpose(-2, -1), offs=ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (ends,) = ctx.saved_tensors
+        weight = bnb_functional.dequantize_4bit(ctx.packed, ctx.state)
+        return functional.grouped_mm(grad.contiguous(), weight, offs=ends), None, None, None
+
+
+def _probe_forward(self, x, index, weights):
+    flat = index.reshape(-1)
+    order = torch.argsort(flat)
+    ends = torch.cumsum(torch.bincount(flat, minlength=self.num_experts), 0).to(torch.int32)
+    rows = _Probe.apply(x[order // index.shape[-1]], *self._gate_up_proj, ends)
+    rows = _Probe.apply(self._apply_gate(rows), *self._down_proj, ends) * weights.reshape(-1)[order, None].to(x.dtype)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return rows[inverse].view(x.shape[0], index.shape[-1], -1).sum(1)
+
+
+def stock(args: argparse.Namespace, rate: float, scale: float) -> None:
+    """transformers + peft + bitsandbytes without our code: bf16 attention and head, NF4 experts."""
+    torch.set_default_dtype(torch.bfloat16)
+    config = MixtralConfig(num_hidden_layers=args.layers, vocab_size=32000)
+    with torch.device("meta"):
+        base = MixtralForCausalLM(config)
+    experts = [layer.mlp.experts for layer in base.model.layers]
+    for module in experts:  # a layer's 16-bit experts at a time
+        for name in nf4.PROJECTIONS:
+            shape = getattr(module, name).shape
+            weight = torch.randn(shape, device="cuda") * 0.02
+            setattr(
+                module, f"_{name}", bnb_functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            )
+            delattr(module, name)
+    rotary = base.model.rotary_emb
+    base.to_empty(device="cuda")
+    base.model.rotary_emb = type(rotary)(config, device="cuda")
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, 0, 0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
+    base.requires_grad_(False)
+    targets = list(model.ATTENTION)
+    lora = get_peft_model(base, LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
+    lora.train()
+    optimiser = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-5)
+
+    def step(ids: torch.Tensor, labels: torch.Tensor) -> None:
+        lora(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    ALL_EXPERTS_FUNCTIONS.register("probe", _probe_forward)
+    base.set_experts_implementation("probe")
+    lora.enable_input_require_grads()
+    for rows, checkpointing in ((8, True), (32, True), (16, False)):
+        base.gradient_checkpointing_enable(
+            {"use_reentrant": False}
+        ) if checkpointing else base.gradient_checkpointing_disable()
+        spent, peak = timed_steps(step, rows, steps=3, warm=1)
+        kind = "checkpointed" if checkpointing else "not checkpointed"
+        row(
+            f"stock parts, dequantise + grouped_mm, B{rows} {kind}",
+            rows * LENGTH,
+            spent,
+            peak,
+            6 if checkpointing else 4,
+            rate,
+            scale,
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+    for module in experts:
+        for name in nf4.PROJECTIONS:
+            packed, state = getattr(module, f"_{name}")
+            setattr(module, name, nn.Parameter(packed, requires_grad=False))
+            parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+            _register_parametrization_hooks(module, name)
+    base.set_experts_implementation("grouped_mm")
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    spent, peak = timed_steps(step, 8, steps=3, warm=1)
+    row("stock, bitsandbytes parametrisation + grouped_mm, B8", 8 * LENGTH, spent, peak, 6, rate, scale)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/bench-training"))
+    parser.add_argument("--no-stock", action="store_true")
+    args = parser.parse_args()
+    shutil.rmtree(args.work, ignore_errors=True)
+    torch.manual_seed(0)
+    rate, bandwidth = device_rates()
+    report(f"{torch.cuda.get_device_name()}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s")
+    report(*(f"{package.__name__} {package.__version__}" for package in (torch, transformers, peft, bnb)))
+    torch.cuda.empty_cache()
+    folder = args.work / "Mixtral-true-shape"
+    write_checkpoint(folder, args.layers)
+    scale = args.layers / 32
+    ours(folder, args, rate, scale)
+    gc.collect()
+    nf4.release_buffers()
+    torch.cuda.empty_cache()
+    if not args.no_stock:
+        stock(args, rate, scale)
+    print("\n== table")
+    for cells in rows_of_table:
+        print("  ".join(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Mixtral-8x7B's true shape without its weights: a checkpoint folder of holes, and random weights put into a 4-bit model.
+
+The folder has the hub's names and shapes and takes no room: its files are sparse and read as zeros. Speed is never
+measured on zeros (a matrix product of zeros draws less power and runs faster), so `fill` comes after loading.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import MixtralConfig
+
+from prompt_recovery.nf4 import PROJECTIONS
+
+
+def write_checkpoint(folder: Path, layers: int = 32, **shape: int) -> None:
+    """A Mixtral folder as the hub has it, one file a layer, all weights zero and not stored."""
+    config = MixtralConfig(
+        num_hidden_layers=layers, architectures=["MixtralForCausalLM"], dtype="bfloat16", vocab_size=32000, **shape
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    keys = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    index = {}
+    for number in range(-1, layers):
+        name = f"model-{number + 1:05d}.safetensors"
+        prefix = f"model.layers.{number}."
+        tensors: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (vocabulary, hidden),
+            "model.norm.weight": (hidden,),
+            "lm_head.weight": (vocabulary, hidden),
+        }
+        if number >= 0:
+            tensors = {
+                f"{prefix}self_attn.q_proj.weight": (hidden, hidden),
+                f"{prefix}self_attn.k_proj.weight": (keys, hidden),
+                f"{prefix}self_attn.v_proj.weight": (keys, hidden),
+                f"{prefix}self_attn.o_proj.weight": (hidden, hidden),
+                f"{prefix}input_layernorm.weight": (hidden,),
+                f"{prefix}post_attention_layernorm.weight": (hidden,),
+                f"{prefix}block_sparse_moe.gate.weight": (config.num_local_experts, hidden),
+            }
+            for expert in range(config.num_local_experts):
+                for key, size in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                    tensors[f"{prefix}block_sparse_moe.experts.{expert}.{key}.weight"] = size
+        header, end = {}, 0
+        for key, size in tensors.items():
+            start, end = end, end + 2 * torch.Size(size).numel()
+            header[key] = {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}
+            index[key] = name
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int = 0) -> None:
+    """Random weights in place: every 4-bit code equally likely, scales so that weights have about the spread 0.02."""
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def scales(absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> None:
+        absmax.random_(0, 256, generator=generator)
+        nested.fill_(0.004)
+        offset.fill_(0.04)
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            module.weight.data.random_(0, 256, generator=generator)
+            scales(state.absmax, state.state2.absmax, state.offset)
+        elif hasattr(module, "down_proj_packed"):
+            for name in PROJECTIONS:
+                getattr(module, f"{name}_packed").random_(0, 256, generator=generator)
+                scales(
+                    getattr(module, f"{name}_absmax"),
+                    getattr(module, f"{name}_nested").view(torch.float32),
+                    getattr(module, f"{name}_offset").view(torch.float32),
+                )
+        else:
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.dim() > 1 and "lora" not in name:
+                    weight.normal_(0, 0.02, generator=generator)
+                elif weight.dim() == 1:
+                    weight.fill_(1.0)
+
+
+def device_rates() -> tuple[float, float]:
+    """TFLOP/s of an 8192-cubed bf16 product of random matrices, and TB/s of a 2 GiB device copy, read and write."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randint(0, 255, (2**31,), device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * 8192**3 / seconds(lambda: a @ b) / 1e12, 2 * 2**31 / seconds(lambda: target.copy_(source)) / 1e12
+
+
+def seconds(call, repeats: int = 10, warm: int = 3) -> float:
+    """Median seconds of a call on the GPU, by events."""
+    for _ in range(warm):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
