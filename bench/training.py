@@ -156,10 +156,10 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     plans = [("B8, every layer checkpointed", memory.Plan(8, 1, args.layers, 0))]
     for name, rows, budget in (
         ("B8 within 32 GiB", 8, 32 * GIB),
-        ("plan within 40 GiB", 32, 40 * GIB),
-        ("plan for the card, 64 rows", 64, total),
-        ("plan for the card, 48 rows", 48, total),
-        ("plan for the card, 16 rows", 16, total),
+        ("plan within 40 GiB, batch of 16", 16, 40 * GIB),
+        ("plan within 40 GiB, batch of 32", 32, 40 * GIB),
+        ("plan for the card, batch of 16", 16, total),
+        ("plan for the card, batch of 64", 64, total),
     ):
         free = min(budget, total) - torch.cuda.memory_allocated()
         plans.append((name, memory.plan_training(lora, free, LENGTH, LABELS, rows, torch.bfloat16)))
@@ -240,7 +240,7 @@ def stock(args: argparse.Namespace, rate: float, scale: float) -> None:
             delattr(module, name)
     rotary = base.model.rotary_emb
     base.to_empty(device="cuda")
-    base.model.rotary_emb = type(rotary)(config, device="cuda")
+    base.model.rotary_emb = type(rotary)(config).to("cuda")
     for parameter in base.parameters():
         nn.init.normal_(parameter, 0, 0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
     base.requires_grad_(False)

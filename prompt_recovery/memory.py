@@ -201,21 +201,19 @@ def saved_bytes(model: Any, autocast: torch.dtype | None = None) -> float:
     fixed = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
     def total(tokens: int) -> int:
-        seen: dict[int, int] = {}
+        seen: dict[int, torch.Tensor] = {}
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in fixed:
-                seen[storage.data_ptr()] = max(seen.get(storage.data_ptr(), 0), storage.nbytes())
-            return tensor
+        def pack(tensor: torch.Tensor) -> None:
+            # kept, so that no storage is freed and its address counted for another; detached and not handed back, since
+            # a graph that holds its own output is never freed
+            if tensor.untyped_storage().data_ptr() not in fixed:
+                seen[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
         ids = torch.full((1, tokens), 3, device=device)
         enabled = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), enabled, torch.enable_grad():
-            # the output holds the graph, so that no storage is freed and its address counted for another
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
-        del output
-        return sum(seen.values())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing), enabled, torch.enable_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
+        return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
     was_training = model.training
     model.train()
