@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)  # nothing of an earlier run is used
     OUTPUT.mkdir(parents=True)
 
-    shared = dict(model_dir=str(DEMO / "tiny-mixtral"), style="plain")
+    shared = dict(model_dir=str(DEMO / "tiny-mixtral"), style="plain", four_bit=False)
     seconds = run_notebook(
         "train",
         shared

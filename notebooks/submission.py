@@ -24,7 +24,7 @@ max_new_tokens = 64
 fallback_prompt = "Please improve this text while keeping its original meaning but altering the tone."
 style = "plain"  # plain | json | reason_json
 system_placement = "user"  # user | before | turn
-four_bit = False
+four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
 
 # %%
 # %xmode Minimal

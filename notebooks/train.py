@@ -33,7 +33,7 @@ lora_dropout = 0.1
 batch_size = 8
 gradient_accumulation = 2
 eval_fraction = 0.1
-four_bit = False
+four_bit = None  # None: on a GPU, linear layers and experts in 4 bits; False: as stored
 pad = "<pad>"  # <pad> | unk
 encoder_dir = "/workspace/sentence-t5-base"  # sentence-transformers format
 seed = 0
@@ -102,7 +102,9 @@ before = generation.answer_table(base, tok, eval_rows, description="answers befo
 # %% [markdown]
 # ## Fine-tune
 # LoRA on the four attention projections. The input embeddings get a row for `<pad>`; `lm_head` does not, because
-# nothing ever predicts it. Killed? Run again with `resume=True`.
+# nothing ever predicts it. On a GPU, a memory plan picks how many rows are computed at a time and which layers recompute
+# their activations; `batch_size` times `gradient_accumulation` rows make a step in any case, and a step that runs out of
+# memory is done again in smaller parts. Killed? Run again with `resume=True`.
 
 # %%
 scored = eval_rows.sample(min(64, len(eval_rows)), random_state=seed)  # not the first 64: files may be sorted

@@ -53,17 +53,20 @@ def default_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit: bool = False) -> PreTrainedModel:
+def load_base(
+    model_dir: str | Path, dtype: torch.dtype | None = None, four_bit: bool | None = None
+) -> PreTrainedModel:
     """The base model with frozen weights in eval mode, on the GPUs if there are any (see `memory.place`).
 
     dtype: of the weights that stay 16 bit and of the computation; None takes `default_dtype()`.
     four_bit: linear layers and experts become NF4 while they are read, one layer's experts at a time; a folder that
-    `save_quantised` wrote is in 4 bits already. Prints what is kept in which precision.
-    Raises ModelError for a folder without config or safetensors, or a 4-bit folder with four_bit=False; Nf4Error for
-    another 4-bit layout or where a part that should be 4-bit is not; TooLittleMemory before anything loads.
+    `save_quantised` wrote is in 4 bits already. None: on a GPU, or if the folder is in 4 bits. Prints what is kept in which precision.
+    Raises ModelError for a folder without config, safetensors or some tensors, or a 4-bit folder with four_bit=False;
+    Nf4Error for another 4-bit layout or where a part that should be 4-bit is not; TooLittleMemory before anything loads.
     """
     folder = check_model_dir(model_dir)
     quantised = experts.check_folder(folder)
+    four_bit = quantised or torch.cuda.is_available() if four_bit is None else four_bit
     if quantised and not four_bit:
         raise ModelError(f"model_dir {folder} holds a 4-bit model; set four_bit=True, or give the 16-bit folder.")
     dtype = dtype or default_dtype()
@@ -74,13 +77,19 @@ def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit:
         placed = memory.device_map(sizes, memory.place(sizes, list(free.values())), list(free))
     if four_bit:
         experts.register()
-    model = AutoModelForCausalLM.from_pretrained(
+    model, loaded = AutoModelForCausalLM.from_pretrained(
         folder,
+        output_loading_info=True,
         dtype=dtype,
         device_map=placed,
         local_files_only=True,
         **({"quantization_config": experts.Nf4Config(base=base_id(folder))} if four_bit and not quantised else {}),
     )
+    if loaded["missing_keys"]:  # transformers warns and takes random numbers instead
+        names = sorted(loaded["missing_keys"])
+        raise ModelError(
+            f"model_dir {folder} lacks {len(names)} of the model's tensors, the first is {names[0]}; fetch it again."
+        )
     if four_bit:
         experts.check_quantised(model)
         print(experts.summary_text(model))

@@ -145,6 +145,4 @@ def test_model_folders_are_checked_first(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(model.ModelError, match="pickle"):
         model.load_base(tmp_path)
-    with pytest.raises(model.ModelError, match="16 bit"):
-        model.load_base(TINY, four_bit=True)
     assert model.base_id(TINY) == "tiny-mixtral"
