@@ -139,6 +139,10 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model = super()._process_model_after_weight_loading(model, **kwargs)
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                # else, on CPUs with AVX-512 BF16, the first answer repacks the weights and rounds their scales
+                module.support_avx512bf16_for_cpu = False
         if any(fused_experts(module) for module in model.modules()):
             model.set_experts_implementation(METHOD)
         return model
@@ -213,8 +217,12 @@ def _part(name: str, module: nn.Module, model: PreTrainedModel) -> str:
 def summary(model: PreTrainedModel) -> list[Part]:
     """The model by part and precision, largest first. A part that is kept in two precisions gets two rows."""
     rows: dict[tuple[str, str], list[int]] = {}
+    seen: set[int] = set()  # a head that is tied to the embeddings is counted once, as embeddings
     for name, module in model.named_modules():
         for key, tensor in module.named_parameters(recurse=False):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
             count, size = tensor.numel(), tensor.numel() * tensor.element_size()
             precision = str(tensor.dtype).removeprefix("torch.")
             if fused_experts(module) and key.endswith(PIECES):

@@ -58,11 +58,15 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
         model = AutoModelForCausalLM.from_config(config)
     head, wide = model.get_output_embeddings(), torch.finfo(dtype).bits // 8
     bytes_of: dict[str, float] = {}
+    seen: set[int] = set()  # a head that is tied to the embeddings takes no room of its own
     workspace = 0
     for name, module in model.named_modules():
         experts = fused_experts(module)
         small = experts or (isinstance(module, nn.Linear) and module is not head and not name.endswith("gate"))
         for key, tensor in module.named_parameters(recurse=False):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
             packed = four_bit and small and tensor.dim() > 1
             bytes_of[f"{name}.{key}"] = tensor.numel() * (NF4_BYTES if packed else wide)
         if experts and four_bit:

@@ -53,14 +53,13 @@ def default_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_base(
-    model_dir: str | Path, dtype: torch.dtype | None = None, four_bit: bool | None = None
-) -> PreTrainedModel:
+def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit: bool | None = None) -> PreTrainedModel:
     """The base model with frozen weights in eval mode, on the GPUs if there are any (see `memory.place`).
 
     dtype: of the weights that stay 16 bit and of the computation; None takes `default_dtype()`.
     four_bit: linear layers and experts become NF4 while they are read, one layer's experts at a time; a folder that
-    `save_quantised` wrote is in 4 bits already. None: on a GPU, or if the folder is in 4 bits. Prints what is kept in which precision.
+    `save_quantised` wrote is in 4 bits already. None: on a GPU, or if the folder is in 4 bits. Prints what is kept in
+    which precision.
     Raises ModelError for a folder without config, safetensors or some tensors, or a 4-bit folder with four_bit=False;
     Nf4Error for another 4-bit layout or where a part that should be 4-bit is not; TooLittleMemory before anything loads.
     """
