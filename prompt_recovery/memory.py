@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prompt_recovery.experts import fused_experts
 from prompt_recovery.moe_forward import keep_gate_up
-from prompt_recovery.nf4 import BLOCK, NESTED_BLOCK, PROJECTIONS
+from prompt_recovery.nf4 import BLOCK, NESTED_BLOCK, PROJECTIONS, fast_kernels
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)  # a parameter, with double quantisation: 0.516
@@ -176,8 +176,10 @@ RECOMPUTED = 0.35
 RECOMPUTED_KEPT = 0.06
 # Each micro-batch dequantises all experts again, whatever its size: worth this many tokens of work (bench/training.py)
 OVERHEAD_TOKENS = 1500
-# The backward of a layer holds gradients beside what was saved for it
+# The backward of a layer holds gradients beside what was saved for it; without the Triton kernels SwiGLU's fp32 copies
+# too (tests/test_memory.py measures 4.1 to 5.3 at Mixtral's proportions)
 WORKING_LAYERS = 1.5
+WORKING_LAYERS_WITHOUT_TRITON = 5.5
 
 
 class Plan(NamedTuple):
@@ -237,6 +239,9 @@ def plan_training(
     config = model.config.get_text_config()
     count = config.num_hidden_layers
     wide = 2 if autocast is not None else 4
+    apply_plan(model, Plan(rows, 1))  # an earlier plan's checkpointing would hide what the layers save
+    fast = fast_kernels(model.get_input_embeddings().weight.device) is not None
+    working = WORKING_LAYERS if fast else WORKING_LAYERS_WITHOUT_TRITON
     layer = saved_bytes(model, autocast) / count
     border = config.hidden_size * next(model.parameters()).element_size()
     experts = [module for module in model.modules() if hasattr(module, "gate_up_proj_packed")]
@@ -250,7 +255,7 @@ def plan_training(
     best: tuple[float, Plan] | None = None
     for micro in (n for n in range(rows, 0, -1) if rows % n == 0):
         tokens = micro * longest
-        fixed = RESERVE + buffers + micro * answer * logits + WORKING_LAYERS * layer * tokens
+        fixed = RESERVE + buffers + micro * answer * logits + working * layer * tokens
         for whole in range(count, -1, -1):
             room = free - fixed - tokens * (whole * layer + (count - whole) * border)
             if room < 0:
@@ -263,7 +268,7 @@ def plan_training(
                 peak = fixed - RESERVE + tokens * (whole * layer + recomputed * border + kept * gate_up)
                 best = cost, Plan(micro, rows // micro, recomputed, kept, round(peak))
     if best is None:
-        need = RESERVE + buffers + answer * logits + longest * (WORKING_LAYERS * layer + count * border)
+        need = RESERVE + buffers + answer * logits + longest * (working * layer + count * border)
         raise TooLittleMemory(
             f"Training on one row of {longest} tokens needs {need / GIB:.1f} GiB beside the model, {free / GIB:.1f} are"
             " free. Lower max_tokens, or free the GPU."

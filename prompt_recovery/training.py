@@ -132,6 +132,7 @@ class _Trainer(Trainer):
     score: Callable[[], float] | None = None
     rows_in_order = 1  # rows of one optimiser step, all processes together: they are sorted among themselves
     rows_at_a_time: int | None = None  # set when a micro-batch ran out of memory
+    all_recomputed = False  # the same: every layer checkpointed, nothing kept
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -175,15 +176,17 @@ class _Trainer(Trainer):
     def _make_room(self, rows: int, error: torch.OutOfMemoryError) -> None:
         base = self.accelerator.unwrap_model(self.model)
         count = base.config.get_text_config().num_hidden_layers
-        if self.args.world_size > 1 or (rows == 1 and self.rows_at_a_time == 1):
+        if self.args.world_size > 1 or (rows == 1 and self.all_recomputed):
             raise TooLittleMemory(
                 f"Out of memory with {rows} rows at a time and no way left to use less: {error}. Lower max_tokens or, with "
                 "several processes, batch_size."
             ) from error
         if rows == 1:
             memory.apply_plan(base, memory.Plan(1, 1, checkpointed=count))
+            self.all_recomputed = True
         self.rows_at_a_time = max(1, rows // 2)
-        print(f"out of memory with {rows} rows at a time: going on with {self.rows_at_a_time}")
+        recomputed = " and activations recomputed in every layer" if self.all_recomputed else ""
+        print(f"out of memory with {rows} rows at a time: going on with {self.rows_at_a_time}{recomputed}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
