@@ -1,26 +1,36 @@
-"""Batched answers: rows sorted by length, left padding, greedy or sampled, ended by EOS or by a closed JSON object."""
+"""Answers to many prompts: sorted by length, batched by memory, each batch by `decoding`, yielded as batches finish."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerFast
 
+from prompt_recovery.adapter import merged
+from prompt_recovery.decoding import Decoder, cache_columns, fast_attention, kv_bytes
+from prompt_recovery.memory import GIB, RESERVE
+from prompt_recovery.moe_forward import few_tokens
+from prompt_recovery.nf4 import release_buffers
 from prompt_recovery.templates import json_object_closed, parse_answer
 from prompt_recovery.tokenizer import encode_row
 
 # answers are padded with <unk>: every base has id 0, while a <pad> added for training lies outside its embeddings
 PAD_ID = 0
+CPU_CELLS = 16_384  # rows * columns of a batch on the CPU, where larger ones gain nothing
+MOST_ROWS = 64  # of a batch: above it a decode step of a MoE dequantises its experts
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What the model wrote for one prompt: the text, its length in tokens, and why it ended: eos, object or length."""
 
     text: str
@@ -28,16 +38,52 @@ class Answer:
     stopped: str
 
 
-class _ObjectClosed(StoppingCriteria):
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_width: int) -> None:
-        self.tokenizer, self.prompt_width = tokenizer, prompt_width
+class Recovered(NamedTuple):
+    """A recovered prompt, never blank; how it was found (the parser's word, or "fallback"); stopped and tokens of the
+    Answer it was found in."""
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_width :], skip_special_tokens=True)
-        return torch.tensor([json_object_closed(text) for text in texts], device=input_ids.device)
+    prompt: str
+    how: str
+    stopped: str
+    tokens: int
 
 
-def make_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
+@dataclass
+class Progress:
+    """Counts of a running `generate`, and its estimate of the seconds left, by what a prompt token and the answers of a
+    batch cost in the batches so far."""
+
+    rows: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+    left: float = float("nan")
+    batches: list[tuple[int, float, float]] = field(default_factory=list)  # (prompt tokens, prefill, decode seconds)
+
+    def add(
+        self, tokens_in: int, tokens_out: int, rows: int, prefill: float, decode: float, to_come: Sequence[int]
+    ) -> None:
+        """Count a batch. prefill, decode: seconds. to_come: prompt tokens of each batch that is left."""
+        self.rows += rows
+        self.tokens_in += tokens_in
+        self.tokens_out += tokens_out
+        self.seconds += prefill + decode
+        self.batches.append((tokens_in, prefill, decode))
+        # the first batch of a run compiles and captures: once there are others it says nothing about them
+        tokens, prefills, decodes = zip(*(self.batches[1:] or self.batches), strict=True)
+        self.left = sum(prefills) / sum(tokens) * sum(to_come) + sum(decodes) / len(decodes) * len(to_come)
+
+    def __str__(self) -> str:
+        rate = self.tokens_out / max(self.seconds, 1e-9)
+        return (
+            f"{self.rows} rows, {self.tokens_in} tokens read, {self.tokens_out} written in {self.seconds:.0f} s"
+            f" ({rate:.0f} written a second), about {self.left:.0f} s left"
+        )
+
+
+def make_batches(
+    lengths: Sequence[int], max_new_tokens: int, batch_tokens: int, most_rows: int = MOST_ROWS
+) -> list[list[int]]:
     """Positions of the prompts in batches of similar length, the longest first (too little memory then shows at once).
 
     batch_tokens: upper limit of rows * (longest prompt + max_new_tokens) in a batch; a longer row stands alone.
@@ -45,11 +91,45 @@ def make_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int)
     batches: list[list[int]] = []
     for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         width = (lengths[batches[-1][0]] if batches else 0) + max_new_tokens
-        if batches and width * (len(batches[-1]) + 1) <= batch_tokens:
+        if batches and width * (len(batches[-1]) + 1) <= batch_tokens and len(batches[-1]) < most_rows:
             batches[-1].append(position)
         else:
             batches.append([position])
     return batches
+
+
+def room(model: Any, prefill_tokens: int) -> int:
+    """Tokens whose KV cache fits beside the activations of a prefill, by the memory that is free now."""
+    if not torch.cuda.is_available():
+        return CPU_CELLS
+    config = model.config.get_text_config()
+    inner = getattr(config, "num_experts_per_tok", 1) * getattr(
+        config, "moe_intermediate_size", config.intermediate_size
+    )
+    # gate, up and product rows of the experts, and some twelve copies of the hidden state, in 16 bit
+    activations = prefill_tokens * 2 * (3 * inner + 12 * config.hidden_size)
+    buffers = 0  # of dequantised experts, where a layer of them is used whole
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj_packed"):
+            buffers = 4 * (module.gate_up_proj_packed.numel() + module.down_proj_packed.numel())
+            break
+    release_buffers()
+    tokens = []
+    for device, size in kv_bytes(model).items():
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reusable
+        tokens.append((free - RESERVE - activations - (buffers if free > 24 * GIB else 0)) // size)
+    return max(0, min(tokens))
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The ids that all prompts begin with; each keeps at least one of its own."""
+    first, last = min(map(list, prompts)), max(map(list, prompts))
+    most = min(len(prompt) for prompt in prompts) - 1
+    count = 0
+    while count < most and first[count] == last[count]:
+        count += 1
+    return list(first[:count])
 
 
 def generate(
@@ -58,57 +138,160 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_tokens: int = 16_384,
+    answers_per_row: int = 1,
+    batch_tokens: int | None = None,
     stop_at_object: bool = False,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     deadline: float | None = None,
-) -> Iterator[tuple[int, Answer]]:
-    """Yield (position in prompts, Answer) as batches finish; every position once, unless the deadline comes first.
+    graphs: bool = True,
+    share_prefix: bool = True,
+    progress: Progress | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[tuple[int, list[Answer]]]:
+    """Yield (position in prompts, its answers) as batches finish; every position once, unless the deadline comes first.
 
-    prompts: token ids that begin with BOS. stop_at_object: also stop a row when its JSON object closes.
-    temperature 0 is greedy; above it, samples are drawn after seeding every batch with `seed`.
+    prompts: token ids that begin with BOS. model: with an adapter, which is merged for the while, or without.
+    answers_per_row: of which the first is greedy and the others are drawn at `temperature` (1 if that is 0) and `top_p`;
+    a single answer is drawn if temperature is above 0. A draw depends on seed, position and number of the answer alone.
+    batch_tokens: upper limit of answers * (prompt + max_new_tokens) in a batch; None takes what memory allows. Out of
+    memory, a batch is halved and smaller ones follow. stop_at_object: also end an answer when its JSON object closes.
     deadline: time.monotonic() after which no batch may end, judged by the slowest batch so far; the rest is not yielded.
+    graphs, share_prefix: off only to compare. progress: is kept up to date. numbers: the positions by which answers are
+    drawn, if the prompts are a part of others.
+    Raises torch.OutOfMemoryError if a single row does not fit.
     """
+    if not prompts:
+        return
     model.eval()
-    device = model.get_input_embeddings().weight.device
-    choice = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature > 0 else dict(do_sample=False)
-    batches = make_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens)
-    slowest = 0.0
-    for batch in batches:
-        started = time.monotonic()
-        if deadline is not None and started + slowest > deadline:
-            return
-        width = len(prompts[batch[0]])
-        ids = torch.tensor([[PAD_ID] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
-        criteria = StoppingCriteriaList([_ObjectClosed(tokenizer, width)] if stop_at_object else [])
-        if temperature > 0:
-            torch.manual_seed(seed)
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=PAD_ID,
-                eos_token_id=tokenizer.eos_token_id,
-                stopping_criteria=criteria,
-                use_cache=True,
-                **choice,
+    progress = Progress() if progress is None else progress
+    prefix = common_prefix(prompts) if share_prefix else []
+    big = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 40 * GIB
+    prefill_tokens = 16_384 if big or not torch.cuda.is_available() else 4_096
+    greedy = 1 if answers_per_row > 1 or temperature == 0 else 0
+    seeds = [
+        [None if n < greedy else (seed, number, n) for n in range(answers_per_row)]
+        for number in (numbers or range(len(prompts)))
+    ]
+
+    def finished(ids: list[int]) -> bool:
+        return json_object_closed(tokenizer.decode(ids, skip_special_tokens=True))
+
+    with ExitStack() as stack:
+        fast = stack.enter_context(merged(model))
+        stack.enter_context(fast_attention(fast))
+        limit = batch_tokens or room(fast, prefill_tokens)
+        most_rows = min(MOST_ROWS, few_tokens(fast))
+        lengths = [len(prompt) for prompt in prompts]
+
+        def batched(positions: Sequence[int], cells: int, rows: int) -> list[list[int]]:
+            made = make_batches(
+                [lengths[i] for i in positions],
+                max_new_tokens,
+                cells // answers_per_row,
+                max(1, rows // answers_per_row),
             )
-        for position, new in zip(batch, output[:, width:].tolist(), strict=True):
-            yield position, _answer(tokenizer, new, stop_at_object)
-        slowest = max(slowest, time.monotonic() - started)
+            return [[positions[i] for i in batch] for batch in made]
+
+        batches = batched(range(len(prompts)), limit, most_rows)
+        decoder: Decoder | None = None
+        slowest = 0.0
+        while batches:
+            started = time.monotonic()
+            if deadline is not None and started + slowest > deadline:
+                return
+            batch = batches[0]
+            try:
+                if decoder is None:
+                    cells = [len(each) * cache_columns(lengths[each[0]], max_new_tokens) for each in batches]
+                    decoder = Decoder(
+                        fast, prefix, rows=max(map(len, batches)) * answers_per_row, cells=max(cells) * answers_per_row,
+                        max_new_tokens=max_new_tokens, eos=tokenizer.eos_token_id, pad=PAD_ID,
+                        temperature=temperature or 1.0, top_p=top_p, prefill_tokens=prefill_tokens, graphs=graphs,
+                    )  # fmt: skip
+                written = decoder.answer(
+                    [prompts[i] for i in batch], [seeds[i] for i in batch], finished if stop_at_object else None
+                )
+            except torch.OutOfMemoryError:
+                written = None
+            if written is None or decoder is None:  # outside of the handler, whose traceback holds memory
+                decoder = None
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                if len(batch) == 1:
+                    raise torch.OutOfMemoryError(
+                        f"One prompt of {lengths[batch[0]]} tokens with {answers_per_row} answers does not fit in memory: "
+                        "give fewer answers_per_row, or shorter texts (max_tokens)."
+                    )
+                half = len(batch) // 2 * answers_per_row
+                widest = max(lengths[i] for i in batch) + max_new_tokens
+                batches = batched([i for each in batches for i in each], half * widest, half)
+                continue
+            batches.pop(0)
+            answers = [[_answer(tokenizer, ids, stop_at_object) for ids in each] for each in written]
+            spent = time.monotonic() - started
+            slowest = max(slowest, spent)
+            tokens_out = sum(answer.tokens for each in answers for answer in each)
+            read, *to_come = (sum(lengths[i] for i in each) for each in (batch, *batches))
+            progress.add(
+                read, tokens_out, len(batch), decoder.prefill_seconds, spent - decoder.prefill_seconds, to_come
+            )
+            yield from zip(batch, answers, strict=True)
 
 
 def _answer(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop_at_object: bool) -> Answer:
-    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else None
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    if end is not None:
-        return Answer(text, end + 1, "eos")
-    closed = stop_at_object and json_object_closed(text)
-    return Answer(text, len(ids), "object" if closed else "length")
+    ended = ids[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(ids[: len(ids) - ended], skip_special_tokens=True)
+    if stop_at_object and json_object_closed(text):
+        # the shortest beginning in which it is closed, however often the decoder looked
+        low, high = 1, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            closed = json_object_closed(tokenizer.decode(ids[:middle], skip_special_tokens=True))
+            low, high = (low, middle) if closed else (middle + 1, high)
+        if low < len(ids) - ended or not ended:
+            return Answer(tokenizer.decode(ids[:low], skip_special_tokens=True), low, "object")
+    return Answer(text, len(ids), "eos" if ended else "length")
+
+
+def generate_shared(
+    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]], folder: str | Path, **options: Any
+) -> list[list[Answer]]:
+    """`generate` by all processes of `accelerate launch`, each with a whole model: the answers in the prompts' order, on
+    every process.
+
+    Each process writes what it finished to a file of its own in `folder`. A run that was killed goes on: rows that stand
+    in any of the files are not answered again, those of a worker that died are shared out anew. The folder belongs to
+    these prompts and options: empty it for others.
+    """
+    state = PartialState()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _read_shared(folder)
+    state.wait_for_everyone()  # nobody writes before all have read
+    missing = sorted((i for i in range(len(prompts)) if i not in done), key=lambda i: -len(prompts[i]))
+    mine = missing[state.process_index :: state.num_processes]
+    with (folder / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n")  # a killed worker's last line may have no end
+        for position, found in generate(model, tokenizer, [prompts[i] for i in mine], numbers=mine, **options):
+            file.write(json.dumps([mine[position], found]) + "\n")
+            file.flush()
+    state.wait_for_everyone()
+    done = _read_shared(folder)
+    return [done[i] for i in range(len(prompts))]
+
+
+def _read_shared(folder: Path) -> dict[int, list[Answer]]:
+    done = {}
+    for path in folder.glob("answers-*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                position, found = json.loads(line)
+            except json.JSONDecodeError:  # the line that a killed worker was writing
+                continue
+            done[position] = [Answer(*each) for each in found]
+    return done
 
 
 def answer_rows(
@@ -124,13 +307,11 @@ def answer_rows(
     examples: Sequence[Mapping[str, Any]] = (),
     description: str | None = "answers",
     **options: Any,
-) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (row position, answer, how, stopped) as batches finish; the answer is never blank.
+) -> Iterator[tuple[int, list[Recovered]]]:
+    """Yield (row position, its recovered prompts) as batches finish.
 
-    description: the progress bar's; None shows no bar.
-
+    description: the progress bar's, which also shows the rate; None shows no bar.
     max_tokens: limit of prompt and answer together, so prompts get max_tokens - max_new_tokens.
-    how: the parser's word for where the answer was found, or "fallback" where it found none; stopped: see Answer.
     options: passed to `generate`.
     """
     encoded = (
@@ -141,20 +322,26 @@ def answer_rows(
         for row in rows.to_dict("records")
     )  # fmt: skip
     prompts = [ids for ids, _ in encoded]
-    options = dict(max_new_tokens=max_new_tokens, stop_at_object=style != "plain") | options
+    progress = options.setdefault("progress", Progress())
+    options.setdefault("stop_at_object", style != "plain")
     with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar:
-        for position, answer in generate(model, tokenizer, prompts, **options):
-            parsed = parse_answer(answer.text, style)
+        for position, answers in generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options):
             bar.update()
-            if parsed.prompt is None:
-                yield position, fallback_prompt, "fallback", answer.stopped
-            else:
-                yield position, parsed.prompt, parsed.how, answer.stopped
+            rate = progress.tokens_out / max(progress.seconds, 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s, {progress.left:.0f} s left", refresh=False)
+            yield position, [_recover(answer, style, fallback_prompt) for answer in answers]
+
+
+def _recover(answer: Answer, style: str, fallback_prompt: str) -> Recovered:
+    parsed = parse_answer(answer.text, style)
+    if parsed.prompt is None:
+        return Recovered(fallback_prompt, "fallback", answer.stopped, answer.tokens)
+    return Recovered(parsed.prompt, parsed.how, answer.stopped, answer.tokens)
 
 
 def answer_table(model: Any, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, **options: Any) -> pd.DataFrame:
-    """`answer_rows` in the rows' order, as a table: id, answer, how, stopped."""
+    """The first answer of each row in the rows' order, as a table: id, answer, how, stopped."""
     results = sorted(answer_rows(model, tokenizer, rows, **options))
-    table = pd.DataFrame([result[1:] for result in results], columns=["answer", "how", "stopped"])
+    table = pd.DataFrame([answers[0][:3] for _, answers in results], columns=["answer", "how", "stopped"])
     table.insert(0, "id", rows["id"].to_list())
     return table

@@ -102,6 +102,14 @@ def _few_rows(
     return _every_expert(x, experts, top_k_index, top_k_weights) if x.shape[0] <= FEW_TOKENS_WITHOUT_TRITON else None
 
 
+def few_tokens(model: nn.Module) -> int:
+    """Up to how many tokens a forward of the model counts as few: without limit where it has no 4-bit experts on a GPU."""
+    packed = next((m.gate_up_proj_packed for m in model.modules() if hasattr(m, "gate_up_proj_packed")), None)
+    if packed is None or packed.device.type != "cuda":
+        return 2**31
+    return FEW_TOKENS if fast_kernels(packed.device) is not None else FEW_TOKENS_WITHOUT_TRITON
+
+
 def _plain_swiglu(experts: nn.Module) -> bool:
     silu = isinstance(experts.act_fn, nn.SiLU) or type(experts.act_fn).__name__ == "SiLUActivation"
     return silu and type(experts)._apply_gate is moe._default_apply_gate

@@ -105,9 +105,9 @@ def answer_test(
     write_submission(test, answers, fallback_prompt, submission_csv)
     written = time.monotonic()
     results = answer_rows(model, tokenizer, test, fallback_prompt=fallback_prompt, deadline=deadline, **options)
-    for position, answer, how, stopped in results:
-        answers[position] = answer
-        report.loc[position, ["answer", "how", "stopped"]] = [answer, how, stopped]
+    for position, (recovered, *_) in results:
+        answers[position] = recovered.prompt
+        report.loc[position, ["answer", "how", "stopped"]] = list(recovered[:3])
         if time.monotonic() - written > 10:
             write_submission(test, answers, fallback_prompt, submission_csv)
             written = time.monotonic()
