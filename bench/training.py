@@ -16,14 +16,9 @@ import bitsandbytes as bnb
 import peft
 import torch
 import transformers
-from bitsandbytes import functional as bnb_functional
-from bitsandbytes.nn.parametrize import Bnb4bitParametrization, _register_parametrization_hooks
-from peft import LoraConfig, get_peft_model
+from stock import build, parametrise
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
-from transformers import MixtralConfig, MixtralForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from true_shape import device_rates, fill, write_checkpoint
 
 from prompt_recovery import memory, model, moe_forward, nf4, training
@@ -196,56 +191,8 @@ def profile(call) -> None:
         print(f"  {event.self_device_time_total / whole:6.1%} {event.count:6d}  {event.key[:100]}")
 
 
-class _Probe(torch.autograd.Function):
-    """The best stock-like variant of ../shared/performance.md: dequantise and grouped_mm, no weight gradients."""
-
-    @staticmethod
-    def forward(ctx, x, packed, state, ends):
-        ctx.packed, ctx.state = packed, state
-        ctx.save_for_backward(ends)
-        return functional.grouped_mm(x, bnb_functional.dequantize_4bit(packed, state).transpose(-2, -1), offs=ends)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (ends,) = ctx.saved_tensors
-        weight = bnb_functional.dequantize_4bit(ctx.packed, ctx.state)
-        return functional.grouped_mm(grad.contiguous(), weight, offs=ends), None, None, None
-
-
-def _probe_forward(self, x, index, weights):
-    flat = index.reshape(-1)
-    order = torch.argsort(flat)
-    ends = torch.cumsum(torch.bincount(flat, minlength=self.num_experts), 0).to(torch.int32)
-    rows = _Probe.apply(x[order // index.shape[-1]], *self._gate_up_proj, ends)
-    rows = _Probe.apply(self._apply_gate(rows), *self._down_proj, ends) * weights.reshape(-1)[order, None].to(x.dtype)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return rows[inverse].view(x.shape[0], index.shape[-1], -1).sum(1)
-
-
 def stock(args: argparse.Namespace, rate: float, scale: float) -> None:
-    """transformers + peft + bitsandbytes without our code: bf16 attention and head, NF4 experts."""
-    torch.set_default_dtype(torch.bfloat16)
-    config = MixtralConfig(num_hidden_layers=args.layers, vocab_size=32000)
-    with torch.device("meta"):
-        base = MixtralForCausalLM(config)
-    experts = [layer.mlp.experts for layer in base.model.layers]
-    for module in experts:  # a layer's 16-bit experts at a time
-        for name in nf4.PROJECTIONS:
-            shape = getattr(module, name).shape
-            weight = torch.randn(shape, device="cuda") * 0.02
-            setattr(
-                module, f"_{name}", bnb_functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            )
-            delattr(module, name)
-    rotary = base.model.rotary_emb
-    base.to_empty(device="cuda")
-    base.model.rotary_emb = type(rotary)(config).to("cuda")
-    for parameter in base.parameters():
-        nn.init.normal_(parameter, 0, 0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
-    base.requires_grad_(False)
-    targets = list(model.ATTENTION)
-    lora = get_peft_model(base, LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
+    lora, base = build(args.layers)
     lora.train()
     optimiser = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-5)
 
@@ -254,33 +201,17 @@ def stock(args: argparse.Namespace, rate: float, scale: float) -> None:
         optimiser.step()
         optimiser.zero_grad()
 
-    ALL_EXPERTS_FUNCTIONS.register("probe", _probe_forward)
-    base.set_experts_implementation("probe")
     lora.enable_input_require_grads()
     for rows, checkpointing in ((8, True), (32, True), (16, False)):
-        base.gradient_checkpointing_enable(
-            {"use_reentrant": False}
-        ) if checkpointing else base.gradient_checkpointing_disable()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        if not checkpointing:
+            base.gradient_checkpointing_disable()
         spent, peak = timed_steps(step, rows, steps=3, warm=1)
-        kind = "checkpointed" if checkpointing else "not checkpointed"
-        row(
-            f"stock parts, dequantise + grouped_mm, B{rows} {kind}",
-            rows * LENGTH,
-            spent,
-            peak,
-            6 if checkpointing else 4,
-            rate,
-            scale,
-        )
+        name = f"stock parts, dequantise + grouped_mm, B{rows}{' checkpointed' if checkpointing else ''}"
+        row(name, rows * LENGTH, spent, peak, 6 if checkpointing else 4, rate, scale)
         gc.collect()
         torch.cuda.empty_cache()
-    for module in experts:
-        for name in nf4.PROJECTIONS:
-            packed, state = getattr(module, f"_{name}")
-            setattr(module, name, nn.Parameter(packed, requires_grad=False))
-            parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
-            _register_parametrization_hooks(module, name)
-    base.set_experts_implementation("grouped_mm")
+    parametrise(base)
     base.gradient_checkpointing_enable({"use_reentrant": False})
     spent, peak = timed_steps(step, 8, steps=3, warm=1)
     row("stock, bitsandbytes parametrisation + grouped_mm, B8", 8 * LENGTH, spent, peak, 6, rate, scale)

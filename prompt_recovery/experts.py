@@ -139,10 +139,19 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         model = super()._process_model_after_weight_loading(model, **kwargs)
+        dtype = self.quantization_config.bnb_4bit_compute_dtype
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 # else, on CPUs with AVX-512 BF16, the first answer repacks the weights and rounds their scales
                 module.support_avx512bf16_for_cpu = False
+                module.compute_dtype = dtype
+                if getattr(module.weight, "quant_state", None) is not None:  # else check_quantised names it
+                    module.weight.quant_state.dtype = dtype
+                continue
+            # a saved folder's 16-bit parts come as they were stored, whatever dtype is asked for
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
         if any(fused_experts(module) for module in model.modules()):
             model.set_experts_implementation(METHOD)
         return model
