@@ -58,7 +58,7 @@ def compile_one(gate: bool, config: decode.Config, m: int, dtype: torch.dtype = 
 
 def layer(first: SimpleNamespace | None) -> SimpleNamespace:
     """Random experts: quantised from random weights, or random bytes with the first layer's scales."""
-    made = {}
+    made: dict[str, torch.Tensor] = {}
     for name, shape in (("gate_up_proj", (EXPERTS, 2 * INNER, HIDDEN)), ("down_proj", (EXPERTS, HIDDEN, INNER))):
         if first is None:
             pieces = nf4.quantise(torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02)
@@ -116,12 +116,14 @@ def check(experts: SimpleNamespace) -> bool:
     return right
 
 
-def project(layers, gate: bool, x, weights, routed, m: int, config: decode.Config) -> None:
+def project(layers, gate: bool, x, weights, routed: tuple, m: int, config: decode.Config) -> None:
     """One of the two projections of every layer."""
     name = "gate_up_proj" if gate else "down_proj"
+    order, tiles, most = routed
     for experts in layers:
+        pieces = pieces_of(experts, name)
         decode._launch_project(
-            x, pieces_of(experts, name), *routed, weights if gate else None, m, TOP_K if gate else 1, config
+            x, pieces, order, tiles, most, weights if gate else None, m, TOP_K if gate else 1, config
         )
 
 

@@ -1,0 +1,379 @@
+"""Experts of a decode step in Triton (CUDA, sm80 and newer): each packed NF4 weight is read once for up to BLOCK_M rows.
+
+Four launches, no host sync, no atomics: `_route` lists each expert's rows, `_project` (twice) multiplies them, `_combine`
+sums over the choices of a token. Reading the weights is the floor, so the arithmetic a weight costs is what counts:
+
+- one byte (two weights) is looked up by one load from shared memory, in a table of 256 pairs that each of the 32 lanes
+  has a copy of (32 KiB, no bank conflicts). Triton can't address shared memory, hence the inline PTX; its array is static
+  and Triton's own is dynamic, so they add up. Lookups in registers by `prmt` cost 1.6 times the instructions (sm90).
+- the weights are the left operand of a batched dot, a batch entry a warp: mma.sync with operands straight from the tile,
+  each weight decoded by one warp (a 2-D dot of this size becomes wgmma or repeats the decoding along the columns).
+- scales multiply fp32 sums of 64 products instead of weights. They're loaded by inline PTX because Triton would load them
+  in another layout and exchange them through shared memory behind a barrier.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+
+from prompt_recovery import nf4
+
+GLOBAL, REGISTERS, SHARED = 0, 1, 2  # where a byte is looked up; GLOBAL is plain Triton, for its interpreter
+
+
+class Config(NamedTuple):
+    """Launch parameters of `_project`. A program works on warps * rows_per_warp rows of the weights (twice that with a
+    gate), blocks * 64 columns an iteration; split: parts of the columns, each summed by a program of its own."""
+
+    rows_per_warp: int
+    warps: int
+    blocks: int
+    stages: int
+    split: int = 1
+    registers: int | None = None
+    lookup: int = SHARED
+
+
+# Fills the tables, 256 pairs (a copy a lane) and 256 absmax levels. $1: thread; $2, $3: their addresses; $4: threads.
+# The declarations stay outside the braces: later PTX of the kernel refers to them.
+_FILL = tl.constexpr(
+    ".shared .align 16 .b8 nf4_levels[1024]; .shared .align 128 .b8 nf4_pairs[32768];"
+    "{ .reg .b32 i, v, t, a, l; .reg .b64 o, p; .reg .pred more; mov.u32 i, $1; "
+    "nf4_fill: mul.wide.u32 o, i, 4; add.u64 p, $3, o; ld.global.nc.b32 v, [p]; "
+    "mov.u32 t, nf4_levels; mad.lo.u32 a, i, 4, t; st.shared.b32 [a], v; "
+    "add.u64 p, $2, o; ld.global.nc.b32 v, [p]; mov.u32 t, nf4_pairs; mad.lo.u32 t, i, 128, t; shl.b32 l, i, 4; "
+    + "and.b32 a, l, 112; add.u32 a, a, t; st.shared.v4.b32 [a], {v, v, v, v}; add.u32 l, l, 16; " * 8
+    + "add.u32 i, i, $4; setp.lt.u32 more, i, 256; @more bra nf4_fill; bar.sync 0; mov.u32 $0, i; }"
+)
+_SHARED_LOOKUP = tl.constexpr(
+    "{ .reg .b32 a, l, t; mov.u32 l, %laneid; mov.u32 t, nf4_pairs; mad.lo.u32 l, l, 4, t; "
+    + " ".join(f"prmt.b32 a, $4, 0, {0x4440 + i}; mad.lo.u32 a, a, 128, l; ld.shared.b32 ${i}, [a];" for i in range(4))
+    + " }"
+)
+_SHARED_LEVEL = tl.constexpr(
+    "{ .reg .b32 a, t; mov.u32 t, nf4_levels; bfe.u32 a, $1, $2, 8; mad.lo.u32 a, a, 4, t; ld.shared.b32 $0, [a]; }"
+)
+
+
+def register_lookup(dtype: torch.dtype) -> str:
+    """PTX that turns 4 packed bytes ($4) into 4 pairs of 16-bit values ($0 to $3), by byte permutations."""
+    bits = [value & 0xFFFF for value in _nf4_values().to(dtype).view(torch.int16).tolist()]
+
+    def table(shift: int, start: int) -> str:  # 8 entries' low or high bytes in two registers
+        words = (sum((bits[start + 4 * w + i] >> shift & 255) << 8 * i for i in range(4)) for w in range(2))
+        return ", ".join(str(word) for word in words)
+
+    text = "{ .reg .b32 s, t, a, b, l, h; and.b32 s, $4, 0x77777777; shr.u32 t, $4, 1; "
+    text += "lop3.b32 t, t, 0x44444444, 0x32103210, 0xea; "  # (t & 0x44..) | 0x3210..: picks by a nibble's top bit
+    for first in (0, 2):
+        if first:
+            text += "shr.u32 s, s, 16; shr.u32 t, t, 16; "
+        for name, shift in (("l", 0), ("h", 8)):
+            text += f"prmt.b32 a, {table(shift, 0)}, s; prmt.b32 b, {table(shift, 8)}, s; prmt.b32 {name}, a, b, t; "
+        text += f"prmt.b32 ${first}, l, h, 0x4051; prmt.b32 ${first + 1}, l, h, 0x6273; "
+    return text + "}"
+
+
+def _nf4_values() -> torch.Tensor:
+    return nf4._tables(torch.device("cpu"))[1]
+
+
+_REGISTER_LOOKUP_BF16 = tl.constexpr(register_lookup(torch.bfloat16))
+_REGISTER_LOOKUP_FP16 = tl.constexpr(register_lookup(torch.float16))
+
+
+def pair_table(dtype: torch.dtype) -> torch.Tensor:
+    """int32 [256] on the CPU: for each packed byte its two NF4 values in `dtype`, the even column in the low half."""
+    bits = _nf4_values().to(dtype).view(torch.int16).int() & 0xFFFF
+    byte = torch.arange(256)
+    return bits[byte >> 4] | bits[byte & 15] << 16
+
+
+@functools.cache
+def _tables(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):
+        return pair_table(dtype).to(device), nf4._tables(device)[0]
+
+
+@triton.jit(do_not_specialize=["rows", "m"])
+def _route(index, order, tiles, rows, m, ROWS: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr):
+    """index [rows]: experts; m: most rows of a tile. order [rows]: rows by expert. tiles [TILES, 3]: expert, first place
+    in order, number of rows (0: no such tile)."""
+    row = tl.arange(0, ROWS)
+    expert = tl.arange(0, EXPERTS)
+    mine = tl.load(index + row, mask=row < rows, other=EXPERTS).to(tl.int32)
+    chosen = (mine[:, None] == expert[None, :]).to(tl.int32)
+    count = tl.sum(chosen, 0)
+    start = tl.cumsum(count, 0) - count
+    place = tl.sum(chosen * (tl.cumsum(chosen, 0) - 1 + start[None, :]), 1)
+    tl.store(order + place, row, mask=row < rows)
+    needed = (count + m - 1) // m
+    first = tl.cumsum(needed, 0) - needed
+    tile = tl.arange(0, TILES)
+    within = tile[:, None] - first[None, :]
+    inside = ((within >= 0) & (within < needed[None, :])).to(tl.int32)
+    tl.store(tiles + tile * 3, tl.sum(inside * expert[None, :], 1))
+    tl.store(tiles + tile * 3 + 1, tl.sum(inside * (start[None, :] + within * m), 1))
+    tl.store(tiles + tile * 3 + 2, tl.sum(inside * tl.minimum(count[None, :] - within * m, m), 1))
+
+
+@triton.jit
+def _tile_weights(byte, pairs, kind: tl.constexpr, LOOKUP: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
+    """Packed tile [WARPS * ROWS, 32] -> NF4 values [WARPS, ROWS, 64] of `kind`, unscaled."""
+    # (the interpreter's dot takes no bf16, hence fp32 there)
+    if LOOKUP == 0:
+        pair = tl.load(pairs + byte.to(tl.int32))
+    elif LOOKUP == 2:
+        pair = tl.inline_asm_elementwise(
+            _SHARED_LOOKUP, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4
+        )
+    elif kind == tl.bfloat16:
+        pair = tl.inline_asm_elementwise(
+            _REGISTER_LOOKUP_BF16, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4
+        )
+    else:
+        pair = tl.inline_asm_elementwise(
+            _REGISTER_LOOKUP_FP16, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4
+        )
+    even = pair.to(tl.int16).to(kind, bitcast=True)
+    odd = (pair >> 16).to(tl.int16).to(kind, bitcast=True)
+    weight = tl.reshape(tl.join(even, odd), (WARPS, ROWS, 64))
+    return weight.to(tl.float32) if LOOKUP == 0 else weight
+
+
+@triton.jit
+def _load_levels(absmax, at, BLOCKS: tl.constexpr, LOOKUP: tl.constexpr):
+    """The 8-bit absmax of BLOCKS neighbours as one int32."""
+    if LOOKUP == 0:
+        levels = tl.load(absmax + at).to(tl.int32)
+        for i in tl.static_range(1, BLOCKS):
+            levels |= tl.load(absmax + at + i).to(tl.int32) << 8 * i
+        return levels
+    address = (absmax + at).to(tl.int64)
+    if BLOCKS == 4:
+        return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [address], tl.int32, True, 1)
+    elif BLOCKS == 2:
+        return tl.inline_asm_elementwise("ld.global.nc.u16 $0, [$1];", "=r,l", [address], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("ld.global.nc.u8 $0, [$1];", "=r,l", [address], tl.int32, True, 1)
+
+
+@triton.jit
+def _load_nested(nested, block, LOOKUP: tl.constexpr):
+    if LOOKUP == 0:
+        bits = tl.load(nested + (block >> 8))
+    else:
+        address = (nested + (block >> 8)).to(tl.int64)
+        bits = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [address], tl.int32, True, 1)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale(levels, i: tl.constexpr, second, offset, table, LOOKUP: tl.constexpr):
+    """fp32 absmax of the i-th of the blocks in `levels`."""
+    if LOOKUP == 0:
+        level = tl.load(table + ((levels >> 8 * i) & 255))
+    else:
+        level = tl.inline_asm_elementwise(_SHARED_LEVEL, "=r,r,r", [levels, 8 * i], tl.float32, True, 1)
+    return level * second + offset
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _project(
+    x, packed, absmax, nested, offset, order, tiles, routing, out, pairs, table, rows,
+    K: tl.constexpr, N: tl.constexpr, X_PER_ROW: tl.constexpr, GATE: tl.constexpr, M: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, LOOKUP: tl.constexpr,
+):  # fmt: skip
+    """GATE: out [rows, N] = silu(x gate) * (x up) * routing weight, with gate and up of packed [E, 2N, K / 2] and row r
+    of x at r // X_PER_ROW. Else out fp32 [SPLIT, rows, N] = part of x [rows, K] times packed [E, N, K / 2]."""
+    tile = tiles + tl.program_id(0) * 3
+    count = tl.load(tile + 2)
+    if count == 0:
+        return
+    if LOOKUP != 0:
+        tl.inline_asm_elementwise(
+            _FILL, "=r,r,l,l,r", [tl.arange(0, WARPS * 32), pairs.to(tl.int64), table.to(tl.int64), WARPS * 32],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    kind: tl.constexpr = x.dtype.element_ty
+    PER_ROW: tl.constexpr = K // 64
+    STEPS: tl.constexpr = PER_ROW // BLOCKS // SPLIT
+    MATRIX: tl.constexpr = N * 2 if GATE else N
+    expert = tl.load(tile).to(tl.int64)
+    packed += expert * (MATRIX * (K // 2))
+    absmax += expert * (MATRIX * PER_ROW)
+    nested += expert * ((MATRIX * PER_ROW + 255) // 256)
+    shift = tl.load(offset + expert).to(tl.float32, bitcast=True)
+
+    m = tl.arange(0, M)
+    row = tl.load(order + tl.load(tile + 1) + m, mask=m < count, other=0)
+    x_row = x + (row // X_PER_ROW).to(tl.int64)[None, :] * K
+    n = tl.program_id(1) * (WARPS * ROWS) + tl.arange(0, WARPS * ROWS)
+    line = tl.minimum(n, N - 1)
+    bytes_of = packed + line[:, None] * (K // 2) + tl.arange(0, 32)[None, :]
+    by_warp = tl.reshape(line, (WARPS, ROWS)) * PER_ROW
+    first = tl.zeros((WARPS, ROWS, M), tl.float32)
+    second = tl.zeros((WARPS, ROWS, M), tl.float32)
+    begin = tl.program_id(2) * STEPS
+    # absmax bytes are loaded an iteration ahead
+    levels = _load_levels(absmax, by_warp + begin * BLOCKS, BLOCKS, LOOKUP)
+    if GATE:
+        up_levels = _load_levels(absmax, by_warp + N * PER_ROW + begin * BLOCKS, BLOCKS, LOOKUP)
+    for step in range(begin, begin + STEPS):
+        block = by_warp + step * BLOCKS
+        following = by_warp + tl.minimum(step + 1, begin + STEPS - 1) * BLOCKS
+        nested_scale = _load_nested(nested, block, LOOKUP)
+        next_levels = _load_levels(absmax, following, BLOCKS, LOOKUP)
+        if GATE:
+            up_nested_scale = _load_nested(nested, block + N * PER_ROW, LOOKUP)
+            next_up_levels = _load_levels(absmax, following + N * PER_ROW, BLOCKS, LOOKUP)
+        for i in tl.static_range(BLOCKS):
+            column = step * BLOCKS + i
+            k = column * 64 + tl.arange(0, 64)
+            values = tl.load(x_row + k[:, None], mask=(m < count)[None, :], other=0.0)
+            if LOOKUP == 0:
+                values = values.to(tl.float32)
+            values = tl.broadcast_to(values[None, :, :], (WARPS, 64, M))
+            weight = _tile_weights(tl.load(bytes_of + column * 32), pairs, kind, LOOKUP, WARPS, ROWS)
+            scale = _scale(levels, i, nested_scale, shift, table, LOOKUP)
+            first += tl.dot(weight, values) * scale[:, :, None]
+            if GATE:
+                byte = tl.load(bytes_of + N * (K // 2) + column * 32)
+                weight = _tile_weights(byte, pairs, kind, LOOKUP, WARPS, ROWS)
+                scale = _scale(up_levels, i, up_nested_scale, shift, table, LOOKUP)
+                second += tl.dot(weight, values) * scale[:, :, None]
+        levels = next_levels
+        if GATE:
+            up_levels = next_up_levels
+    inside = (tl.reshape(n, (WARPS, ROWS)) < N)[:, :, None] & (m < count)[None, None, :]
+    at = row.to(tl.int64)[None, None, :] * N + tl.reshape(n, (WARPS, ROWS))[:, :, None]
+    if GATE:
+        share = tl.load(routing + row, mask=m < count, other=0.0).to(tl.float32)
+        first = first * tl.sigmoid(first) * second * share[None, None, :]
+    else:
+        at += tl.program_id(2).to(tl.int64) * rows * N
+    tl.store(out + at, first.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _combine(partial, out, rows, N, TOP_K: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        for part in tl.static_range(SPLIT):
+            source = partial + (part * rows + token * TOP_K + choice) * N
+            total += tl.load(source + at, mask=at < N, other=0.0)
+    tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=at < N)
+
+
+# Triton asks the driver for more than 48 KiB of shared memory only where its own part alone is more, and does not count
+# the tables of 33 KiB; a kernel too small or too large for that looks bytes up in registers
+_SMALL, _TABLES = 48 * 1024, 33 * 1024
+_lookups: dict[tuple, int] = {}
+
+
+@functools.cache
+def _most_shared(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _TABLES
+
+
+def block_m(tokens: int, rows: int, experts: int) -> int:
+    """Rows of a tile: an expert has at most `tokens` rows, and on average rows / experts."""
+    return max(8, min(64, triton.next_power_of_2(min(tokens, max(16, 2 * rows // experts)))))
+
+
+def _configs(tokens: int) -> tuple[Config, Config]:
+    return Config(16, 8, 2, 4, registers=128), Config(32, 8, 2, 4, split=4, registers=128)
+
+
+def _route_rows(top_k_index: torch.Tensor, experts: int, m: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """order int32 [R], tiles int32 [.., 3] and how many tiles there can be at most."""
+    rows = top_k_index.numel()
+    most = min(rows, experts + rows // m)
+    room = max(16, triton.next_power_of_2(most))  # few variants, so that few are compiled
+    order = torch.empty(rows, dtype=torch.int32, device=top_k_index.device)
+    tiles = torch.empty(room, 3, dtype=torch.int32, device=top_k_index.device)
+    _route[(1,)](
+        top_k_index, order, tiles, rows, m, ROWS=max(64, triton.next_power_of_2(rows)),
+        EXPERTS=triton.next_power_of_2(experts), TILES=room, num_warps=4,
+    )  # fmt: skip
+    return order, tiles, most
+
+
+def _launch_project(
+    x: torch.Tensor,
+    pieces: dict[str, torch.Tensor],
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    most: int,
+    routing: torch.Tensor | None,
+    m: int,
+    per_row: int,
+    config: Config,
+) -> torch.Tensor:
+    """`_project` with a gate where there are routing weights; [R, N] in the dtype of x, or fp32 [split, R, N]."""
+    packed, rows, gate = pieces["packed"], order.numel(), routing is not None
+    columns = packed.shape[2] * 2
+    size = packed.shape[1] // 2 if gate else packed.shape[1]
+    blocks, split = config.blocks, config.split
+    while (columns // 64) % (blocks * split):  # other shapes than the one this was tuned at
+        blocks, split = (blocks, split // 2) if split > 1 else (blocks // 2, split)
+    if gate:
+        out = x.new_empty(rows, size)
+    else:
+        out = torch.empty(split, rows, size, dtype=torch.float32, device=x.device)
+    pairs, table = _tables(x.device, x.dtype)
+    grid = (most, triton.cdiv(size, config.warps * config.rows_per_warp), split)
+    arguments = (
+        x, packed, pieces["absmax"], pieces["nested"], pieces["offset"], order, tiles, routing, out, pairs, table, rows,
+    )  # fmt: skip
+    options = {
+        "K": columns, "N": size, "X_PER_ROW": per_row, "GATE": gate, "M": m, "ROWS": config.rows_per_warp,
+        "WARPS": config.warps, "BLOCKS": blocks, "SPLIT": split, "LOOKUP": config.lookup,
+        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
+    }  # fmt: skip
+    if config.lookup == SHARED:
+        key = (x.device, x.dtype, *options.values())
+        if key not in _lookups:
+            kernel = _project.warmup(*arguments, grid=grid, **options)
+            _lookups[key] = SHARED if _SMALL < kernel.metadata.shared <= _most_shared(x.device) else REGISTERS
+        options["LOOKUP"] = _lookups[key]
+    _project[grid](*arguments, **options)
+    return out
+
+
+def few_rows(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    experts: nn.Module,
+    configs: tuple[Config, Config] | None = None,
+) -> torch.Tensor | None:
+    """The experts' output [T, H] for x [T, H] of 16 bit, top_k_index int [T, K] and top_k_weights [T, K] of 16 or 32 bit.
+    experts: module with the NF4 pieces of `nf4.py`. configs: launch parameters of the two projections, to tune them.
+
+    Can be captured in a CUDA graph. None where the shape does not fit (hidden or expert size no multiple of 64).
+    """
+    gate_up, down = ({piece: getattr(experts, f"{name}_{piece}") for piece in nf4.PIECES} for name in nf4.PROJECTIONS)
+    count, hidden = gate_up["packed"].shape[0], x.shape[1]
+    if hidden % 64 or down["packed"].shape[2] % 32:
+        return None
+    tokens, top_k = top_k_index.shape
+    first, second = configs or _configs(tokens)
+    m = block_m(tokens, tokens * top_k, count)
+    order, tiles, most = _route_rows(top_k_index.contiguous(), count, m)
+    inner = _launch_project(x.contiguous(), gate_up, order, tiles, most, top_k_weights.contiguous(), m, top_k, first)
+    partial = _launch_project(inner, down, order, tiles, most, None, m, 1, second)
+    out = x.new_empty(tokens, hidden)
+    block = min(1024, triton.next_power_of_2(hidden))
+    _combine[(tokens, triton.cdiv(hidden, block))](
+        partial, out, tokens * top_k, hidden, TOP_K=top_k, SPLIT=partial.shape[0], BLOCK=block, num_warps=4
+    )
+    return out

@@ -1,0 +1,250 @@
+"""The Triton kernels without a GPU: in Triton's interpreter beside plain torch, and their PTX in a small emulator.
+
+Run as a program (TRITON_INTERPRET=1) this file prints the differences as JSON; the tests read them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prompt_recovery import nf4
+
+pytest.importorskip("triton", reason="triton comes with CUDA builds of torch; pip install triton==3.6.0 to run these")
+ROOT = Path(__file__).parent.parent
+# experts, hidden, inner, tokens, choices a token, dtype, how the router chooses
+FEW_ROWS = {
+    "one token": (4, 128, 192, 1, 2, "float16", "random"),
+    "bf16": (4, 128, 192, 5, 2, "bfloat16", "random"),
+    "every expert": (4, 128, 256, 16, 4, "float16", "random"),
+    "one expert, others empty": (4, 128, 192, 40, 1, "float16", "all 2"),
+    "two tiles an expert": (4, 64, 256, 33, 2, "float16", "all 0 3"),
+    "expert size no multiple of a program's": (3, 128, 320, 17, 2, "float16", "random"),
+    "16-bit routing weights": (4, 128, 192, 3, 2, "bfloat16", "random"),
+    "larger tiles": (4, 64, 128, 130, 2, "float16", "random"),
+}
+EXACT = ("dequantise float32", "dequantise float16", "gather", "few rows twice")
+PLAIN = ("combine", "swiglu", "swiglu backward", "swiglu backward of the weights")
+
+
+def random_experts(experts: int, hidden: int, inner: int) -> SimpleNamespace:
+    made = {}
+    for name, shape in (("gate_up_proj", (experts, 2 * inner, hidden)), ("down_proj", (experts, hidden, inner))):
+        pieces = nf4.quantise(torch.randn(shape) * 0.05)
+        made |= {f"{name}_{piece}": tensor for piece, tensor in pieces.items()}
+    return SimpleNamespace(**made)
+
+
+def plain_experts(x, index, weights, experts) -> torch.Tensor:
+    """The experts' output in fp32, from the dequantised weights."""
+    gate_up, down = (
+        nf4.dequantise({piece: getattr(experts, f"{name}_{piece}") for piece in nf4.PIECES}, torch.float32)
+        for name in nf4.PROJECTIONS
+    )
+    out = torch.zeros(x.shape)
+    for token in range(x.shape[0]):
+        for choice, expert in enumerate(index[token].tolist()):
+            gate, up = (gate_up[expert] @ x[token].float()).chunk(2)
+            value = down[expert] @ (torch.nn.functional.silu(gate) * up)
+            out[token] += weights[token, choice].float() * value
+    return out
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+def few_rows_differences() -> dict[str, float]:
+    from prompt_recovery import kernels_decode as decode
+
+    configs = (
+        decode.Config(16, 2, 2, 3, lookup=decode.GLOBAL),
+        decode.Config(16, 4, 4, 3, split=2, lookup=decode.GLOBAL),
+    )
+    found = {}
+    for name, (count, hidden, inner, tokens, top_k, kind, routing) in FEW_ROWS.items():
+        experts, dtype = random_experts(count, hidden, inner), getattr(torch, kind)
+        x = torch.randn(tokens, hidden).to(dtype)
+        index = torch.stack([torch.randperm(count)[:top_k] for _ in range(tokens)])
+        if routing != "random":
+            index[:] = torch.tensor([int(expert) for expert in routing.split()[1:]])
+        weights = torch.rand(tokens, top_k).to(dtype if "16-bit" in name else torch.float32)
+        got = decode.few_rows(x, index, weights, experts, configs)
+        found[name] = relative(got, plain_experts(x, index, weights, experts))
+        if name == "one token":
+            found["few rows twice"] = float(not torch.equal(got, decode.few_rows(x, index, weights, experts, configs)))
+    odd = SimpleNamespace(**{f"down_proj_{piece}": torch.zeros(2, 8, 80) for piece in nf4.PIECES})
+    for piece in nf4.PIECES:
+        setattr(odd, f"gate_up_proj_{piece}", torch.zeros(2, 8, 16))
+    found["no kernel for odd shapes"] = float(decode.few_rows(torch.zeros(1, 32), index, weights, odd) is not None)
+    return found
+
+
+def kernels_differences() -> dict[str, float]:
+    from prompt_recovery import kernels
+
+    found = {}
+    pieces = nf4.quantise(torch.randn(3, 64, 320) * 0.05)  # 320 blocks an expert: the last nested one is not full
+    code, table = nf4._tables(torch.device("cpu"))
+    for kind in ("float32", "float16"):
+        out = torch.full((3, 64, 320), torch.nan, dtype=getattr(torch, kind))
+        nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
+        kernels.dequantise(pieces["packed"], pieces["absmax"], nested, offset, code, table, out)
+        found[f"dequantise {kind}"] = float(not torch.equal(out, nf4.dequantise(pieces, getattr(torch, kind))))
+    tokens, top_k, width = 7, 2, 200
+    order = torch.randperm(tokens * top_k)
+    x = torch.randn(tokens, width)
+    found["gather"] = float(not torch.equal(kernels.gather(x, order, top_k), x[order // top_k]))
+    rows, inverse = torch.randn(tokens * top_k, width), torch.argsort(order)
+    found["combine"] = relative(kernels.combine(rows, inverse, top_k), rows[inverse].view(tokens, top_k, -1).sum(1))
+    gate_up = torch.randn(tokens * top_k, 2 * width, requires_grad=True)
+    weights = torch.rand(tokens, top_k, requires_grad=True)
+    gate, up = gate_up.chunk(2, dim=1)
+    want = torch.nn.functional.silu(gate) * up * weights.reshape(-1)[order, None]
+    found["swiglu"] = relative(kernels.swiglu(gate_up.detach(), weights.detach(), order), want)
+    grad = torch.randn_like(want)
+    want.backward(grad)
+    got = kernels.swiglu_backward(gate_up.detach(), weights.detach(), order, grad)
+    found["swiglu backward"] = relative(got[0], gate_up.grad)
+    found["swiglu backward of the weights"] = relative(got[1], weights.grad)
+    return found
+
+
+@pytest.fixture(scope="module")
+def differences() -> dict[str, float]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", FEW_ROWS)
+def test_few_rows_matches_dequantised_experts(differences, name):
+    # the interpreter cuts bf16 off instead of rounding it
+    assert differences[name] < (1e-2 if FEW_ROWS[name][5] == "bfloat16" else 1e-3)
+
+
+@pytest.mark.parametrize("name", [*EXACT, "no kernel for odd shapes"])
+def test_same_bits(differences, name):
+    assert differences[name] == 0
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_matches_plain_torch(differences, name):
+    assert differences[name] < 1e-6
+
+
+class Ptx:
+    """A thread that runs the few PTX instructions that the kernels use; shared memory is given by its 4-byte words."""
+
+    def __init__(self, lane: int, shared: dict[int, int], symbols: dict[str, int], memory: dict[int, int]):
+        self.registers, self.shared, self.memory = {"%laneid": lane} | symbols, shared, memory
+
+    def value(self, operand: str) -> int:
+        return self.registers[operand] if operand in self.registers else int(operand, 0)
+
+    def step(self, text: str) -> None:
+        name, _, rest = text.partition(" ")
+        if name.startswith("st.shared"):
+            address, source = rest.split(",", 1)
+            for number, word in enumerate(source.strip(" {}").split(",")):
+                self.shared[self.value(address.strip("[] ")) + 4 * number] = self.value(word.strip())
+            return
+        target, *operands = (part.strip() for part in rest.split(","))
+        if name.startswith(("ld.shared", "ld.global")):
+            self.registers[target] = (self.shared if "shared" in name else self.memory)[
+                self.value(operands[0].strip("[]"))
+            ]
+            return
+        a, *others = (self.value(operand) for operand in operands)
+        match name.split(".")[0]:
+            case "mov":
+                result = a
+            case "and":
+                result = a & others[0]
+            case "add":
+                result = a + others[0]
+            case "mul":
+                result = a * others[0]
+            case "mad":
+                result = a * others[0] + others[1]
+            case "shl":
+                result = a << others[0]
+            case "shr":
+                result = a >> others[0]
+            case "bfe":
+                result = a >> others[0] & (1 << others[1]) - 1
+            case "setp":
+                result = int(a < others[0])
+            case "lop3":  # bit i of the last operand: the result where the three inputs' bits spell i
+                b, c, truth = others
+                result = sum(
+                    (truth >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32)
+                )
+            case "prmt":  # each nibble of the last operand picks one of 8 bytes; its top bit would repeat the sign
+                data = (a | others[0] << 32).to_bytes(8, "little")
+                assert not others[1] & 0x8888 or name != "prmt.b32"
+                result = sum(data[others[1] >> 4 * i & 7] << 8 * i for i in range(4))
+            case _:
+                raise AssertionError(f"unknown instruction {text}")
+        self.registers[target] = result if "wide" in name or ".u64" in name else result & 0xFFFFFFFF
+
+    def run(self, text: str) -> None:
+        labels, program = {}, []
+        for part in re.sub(r"\.(shared|reg) [^;]*;", "", text).split(";"):
+            part = part.strip(" {}") if "st.shared.v4" not in part else part.strip()
+            if label := re.match(r"(\w+): ", part):
+                labels[label[1]] = len(program)
+                part = part[label.end() :]
+            program += [part] if part else []
+        at = 0
+        while at < len(program):
+            if jump := re.match(r"@(\w+) bra (\w+)", program[at]):
+                at = labels[jump[2]] if self.registers[jump[1]] else at + 1
+                continue
+            if not program[at].startswith("bar"):
+                self.step(program[at])
+            at += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lookups_in_ptx_give_both_values_of_every_byte(dtype):
+    from prompt_recovery import kernels_decode as decode
+
+    pairs = [word & 0xFFFFFFFF for word in decode.pair_table(dtype).tolist()]
+    values = nf4._tables(torch.device("cpu"))[1].to(dtype)
+    for byte, pair in enumerate(pairs):
+        halves = torch.tensor([pair & 0xFFFF, pair >> 16], dtype=torch.int32).to(torch.int16).view(dtype)
+        assert torch.equal(halves, values[[byte >> 4, byte & 15]])
+    symbols, shared, threads = {"nf4_levels": 1024, "nf4_pairs": 2048}, {}, 64
+    memory = {4 * i: word for i, word in enumerate(pairs)} | {1 << 20 | 4 * i: 7 * i for i in range(256)}
+    for thread in range(threads):
+        each = Ptx(thread % 32, shared, symbols | {"$1": thread, "$2": 0, "$3": 1 << 20, "$4": threads}, memory)
+        each.run(decode._FILL.value)
+    assert len(shared) == 256 + 256 * 32
+    for first in range(0, 256, 4):
+        word = int.from_bytes(bytes(range(first, first + 4)), "little")
+        for lane in (0, 13, 31):
+            looked_up = Ptx(lane, shared, symbols | {"$4": word}, {})
+            looked_up.run(decode._SHARED_LOOKUP.value)
+            permuted = Ptx(lane, {}, {"$4": word}, {})
+            permuted.run(decode.register_lookup(dtype))
+            for number in range(4):
+                assert looked_up.registers[f"${number}"] == permuted.registers[f"${number}"] == pairs[first + number]
+        for number in range(4):
+            level = Ptx(0, shared, symbols | {"$1": word, "$2": 8 * number}, {})
+            level.run(decode._SHARED_LEVEL.value)
+            assert level.registers["$0"] == 7 * (first + number)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(json.dumps(few_rows_differences() | kernels_differences()))
