@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "prompt_recovery_decode"
+# rows that a batch shrinks to: so few shapes that their graphs serve many batches
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CHECK = 8  # steps between two looks at what is done: a look costs a host sync, some 0.1 ms
 ALIGNMENT = 64  # cache lengths are multiples, so that batches of like lengths share a graph and masks are aligned
 
@@ -297,45 +299,49 @@ class Decoder:
 
     def _decode(self, rows: int, count: int, share: int, finished: Callable | None) -> list[list[list[int]]]:
         answers: dict[int, list[int]] = {}
-        live = list(range(rows))  # which answer each row of the batch is
+        live: list[int | None] = list(range(rows))  # which answer each row of the batch is, None for one that fills it
         for number in range(1, self.max_new + 1):
             if number % CHECK == 0 or number == self.max_new:
                 over = self.done[: len(live)].tolist()
                 written = self.out[: len(live), :number].tolist()
-                if finished is not None:
-                    over = [o or finished(ids) for o, ids in zip(over, written, strict=True)]
-                if number == self.max_new:
-                    over = [True] * len(live)
-                for row, ids in enumerate(written):
+                for row, (which, ids) in enumerate(zip(live, written, strict=True)):
+                    if which is None:
+                        continue
+                    over[row] = over[row] or number == self.max_new or (finished is not None and finished(ids))
                     if over[row]:
-                        answers.setdefault(live[row], ids[: ids.index(self.eos) + 1] if self.eos in ids else ids)
-                left = [row for row in range(len(live)) if not over[row]]
-                if not left:
+                        answers[which] = ids[: ids.index(self.eos) + 1] if self.eos in ids else ids
+                        live[row] = None
+                if not any(which is not None for which in live):
                     break
-                live = self._keep(live, left, over)
+                live = self._keep(live, over)
             if number < self.max_new:
                 self._replay(len(live))
         return [[answers[position * share + n] for n in range(share)] for position in range(count)]
 
-    def _keep(self, live: list[int], left: list[int], over: list[bool]) -> list[int]:
-        """Once half of the rows are over, the others go on alone: the step gets cheaper, but wants a graph of its own."""
-        if len(left) * 2 > len(live):
-            self.done[: len(live)] |= torch.tensor(over, device=self.device)
+    def _keep(self, live: list[int | None], over: list[bool]) -> list[int | None]:
+        """Once half of the rows are over, the others go on alone, filled up to one of ROWS with rows that are over: the
+        step gets cheaper, but may want a graph of its own."""
+        self.done[: len(live)] |= torch.tensor(over, device=self.device)
+        left = [row for row, which in enumerate(live) if which is not None]
+        rows = next((size for size in ROWS if size >= len(left)), len(left))
+        if rows * 2 > len(live):
             return live
-        index = torch.tensor(left, device=self.device)
-        self.cache.select(index, len(left))
+        fill = [row for row, which in enumerate(live) if which is None]
+        kept = left + fill[: rows - len(left)]
+        index = torch.tensor(kept, device=self.device)
+        self.cache.select(index, rows)
         for state in (self.ids, self.positions, self.padding, self.out, self.done, self.draws):
-            state[: len(left)] = state.index_select(0, index)
-        return [live[row] for row in left]
+            state[:rows] = state.index_select(0, index)
+        return [live[row] for row in kept]
 
 
 def sample(logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """One token a row by inverting the cumulative distribution at draws [rows] in [0, 1); temperature and top_p as
-    transformers' warpers have them. logits [rows, vocabulary] fp32."""
+    transformers' warpers have them, which always keep the likeliest. logits [rows, vocabulary] fp32."""
     probabilities, order = torch.sort((logits / temperature).softmax(-1), dim=-1, descending=True, stable=True)
     sums = probabilities.double().cumsum(-1)
     # the token that crosses top_p is still in
-    inside = torch.where(sums - probabilities < top_p, probabilities.double(), 0.0)
+    inside = torch.where(sums - probabilities < max(top_p, 1e-9), probabilities.double(), 0.0)
     sums = inside.cumsum(-1)
     place = (sums <= draws[:, None] * sums[:, -1:]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
     return order.gather(-1, place)[:, 0]

@@ -62,5 +62,5 @@ def test_json_answers_stop_at_the_closing_brace():
     more = tok(text + " and more", add_special_tokens=False)["input_ids"]
     assert generation._answer(tok, ids, True) == (text, len(ids), "object")
     assert generation._answer(tok, more, True) == (text, len(ids), "object")  # as if it had been looked at every token
-    assert generation._answer(tok, [*ids, 2], True) == (text, len(ids) + 1, "eos")
+    assert generation._answer(tok, [*ids, 2], True) == (text, len(ids), "object")
     assert generation._answer(tok, ids, False).stopped == "length"
