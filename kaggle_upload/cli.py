@@ -54,7 +54,8 @@ class Reply:
         """The last lines of what it said, without its progress."""
         lines = [line.split("\r")[-1].strip() for line in f"{self.out}\n{self.err}".splitlines()]
         progress = re.compile(r"B/s\]|^Starting upload|^Upload successful|^$")
-        return " | ".join([line for line in lines if not progress.search(line)][-4:]) or "it said nothing"
+        kept = " | ".join([line for line in lines if not progress.search(line)][-4:])
+        return _unsigned(kept) or "it said nothing"
 
     def json(self) -> Any:
         """The JSON that it printed, whatever stood before (page tokens, notes about newer versions)."""
@@ -92,13 +93,13 @@ def run(*arguments: str, timeout: float, temp: Path | None = None, show: bool = 
                 lost.append(out[-1].split(": ", 1)[1].strip())
                 _kill(child)
             if show:
-                print("  " + out[-1].rstrip(), flush=True)
+                print("  " + _unsigned(out[-1].rstrip()), flush=True)
 
     def read_err() -> None:
         while child.stderr and (raw := os.read(child.stderr.fileno(), 4096)):
             err.append(raw.decode(errors="replace"))
             if show and sys.stderr.isatty():
-                print(err[-1], end="", file=sys.stderr, flush=True)
+                print(_unsigned(err[-1]), end="", file=sys.stderr, flush=True)
 
     readers = [threading.Thread(target=read_out), threading.Thread(target=read_err)]
     for reader in readers:
@@ -152,6 +153,11 @@ def login_name(timeout: float) -> str | None:
 def transfer_timeout(timeout: float, size: int) -> float:
     """`timeout` seconds besides a transfer of `size` bytes at the slowest bearable rate."""
     return timeout + size / SLOWEST
+
+
+def _unsigned(text: str) -> str:
+    """Without the queries of addresses: whoever knows a signed one may write the file."""
+    return re.sub(r"\?[\w%.+~-]+=[^\s'\")]*", "?...", text)
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:

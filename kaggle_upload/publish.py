@@ -28,6 +28,8 @@ from kaggle_upload.stage import HERE, Content, lay_out
 
 COLUMNS = ("handle", "version", "sha256", "base", "rank", "style", "rows_hash", "scores", "commit", "time")
 POLL = 1.0  # seconds between two looks at the list of versions, doubled each time up to 30
+LISTING = 300.0  # seconds to wait for a version to be listed, and for new files
+PROCESSING = 2**26  # bytes/s, a guess: how fast Kaggle gets through them
 SETTLE = 3  # looks at the list after a call that went wrong, in case its version appears late
 
 
@@ -56,6 +58,10 @@ class Publish:
             # own staging path and own TMPDIR for each content: kaggle's program resumes a session by path, size and
             # time alone, and would publish the bytes of an earlier file
             (folder / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
+            if longest := [name for name in self.content.files if len(f"{folder}/files/{name}.json") > 255]:
+                raise UploadError(
+                    f"{folder}/files/{longest[0]} is too long for the kaggle program: give a shorter --work."
+                )
             lay_out(self.content, folder / "files", self.metadata)
             versions = self._send(folder)
             if changed := self.content.changed():
@@ -87,7 +93,8 @@ class Publish:
         standing = self.remote.versions()
         journal = folder / "before.json"  # the newest version before an earlier, interrupted run for this content
         before = json.loads(journal.read_text()) if journal.exists() else None
-        if before is not None and (ours := self._matching([n for n in standing if n > before], exact=True)):
+        since = [n for n in standing if before is not None and n > before]
+        if ours := self._matching(since, self.verify == "download" or len(since) > 1):
             print("An earlier run has published this already.")
             return ours
         if not self.force and (ours := self._known(standing)):
@@ -111,7 +118,8 @@ class Publish:
         reported success."""
         said_so = reply.kind == "ok" and re.search(r"was created|is being created", reply.out) is not None
         clean = said_so and "Will retry" not in reply.err
-        deadline, pause, looks = time.monotonic() + self.remote.timeout, POLL, 0
+        deadline = time.monotonic() + LISTING + sum(self.content.sizes.values()) / PROCESSING
+        pause, looks = POLL, 0
         ours, fresh = [], []
         while True:
             looks += 1

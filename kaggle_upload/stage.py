@@ -82,6 +82,8 @@ def read(paths: Iterable[Path]) -> Content:
         stamp = _stamp(path)
         if not path.stat().st_size:
             raise UploadError(f"{path} is empty; write it again.")
+        if path.stat().st_size > 10**9:
+            print(f"Hashing {path.name} ...", flush=True)
         files[path.name] = (path, _sha256(path), path.stat().st_size, stamp)
     if not files:
         raise UploadError("There is nothing to send; the kaggle program would publish an empty version.")

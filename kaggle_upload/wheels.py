@@ -82,11 +82,11 @@ def check_wheel(path: Path) -> None:
         raise UploadError(f"{path.name} is not a wheel: {error}.") from error
     if broken:
         raise UploadError(f"{path.name} is damaged ({broken}); download it again.")
+    if NEVER.fullmatch(name):
+        raise UploadError(f"{path.name} must not be sent: Kaggle's own stays.")
     if not tags & accepted:
         shown = ", ".join(sorted(map(str, tags)))
         raise UploadError(f"{path.name} ({shown}) does not install on Kaggle's Python 3.12, manylinux x86_64.")
-    if NEVER.fullmatch(name):
-        raise UploadError(f"{path.name} must not be sent: Kaggle's own stays.")
 
 
 def _pip(*arguments: str, env: dict[str, str] | None = None) -> None:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-USER, KEY = "someone", "k-1f9d-never-print-this"
+USER, KEY, SIGNATURE = "someone", "k-1f9d-never-print-this", "signature-never-print-this"
 Fault = Callable[["Handler"], bool]  # does something to the connection; True if it has answered (or will not)
 
 
@@ -220,7 +220,7 @@ class StandIn(ThreadingHTTPServer):
     def StartBlobUpload(self, body: dict[str, Any]) -> dict[str, Any]:
         token = f"blob{len(self.blobs)}"
         self.blobs[token] = {"name": body["name"], "size": int(body.get("contentLength", 0)), "data": b""}
-        return {"token": token, "createUrl": f"http://localhost/upload/{token}"}
+        return {"token": token, "createUrl": f"http://localhost/upload/{token}?upload_id={SIGNATURE}"}
 
     def _take(self, files: list[dict[str, Any]]) -> dict[str, bytes]:
         blobs = [self.blobs[file["token"]] for file in files]
@@ -299,7 +299,6 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, buffer.getvalue(), {"Content-Type": "application/octet-stream"})
 
     def do_PUT(self) -> None:
-        token = self.path.rsplit("/", 1)[-1]
         span = self.headers.get("Content-Range", "")
         with self.server.lock:
             self.server.requests.append(("PUT", span))
@@ -309,11 +308,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.cut()
         if fault is not None and fault(self):
             return
-        self.store(token, span)
+        self.store(span)
 
-    def store(self, token: str, span: str = "", limit: int | None = None) -> None:
+    @property
+    def blob(self) -> dict[str, Any]:
+        """What an upload goes to."""
+        return self.server.blobs[self.path.rsplit("/", 1)[-1].partition("?")[0]]
+
+    def store(self, span: str = "", limit: int | None = None) -> None:
         """Take the body of an upload; no more than `limit` bytes of it, and then the connection breaks."""
-        blob = self.server.blobs[token]
+        blob = self.blob
         if "*" in span:  # how far did we get?
             if len(blob["data"]) == blob["size"]:
                 return self.reply(200)
@@ -402,7 +406,7 @@ def cut_after(size: int, dead: bool = False) -> Fault:
 
     def fault(handler: Handler) -> bool:
         handler.server.dead = dead
-        handler.store(handler.path.rsplit("/", 1)[-1], handler.headers.get("Content-Range", ""), limit=size)
+        handler.store(handler.headers.get("Content-Range", ""), limit=size)
         return True
 
     return fault
@@ -410,11 +414,10 @@ def cut_after(size: int, dead: bool = False) -> Fault:
 
 def flip(handler: Handler) -> bool:
     """Take an upload, with one bit changed on the way."""
-    token = handler.path.rsplit("/", 1)[-1]
-    handler.store(token, handler.headers.get("Content-Range", ""))
-    data = bytearray(handler.server.blobs[token]["data"])
+    handler.store(handler.headers.get("Content-Range", ""))
+    data = bytearray(handler.blob["data"])
     data[-1] ^= 1
-    handler.server.blobs[token]["data"] = bytes(data)
+    handler.blob["data"] = bytes(data)
     return True
 
 

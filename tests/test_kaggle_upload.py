@@ -14,6 +14,7 @@ import pytest
 import torch
 from kaggle_stand_in import (
     KEY,
+    SIGNATURE,
     USER,
     StandIn,
     cut_after,
@@ -64,15 +65,17 @@ class Case:
         self.said += out + err
         return code, out, err
 
-    def publish(self, *more: str, timeout: float = 10, to: str = HANDLE) -> tuple[int, str, str]:
+    def publish(self, *more: str, timeout: float = 30, to: str = HANDLE) -> tuple[int, str, str]:
         csv_path = self.tmp / "versions.csv"
         options = ["--to", to, "--notes", "some notes", "--versions", csv_path, "--timeout", timeout]
         return self.run("adapter", self.folder, *options, *more)
 
     def standing(self, seed: int) -> dict[str, bytes]:
-        """Let an earlier version stand on the server."""
+        """Let an earlier version stand on the server, recorded with other content."""
         files = write_adapter(self.tmp / "earlier", seed)
         self.server.models[f"{USER}/recovery"] = {"r4": [files]}
+        row = [HANDLE, "1", "0" * 64] + [""] * (len(publish.COLUMNS) - 3)
+        (self.tmp / "versions.csv").write_text(f"{','.join(publish.COLUMNS)}\n{','.join(row)}\n")
         return files
 
     @property
@@ -96,10 +99,12 @@ def case(tmp_path, capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(publish, "POLL", 0.1)
     monkeypatch.setattr(publish, "SETTLE", 1)
+    monkeypatch.setattr(publish, "LISTING", 20.0)
     yield case
     case.server.shutdown()
     case.server.server_close()
-    # whatever happened: no credential is printed or stored
+    # whatever happened: no credential is printed or stored, no signed address printed
+    assert SIGNATURE not in case.said
     secrets = (KEY.encode(), base64.b64encode(f"{USER}:{KEY}".encode()))
     for text in [case.said.encode(), *(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())]:
         assert not any(secret in text for secret in secrets)
@@ -205,11 +210,13 @@ def test_lost_file_of_a_version_that_was_made(case, monkeypatch):
     assert case.recorded() == [(HANDLE, "2")]
 
 
-def test_bytes_changed_on_the_way(case):
+def test_bytes_changed_on_the_way(case, monkeypatch):
     """Same names, same sizes: only a download shows it."""
     files = case.write(1)
     case.server.fail("PUT", flip)
-    code, _, err = case.publish(timeout=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "LISTING", 0.1)
+        code, _, err = case.publish()
     assert code == 1 and f"{HANDLE}/1 holds other bytes of the same size" in err and not case.recorded()
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/2" and case.versions[1] == files
@@ -239,7 +246,7 @@ def test_errors_of_the_server(case):
         assert not any(case.server.faults.values()) and len(case.versions) == 1, method
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/2" and case.versions[1:] == [new]
-    assert case.recorded() == [(HANDLE, "2")]
+    assert case.recorded() == [(HANDLE, "1"), (HANDLE, "2")]
 
 
 def test_errors_while_verifying_are_waited_for(case):
@@ -252,11 +259,12 @@ def test_errors_while_verifying_are_waited_for(case):
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/1" and case.versions == [files]
 
 
-def test_version_that_is_never_listed(case):
+def test_version_that_is_never_listed(case, monkeypatch):
     """Success is what is listed. A later run finds the version and makes no other."""
     files = case.write(1)
     case.server.list_lag = 3600
-    code, _, err = case.publish(timeout=1)
+    monkeypatch.setattr(publish, "LISTING", 0.5)
+    code, _, err = case.publish()
     assert code == 1 and "lists no such version" in err and case.versions == [files] and not case.recorded()
     case.server.list_lag = 0
     code, out, _ = case.publish("--force")
@@ -275,12 +283,12 @@ def test_dead_server(case):
     """The program would go on trying for 143 s; the deadline is ours."""
     files = case.write(1)
     case.server.fail("StartBlobUpload", dies)
-    code, _, err = case.publish(timeout=1)
+    code, _, err = case.publish(timeout=3)
     assert code == 1 and err.startswith("error: ") and case.versions == []
     case.server.dead = False
-    case.server.fail("GetModel", delay(3))  # takes the call, and does not answer in time
-    code, _, err = case.publish(timeout=1)
-    assert code == 1 and "no end after 1 s" in err and "does not answer" in err
+    case.server.fail("GetModel", delay(4))  # takes the call, and does not answer in time
+    code, _, err = case.publish(timeout=2)
+    assert code == 1 and "no end after 2 s" in err and "does not answer" in err
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/1" and case.versions == [files]
 
@@ -293,10 +301,10 @@ def test_cut_connection_is_resumed_within_and_across_runs(case):
     assert code == 0 and case.versions[1:] == [files]
     files = case.write(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "transfer_timeout", lambda timeout, size: 2)
+        patch.setattr(cli, "transfer_timeout", lambda timeout, size: 4)
         # the weights may come first or second; whichever it is breaks before its end
         case.server.fail("PUT", cut_after(100, dead=True))
-        code, _, err = case.publish(timeout=2)
+        code, _, err = case.publish()
     assert code == 1 and len(case.versions) == 2
     case.server.dead = False
     before = len(case.server.requests)
@@ -385,7 +393,7 @@ def test_two_publishes_at_once(case, tmp_path):
     def machine(name: str, seed: int) -> None:
         folder, record = tmp_path / name / "adapter", tmp_path / f"{name}.csv"
         contents[name] = write_adapter(folder, seed)
-        options = ["--notes", name, "--versions", str(record), "--timeout", "20"]
+        options = ["--notes", name, "--versions", str(record), "--timeout", "30"]
         codes.append(main(["adapter", str(folder), "--to", HANDLE, *options]))
 
     threads = [threading.Thread(target=machine, args=(name, seed)) for seed, name in enumerate("ab")]
