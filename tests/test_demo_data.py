@@ -54,11 +54,8 @@ def test_families_and_their_wordings() -> None:
     assert all(len(train) >= 5 and len(held_out) >= 2 for train, held_out in FAMILIES.values())
     wordings = [w for train, held_out in FAMILIES.values() for w in train + held_out]
     assert len({normalise(w) for w in wordings}) == len(wordings)
-    used = {
-        family: {r["rewrite_prompt"] for r in read("rows.csv") if family_of(r["rewrite_prompt"]) == family}
-        for family in FAMILIES
-    }
-    assert all(used[family] == set(train) for family, (train, _) in FAMILIES.items())
+    used = {(family_of(prompt), prompt) for prompt in {row["rewrite_prompt"] for row in read("rows.csv")}}
+    assert used == {(family, wording) for family, (train, _) in FAMILIES.items() for wording in train}
 
 
 def test_held_out_wordings_are_only_in_the_test_file() -> None:

@@ -171,12 +171,14 @@ def test_batches_hold_similar_lengths_in_an_order_of_their_own_each_epoch(tmp_pa
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(400))
     spread = [max(orders[0][i : i + 4]) - min(orders[0][i : i + 4]) for i in range(0, 400, 4)]
     assert sum(spread) / len(spread) < 40  # about 240 in a plain shuffle
-    # and Trainer does pass the epoch on: with nothing learned, only the order can change the losses
+    # and Trainer uses it: little padding, and another order in the second epoch
     tok, lora = build()
-    examples = training.make_examples(tok, demo_rows(8), **SHORT)
-    log = training.train(lora, tok, examples, [], tmp_path, max_steps=8, **FAST | dict(batch_size=2, learning_rate=0))
-    losses = log["loss"].to_list()
-    assert len(losses) == 8 and losses[:4] != losses[4:]
+    examples = [{"input_ids": [1] + [9] * n + [2], "labels": [IGNORED] * (n + 1) + [2]} for n in range(3, 35)]
+    pads = []
+    lora.get_input_embeddings().register_forward_pre_hook(lambda _, args: pads.append((args[0] == 2400).sum().item()))
+    training.train(lora, tok, examples, [], tmp_path, max_steps=32, **FAST | dict(batch_size=2))
+    assert len(pads) == 32 and sum(pads) / 32 < 6  # about 11 in a plain shuffle
+    assert pads[:16] != pads[16:]
 
 
 def test_activation_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_path):
