@@ -338,10 +338,12 @@ class Decoder:
 def sample(logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """One token a row by inverting the cumulative distribution at draws [rows] in [0, 1); temperature and top_p as
     transformers' warpers have them, which always keep the likeliest. logits [rows, vocabulary] fp32."""
-    probabilities, order = torch.sort((logits / temperature).softmax(-1), dim=-1, descending=True, stable=True)
-    sums = probabilities.double().cumsum(-1)
-    # the token that crosses top_p is still in
-    inside = torch.where(sums - probabilities < max(top_p, 1e-9), probabilities.double(), 0.0)
-    sums = inside.cumsum(-1)
-    place = (sums <= draws[:, None] * sums[:, -1:]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-    return order.gather(-1, place)[:, 0]
+    probabilities = (logits / temperature).softmax(-1).double()
+    if top_p < 1:
+        falling, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # the token that crosses top_p is still in
+        kept = falling.cumsum(-1) - falling < max(top_p, 1e-9)
+        probabilities = torch.where(torch.empty_like(kept).scatter_(-1, order, kept), probabilities, 0.0)
+    # summed in the order of the ids: sorted, rounding (which the batch decides) would swap tokens of like probability
+    sums = probabilities.cumsum(-1)
+    return (sums <= draws[:, None] * sums[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -268,7 +268,7 @@ def generate_shared(
     in any of the files are not answered again, those of a worker that died are shared out anew. Files made for other
     prompts or options are not read; for another model or adapter, give another folder.
     """
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # without, processes on CPUs would each be alone
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     same = {name: value for name, value in options.items() if name not in ("deadline", "progress", "batch_tokens")}
