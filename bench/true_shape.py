@@ -1,5 +1,7 @@
 """Mixtral-8x7B's true shape without its weights: a checkpoint folder of holes, and random weights put into a 4-bit model.
 
+python bench/true_shape.py DIR    makes DIR/nf4, a 24 GB folder with random weights that model.load_base(four_bit=True) reads
+
 The folder has the hub's names and shapes and takes no room: its files are sparse and read as zeros. Speed is never
 measured on zeros (a matrix product of zeros draws less power and runs faster), so `fill` comes after loading.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -114,3 +117,13 @@ def seconds(call, repeats: int = 10, warm: int = 3) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[len(times) // 2]
+
+
+if __name__ == "__main__":
+    from prompt_recovery import model
+
+    work = Path(sys.argv[1])
+    write_checkpoint(work / "zeros")
+    base = model.load_base(work / "zeros", four_bit=True)
+    fill(base)
+    print(model.save_quantised(base, work / "zeros", work / "nf4"))

@@ -8,45 +8,16 @@ the device, and the host looks at them every CHECK steps, to end or shrink the b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ATTENTION = "prompt_recovery_decode"
 # rows that a batch shrinks to: so few shapes that their graphs serve many batches
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CHECK = 8  # steps between two looks at what is done: a look costs a host sync, some 0.1 ms
 ALIGNMENT = 64  # cache lengths are multiples, so that batches of like lengths share a graph and masks are aligned
-
-
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """SDPA; for one query a row, the query heads of a key head stand as its queries, so that no key is copied for them."""
-    if query.shape[2] != 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    rows, heads, _, size = query.shape
-    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    out = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(rows, 1, heads, size), None
-
-
-@contextmanager
-def fast_attention(model: Any) -> Iterator[None]:
-    """Let the model's attention be `_attention` inside the with block."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 
 def kv_bytes(model: Any) -> dict[torch.device, int]:
@@ -87,11 +58,16 @@ class _StaticCache:
     def at(self, rows: slice, columns: slice | torch.Tensor) -> None:
         """Where the next forward writes; it reads everything up to there, or all columns for a tensor of one column."""
         self.rows = rows
+        self.column = None if isinstance(columns, slice) else columns
         self.where = columns if isinstance(columns, slice) else slice(None)
         self.on = {} if isinstance(columns, slice) else {device: columns.to(device) for device in set(self.devices)}
 
+    def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.views[layer_idx]
+        return keys[self.rows], values[self.rows]
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values = (view[self.rows] for view in self.views[layer_idx])
+        keys, values = self.layer(layer_idx)
         if self.on:
             at = self.on[self.devices[layer_idx]]
             keys.index_copy_(2, at, key_states)
@@ -261,7 +237,9 @@ class Decoder:
     def _step(self, rows: int) -> None:
         seen = torch.arange(self.cache.columns, device=self.device)[None]
         start = len(self.prefix)
-        mask = ((seen < start) | (seen >= start + self.padding[:rows])) & (seen <= self.column)
+        visible = ((seen < start) | (seen >= start + self.padding[:rows])) & (seen <= self.column)
+        # added to the scores rather than true or false: SDPA would make the one of the other in every layer
+        mask = torch.where(visible, 0.0, float("-inf")).to(self.model.dtype)
         output = self.model(
             input_ids=self.ids[:rows],
             position_ids=self.positions[:rows],

@@ -94,7 +94,7 @@ def combine(rows: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tens
 
 
 @triton.jit
-def _swiglu(gate_up, weights, order, out, width, BLOCK: tl.constexpr):
+def _swiglu(gate_up, weights, order, out, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -102,16 +102,16 @@ def _swiglu(gate_up, weights, order, out, width, BLOCK: tl.constexpr):
     up = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weights + tl.load(order + row)).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up * weight
-    tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * stride + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up * routing weight: gate_up [R, 2 * I], weights [T, K], order [R] -> [R, I]."""
+def swiglu(gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    """silu(gate) * up * routing weight: gate_up [R, 2 * I], weights [T, K], order [R] -> [R, I], in_place over the gates."""
     width = gate_up.shape[1] // 2
-    out = gate_up.new_empty(gate_up.shape[0], width)
+    out = gate_up[:, :width] if in_place else gate_up.new_empty(gate_up.shape[0], width)
     block = min(2048, triton.next_power_of_2(width))
     _swiglu[(gate_up.shape[0], triton.cdiv(width, block))](
-        gate_up, weights, order, out, width, BLOCK=block, num_warps=4
+        gate_up, weights, order, out, width, out.stride(0), BLOCK=block, num_warps=4
     )
     return out
 

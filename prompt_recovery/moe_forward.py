@@ -152,15 +152,16 @@ class _GateUp(torch.autograd.Function):
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Gate and up rows [R, 2I], routing weights [T, top_k] -> silu(gate) * up * weight [R, I]."""
+    """Gate and up rows [R, 2I], routing weights [T, top_k] -> silu(gate) * up * weight [R, I]; with Triton in place, over
+    the gates, where no gradient will be asked for."""
 
     @staticmethod
-    def forward(ctx, gate_up, top_k_weights, order):
+    def forward(ctx, gate_up, top_k_weights, order, in_place):
         ctx.order = order
         ctx.save_for_backward(gate_up, top_k_weights)
         triton_kernels = fast_kernels(gate_up.device)
         if triton_kernels is not None and gate_up.shape[0]:
-            return triton_kernels.swiglu(gate_up, top_k_weights.contiguous(), order)
+            return triton_kernels.swiglu(gate_up, top_k_weights.contiguous(), order, in_place)
         gate, up = gate_up.float().chunk(2, dim=-1)
         weight = top_k_weights.reshape(-1)[order, None].float()
         return (nn.functional.silu(gate) * up * weight).to(gate_up.dtype)
@@ -171,7 +172,7 @@ class _SwiGlu(torch.autograd.Function):
         triton_kernels = fast_kernels(gate_up.device)
         if triton_kernels is not None and gate_up.shape[0]:
             weight, grad = top_k_weights.contiguous(), grad.contiguous()
-            return *triton_kernels.swiglu_backward(gate_up, weight, ctx.order, grad), None
+            return *triton_kernels.swiglu_backward(gate_up, weight, ctx.order, grad), None, None
         gate, up = gate_up.float().chunk(2, dim=-1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
@@ -181,7 +182,7 @@ class _SwiGlu(torch.autograd.Function):
         received = received * top_k_weights.reshape(-1)[ctx.order, None].float()
         grad_gate = received * up * (sigmoid + silu * (1 - sigmoid))
         grad_gate_up = torch.cat((grad_gate, received * silu), dim=1).to(gate_up.dtype)
-        return grad_gate_up, grad_weights.view_as(top_k_weights), None
+        return grad_gate_up, grad_weights.view_as(top_k_weights), None, None
 
 
 class _Down(torch.autograd.Function):
@@ -219,7 +220,7 @@ def experts_forward(
         keep = getattr(self, "keep_gate_up", False) and training
         rows = _GateUp.apply(hidden_states.to(dtype), self, routing, keep)
         if _plain_swiglu(self):
-            rows = _SwiGlu.apply(rows, top_k_weights, routing.order)
+            rows = _SwiGlu.apply(rows, top_k_weights, routing.order, not training)  # nothing is kept then: in place
         else:
             rows = (self._apply_gate(rows) * top_k_weights.reshape(-1)[routing.order, None]).to(dtype)
         return _Down.apply(rows, self, routing).to(hidden_states.dtype)

@@ -1,0 +1,101 @@
+"""Layers of a transformers model as the decoder runs them: attention that copies no keys, and for one token a row on a GPU
+the small work of a Mixtral layer in a few launches. In force inside `fast_layers` only; other models run their own."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from prompt_recovery.nf4 import fast_kernels
+
+ATTENTION = "prompt_recovery_decode"
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """SDPA; for one query a row, the query heads of a key head stand as its queries, so that no key is copied for them."""
+    if query.shape[2] != 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    rows, heads, _, size = query.shape
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, size), None
+
+
+def _decode_attention(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    """MixtralAttention for one token a row and the decoder's cache: [R, 1, H] -> [R, 1, H]."""
+    at = getattr(past_key_values, "column", None)
+    if hidden_states.shape[1] != 1 or at is None:
+        return type(self).forward(
+            self, hidden_states, position_embeddings, attention_mask=attention_mask, past_key_values=past_key_values,
+            **kwargs,
+        )  # fmt: skip
+    from prompt_recovery import kernels_step
+
+    x = hidden_states[:, 0]
+    if self.joined is None:
+        qkv = torch.cat([layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+    else:
+        qkv = nn.functional.linear(x, self.joined)
+    cos, sin = (part.expand(len(x), 1, -1)[:, 0].contiguous() for part in position_embeddings)
+    keys, values = past_key_values.layer(self.layer_idx)
+    query = kernels_step.rotate_and_store(qkv, cos, sin, at, keys, values)
+    out, _ = _attention(self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling)
+    return self.o_proj(out.reshape(len(x), 1, -1)), None
+
+
+def _decode_router(self, hidden_states):
+    """MixtralTopKRouter for few tokens without gradients; the logits, which nobody asks for, are None."""
+    if torch.is_grad_enabled() or hidden_states.shape[0] > 64 or hidden_states.dtype != self.weight.dtype:
+        return type(self).forward(self, hidden_states)
+    from prompt_recovery import kernels_step
+
+    return None, *kernels_step.choose_experts(hidden_states.contiguous(), self.weight, self.top_k)
+
+
+def _join(attention: nn.Module) -> torch.Tensor | None:
+    """The weights of q, k and v as one matrix, of which theirs become parts; None where they aren't plain matrices."""
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    if any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
+        return None
+    joined = torch.cat([layer.weight.data for layer in layers])
+    parts = joined.split([layer.weight.shape[0] for layer in layers])
+    for layer, part in zip(layers, parts, strict=True):
+        layer.weight.data = part
+    return joined
+
+
+@contextmanager
+def fast_layers(model: Any) -> Iterator[None]:
+    """Let the model's attention, and on one GPU of sm80 or newer Mixtral's layers, be those of this module inside."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = ATTENTION
+    changed: list[nn.Module] = []
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) == 1 and fast_kernels(devices.pop()) is not None and model.dtype.itemsize == 2:
+        for module in model.modules():
+            kind = type(module).__name__
+            if "forward" in vars(module) or kind not in ("MixtralAttention", "MixtralTopKRouter"):
+                continue
+            if kind == "MixtralAttention":
+                module.joined = _join(module)
+            forward = _decode_attention if kind == "MixtralAttention" else _decode_router
+            module.forward = types.MethodType(forward, module)
+            changed.append(module)
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        for module in changed:
+            del module.forward
+            vars(module).pop("joined", None)
