@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from prompt_recovery.adapter import merged
-from prompt_recovery.decoding import Decoder, cache_columns, fast_attention, kv_bytes
+from prompt_recovery.decoding import Decoder, cache_columns, kv_bytes
+from prompt_recovery.fast_layers import fast_layers
 from prompt_recovery.memory import GIB, RESERVE
 from prompt_recovery.moe_forward import few_tokens
 from prompt_recovery.nf4 import release_buffers
@@ -189,7 +190,7 @@ def generate(
 
     with ExitStack() as stack:
         fast = stack.enter_context(merged(model))
-        stack.enter_context(fast_attention(fast))
+        stack.enter_context(fast_layers(fast))
         limit = batch_tokens or room(fast, prefill_tokens)
         most_rows = min(MOST_ROWS, few_tokens(fast))
         lengths = [len(prompt) for prompt in prompts]
