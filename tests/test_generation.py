@@ -464,7 +464,8 @@ def test_two_processes_share_the_rows_and_a_killed_ones_are_not_lost(tmp_path):
 
     def launch(dying):
         return subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+            # without a GPU --cpu starts one process, --multi_gpu as many as it is told
+            [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", script, folder, dying],
             env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
