@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import kaggle_fork
 import pytest
 import torch
 from kaggle_stand_in import (
@@ -97,6 +98,7 @@ def case(tmp_path, capsys, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in case.server.environment(str(tmp_path / "home")).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "subprocess", kaggle_fork)  # the same program, started faster
     monkeypatch.setattr(publish, "POLL", 0.1)
     monkeypatch.setattr(publish, "SETTLE", 1)
     monkeypatch.setattr(publish, "LISTING", 20.0)
@@ -123,7 +125,7 @@ def newer_program(tmp_path_factory):
 
 
 @pytest.fixture(params=["installed", "2.2.5"])
-def each_program(request, monkeypatch):
+def each_program(request, case, monkeypatch):
     """Run the test with the pinned kaggle program, and with 2.2.5."""
     if request.param == "2.2.5":
         monkeypatch.setenv("PYTHONPATH", str(request.getfixturevalue("newer_program")))
@@ -183,8 +185,12 @@ def test_lost_reply_to_the_first_version(case):
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/1" and case.versions == [files]
 
 
-def test_refused_upload(case, each_program):
-    """2.2.4 registers the version without the file and exits with 0, unless it is stopped in time."""
+def test_refused_upload(case, each_program, monkeypatch):
+    """2.2.4 registers the version without the file and exits with 0, unless it is stopped in time.
+
+    Here the program is a process of its own, as in use.
+    """
+    monkeypatch.setattr(cli, "subprocess", subprocess)
     files = case.write(1)
     case.server.fail("PUT", status(403))
     code, out, err = case.publish()
