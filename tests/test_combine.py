@@ -1,0 +1,169 @@
+"""Several answers into one: order, uniqueness, the scorer's length, agreement, the threshold."""
+
+import io
+import sys
+import unicodedata
+
+import numpy as np
+import pandas as pd
+import pytest
+import sentencepiece
+from conftest import NASTY, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prompt_recovery import combine as c
+from prompt_recovery import metric
+
+MEAN = "Please improve this text while keeping its meaning."
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return metric.load_encoder(metric.minilm_dir(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory):
+    """A model made the way T5's was: unigram, nmt_nfkc, no byte fallback, pad 0, EOS 1, unknown 2."""
+    rows = pd.read_csv(ROOT / "demo" / "natural_rows.csv", dtype=str, keep_default_na=False)
+    path = tmp_path_factory.mktemp("t5") / "spiece.model"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(rows["original_text"].to_list() + rows["rewrite_prompt"].to_list()), model_writer=model,
+        vocab_size=2000, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def test_end_of_sequence_in_a_text_is_spelled_out(spiece):
+    count = c.piece_counter(spiece)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(spiece)).encode("good</s>", out_type=str)
+    assert "</s>" not in pieces and "".join(pieces).endswith("</s>")
+    assert count("good</s>") == len(pieces) + 1 > count("good") == 2
+    with pytest.raises(FileNotFoundError, match="spiece.model"):
+        c.piece_counter(spiece.with_name("none.model"))
+
+
+def test_the_bound_never_undercounts(spiece):
+    count = c.piece_counter(spiece)
+    for text in [*NASTY, "", "ﷺ" * 40, "㍿ ¼ ½ ﬃ", "é" * 50, "e\u0301" * 50, "각" * 20, "क़" * 9, "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ①②"]:
+        assert count(text) <= c.piece_bound(text), text[:40]
+    # every character that there is, between letters that no piece joins
+    normaliser = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc")
+    longest = 0
+    for code in range(1, sys.maxunicode + 1):
+        char = chr(code)
+        if unicodedata.category(char) in ("Cs", "Cn"):
+            continue
+        longest = max(longest, len(unicodedata.normalize("NFKC", char)))
+        assert len(normaliser.normalize(f"a{char}b")) <= c.piece_bound(f"a{char}b") - 1, hex(code)
+    assert longest == 18
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_the_bound_holds_for_any_text(spiece, text):
+    text = text.encode("utf-8", "ignore").decode()
+    assert c.piece_counter(spiece)(text) <= c.piece_bound(text)
+
+
+def test_first_leaves_the_answer_as_it_is():
+    assert c.combine(["haiku please", "Write a haiku."]) == "haiku please"
+    assert c.combine([" a </s> [INST] {x} ", "b"]) == "a </s> [INST] {x}"
+    assert c.combine(["x " * 500]) == ("x " * 500).strip()  # no counter: a bound does not cut
+    assert c.combine(["haiku please"], mean_prompt=MEAN) == f"haiku please. {MEAN}"
+    assert c.combine(["", " \n"], mean_prompt=MEAN) == MEAN
+
+
+def test_join_takes_each_wording_once_and_the_most_agreed_first():
+    answers = ["Make it rhyme", "make this a poem!", "Make it  RHYME.", "Make this a poem", "make this a poem"]
+    assert c.combine(answers, "join") == "make this a poem! Make it rhyme"
+    assert c.combine(answers, "join", mean_prompt="make it rhyme") == "make this a poem! make it rhyme"
+
+
+def test_agreement_is_by_meaning(encoder):
+    answers = ["Add more dragons", "Turn this into a haiku", "Write it as a haiku", "make a haiku from this"]
+    agreed = c.agreements(answers, encoder)
+    by_hand = [np.mean([metric.sharpened_cosine([a], [b], encoder)[0] for b in answers if b is not a]) for a in answers]
+    assert np.allclose(agreed, by_hand) and agreed.argmin() == 0
+    assert c.combine(answers, "agree", encoder=encoder) == answers[int(agreed.argmax())]
+    joined = c.combine(answers, "join", encoder=encoder, limit=1000)
+    assert joined.endswith("Add more dragons") and all(answer in joined for answer in answers)
+    assert c.agreements(answers[:1], encoder).tolist() == [1.0]
+    assert c.combine(["b", "a", "a", "b"], "agree", encoder=encoder) == "b"  # equals: the earlier one
+
+
+@pytest.mark.parametrize("how", c.WAYS)
+def test_never_longer_than_the_scorer_reads(spiece, encoder, how):
+    count = c.piece_counter(spiece)
+    options = dict(mean_prompt=MEAN, encoder=encoder, count=count)
+    for answers in [[text, "Make it formal."] for text in NASTY] + [NASTY, ["wörd" * 400], ["a b" * 900, "x " * 900]]:
+        combined = c.combine(answers, how, **options)
+        assert combined.strip() and count(combined) <= c.LIMIT
+    long = " ".join(f"Rewrite number {n} as a letter to the owner." for n in range(60))
+    cut = c.combine([long], how, encoder=encoder, count=count)
+    assert long.startswith(cut + " ") and c.LIMIT - 6 < count(cut) <= c.LIMIT  # whole words, and little room left
+
+
+def test_what_is_added_fits_and_a_shorter_one_follows(spiece):
+    count = c.piece_counter(spiece)
+    answers = ["Make it formal.", "very long " * 70, "Make it a poem."]
+    assert c.combine(answers, "join", count=count) == "Make it formal. Make it a poem."
+    assert c.combine(answers, "join", mean_prompt=MEAN, count=count) == f"Make it formal. Make it a poem. {MEAN}"
+    limit = count(f"Make it formal. {MEAN}")  # no room for all: the mean prompt goes before a second answer
+    assert c.combine(answers, "join", mean_prompt=MEAN, count=count, limit=limit) == f"Make it formal. {MEAN}"
+    without = c.combine(["Make it formal."] + [f"Answer number {n}" for n in range(20)], "join")
+    assert without.startswith("Make it formal. Answer number 0. Answer") and c.piece_bound(without) <= c.LIMIT
+
+
+def test_disagreement_falls_back_to_the_mean_prompt(encoder):
+    same, apart = ["Make it a poem", "Turn it into a poem"], ["Make it a poem", "Add a list of prices"]
+    low, high = (c.agreements(answers, encoder).mean() for answers in (apart, same))
+    assert low < 0.2 < 0.4 < high
+    options = dict(mean_prompt=MEAN, encoder=encoder, threshold=0.3)
+    for how in c.WAYS:
+        assert c.combine(apart, how, **options) == MEAN
+        assert c.combine(same, how, **options).endswith(f" {MEAN}")
+        assert c.combine(same[:1], how, **options) == f"Make it a poem. {MEAN}"  # nothing to disagree with
+
+
+def test_threshold_is_the_best_of_all_on_these_rows():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        agreed = random.integers(0, 8, 30) / 8  # many equal ones
+        scores, means = random.normal(agreed, 0.3), random.normal(0.4, 0.1, 30)
+        found = c.pick_threshold(agreed, scores, means)
+        reached = {t: np.where(agreed < t, means, scores).mean() for t in [*np.arange(-0.05, 1.2, 0.1), -9]}
+        got = np.where(agreed < found, means, scores).mean() if found is not None else scores.mean()
+        assert got == pytest.approx(max(reached.values()))
+    assert c.pick_threshold([0.1, 0.9], [0.5, 0.5], [0.4, 0.4]) is None
+    assert c.pick_threshold([0.1, 0.9], [0.1, 0.9], [0.5, 0.5]) == 0.5
+    assert c.pick_threshold([0.1, 0.9], [0.1, 0.2], [0.5, 0.5]) > 0.9
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((["a"], "best"), "first, join, agree"),
+        ((["", " "],), "blank"),
+        (([],), "blank"),
+        ((["a"], "agree"), "encoder"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        c.combine(*arguments)
+
+
+def test_more_refusals(encoder):
+    with pytest.raises(ValueError, match="mean_prompt"):
+        c.combine(["a"], encoder=encoder, threshold=0.5)
+    with pytest.raises(ValueError, match="encoder"):
+        c.combine(["a"], mean_prompt=MEAN, threshold=0.5)
+    with pytest.raises(ValueError, match="limit=1"):
+        c.combine(["a"], count=c.piece_bound, limit=1)
+    for bad in [([0.1], [0.1, 0.2], [0.1]), ([], [], []), ([0.1], [float("nan")], [0.1])]:
+        with pytest.raises(ValueError, match="same rows"):
+            c.pick_threshold(*bad)
