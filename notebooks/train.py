@@ -45,6 +45,7 @@ import json
 import math
 from pathlib import Path
 
+from accelerate import PartialState
 from IPython.display import Image, display
 
 from prompt_recovery import adapter, data, generation, metric, model, tokenizer, training
@@ -130,6 +131,13 @@ log = training.train(
         encoder,
     ).mean(),
 )
+
+# %% [markdown]
+# As a script under `accelerate launch`, several processes have trained and hold the same adapter. The first goes on alone.
+
+# %%
+if not PartialState().is_main_process:
+    raise SystemExit
 
 # %% [markdown]
 # The training loss should fall smoothly. The held-out loss is measured on wordings that were never trained on, and can

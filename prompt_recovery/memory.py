@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -101,6 +102,22 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
     kv = 2 * config.num_key_value_heads * head_dim * wide
     sized = tuple(round(layers[n]) for n in sorted(layers))
     return Sizes(sized, round(before), round(behind), kv, workspace, tuple(modules.items()))
+
+
+def processes() -> PartialState:
+    """The processes of `accelerate launch` and this one's place among them. Makes the GPU of its rank the current one.
+
+    Raises RuntimeError where something made accelerate's state before, as if this process were alone: on a CPU it then
+    stays alone, and each process would train on all rows.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if state.num_processes != launched:
+        raise RuntimeError(
+            f"accelerate launch started {launched} processes, accelerate's state knows of {state.num_processes}: it was"
+            " made without cpu=True. Call memory.processes() before anything that uses accelerate."
+        )
+    return state
 
 
 def free_memory() -> dict[int, int]:

@@ -69,6 +69,7 @@ def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit:
     if quantised and not four_bit:
         raise ModelError(f"model_dir {folder} holds a 4-bit model; set four_bit=True, or give the 16-bit folder.")
     dtype = dtype or default_dtype()
+    processes = memory.processes()
     placed = None
     if torch.cuda.is_available():
         free = memory.free_memory()
@@ -91,7 +92,7 @@ def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit:
         )
     if four_bit:
         experts.check_quantised(model)
-        print(experts.summary_text(model))
+        processes.print(experts.summary_text(model))
     elif not torch.cuda.is_available():
         # transformers takes batched_mm for decoding, which copies the experts' weights for every token: 37 s a training
         # step of the demo on 2 cores, where eager takes 0.5 s

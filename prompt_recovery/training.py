@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
@@ -112,25 +112,28 @@ def show_example(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
 
 class LengthGroupedBatches(Sampler[int]):
     """Shuffled indices in which neighbours have similar lengths; a function of (seed, epoch) alone, so that a resumed
-    run sees the same order (transformers' own sampler draws from the global generator)."""
+    run sees the same order (transformers' own sampler draws from the global generator). The `fill` indices after those
+    of `lengths` come last."""
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = list(lengths), batch, seed, 0
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, fill: int = 0) -> None:
+        self.lengths, self.batch, self.seed, self.fill, self.epoch = list(lengths), batch, seed, fill, 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.fill
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+        order = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
+        return iter([*order, *range(len(self.lengths), len(self))])
 
 
 class _Trainer(Trainer):
     score: Callable[[], float] | None = None
     rows_in_order = 1  # rows of one optimiser step, all processes together: they are sorted among themselves
+    fill = 0  # rows without a label at the end of the training set
     rows_at_a_time: int | None = None  # set when a micro-batch ran out of memory
     all_recomputed = False  # the same: every layer checkpointed, nothing kept
 
@@ -145,8 +148,11 @@ class _Trainer(Trainer):
         targets = labels[:, columns + 1].flatten()
         logits = outputs.logits.float().flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        tokens = targets.ne(IGNORED).sum()
+        if not model.training:
+            self.evaluated += torch.stack((loss.detach(), tokens))
         if num_items_in_batch is None:
-            loss = loss / targets.ne(IGNORED).sum()
+            loss = loss / tokens
         else:
             # processes average their gradients, and each holds its part of a sum
             loss = loss * self.accelerator.num_processes / num_items_in_batch
@@ -189,9 +195,14 @@ class _Trainer(Trainer):
         print(f"out of memory with {rows} rows at a time: going on with {self.rows_at_a_time}{recomputed}")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
+        # a token's mean: Trainer's depends on which rows share a batch, and so on the number of processes
+        loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
+        output.metrics["eval_loss"] = loss / tokens
         if self.score is not None:
-            output.metrics["eval_scs"] = self.score()
+            # one score for all processes: if theirs differed in a last bit, one might stop and the others wait for it
+            output.metrics["eval_scs"] = broadcast_object_list([self.score()])[0]
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -200,7 +211,8 @@ class _Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        return LengthGroupedBatches(lengths, self.rows_in_order, self.args.seed)
+        lengths = lengths[: len(lengths) - self.fill]
+        return LengthGroupedBatches(lengths, self.rows_in_order, self.args.seed, self.fill)
 
 
 class _WriteLog(TrainerCallback):
@@ -250,7 +262,7 @@ def train(
     Raises TrainingError where the checkpoints belong to other rows or settings, or the rows of a step can't be shared
     out evenly; TooLittleMemory where one row does not fit.
     """
-    state = PartialState()
+    state = memory.processes()
     check_supervised(train_examples, tokenizer.eos_token_id)
     steps_an_epoch = math.ceil(len(train_examples) / (batch_size * gradient_accumulation))
     total = max_steps if max_steps > 0 else math.ceil(epochs * steps_an_epoch)
@@ -282,7 +294,16 @@ def train(
     model.config.use_cache = False
     plan = _plan(model, train_examples, batch_size, gradient_accumulation, activation_checkpointing, bf16)
     memory.apply_plan(model, plan)
-    print(plan)
+    state.print(plan)
+    # rows without a label: accelerate would repeat the first rows where the last ones are too few for all processes
+    filler = [{"input_ids": [tokenizer.eos_token_id], "labels": [IGNORED]}]
+    fill, eval_fill = (
+        -len(examples) % rows if state.num_processes > 1 else 0
+        for examples, rows in (
+            (train_examples, batch_size * gradient_accumulation),
+            (eval_examples, batch_size * state.num_processes),
+        )
+    )
     has_eval = len(eval_examples) > 0
     best = "eval_scs" if score else "eval_loss"
     arguments = TrainingArguments(
@@ -314,17 +335,19 @@ def train(
         label_names=["labels"],
         seed=seed,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
     )
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=list(train_examples),
-        eval_dataset=list(eval_examples) if has_eval else None,
+        train_dataset=[*train_examples, *filler * fill],
+        eval_dataset=[*eval_examples, *filler * eval_fill] if has_eval else None,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         callbacks=[_WriteLog(output_dir / "training_log.csv")]
         + ([EarlyStoppingCallback(early_stopping_patience=patience)] if has_eval else []),
     )
     trainer.score = score
+    trainer.fill = fill
     trainer.rows_in_order = batch_size * gradient_accumulation
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.config.use_cache = True
@@ -336,7 +359,7 @@ def train(
 def _plan(
     model: PeftModel, examples: Sequence[Example], batch: int, accumulation: int, checkpointing: bool | None, bf16: bool
 ) -> memory.Plan:
-    processes = PartialState().num_processes
+    processes = memory.processes().num_processes
     if batch * accumulation % processes:
         raise TrainingError(
             f"batch_size {batch} x gradient_accumulation {accumulation} rows can't be shared out to {processes} processes:"
@@ -413,8 +436,7 @@ def plot_log(log: pd.DataFrame, path: str | Path) -> None:
         axes.axvline(best["step"], color="grey", lw=0.8, ls=":", label=f"best: {value} at step {best['step']:.0f}")
     axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))
     figure.legend(frameon=False, loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save_figure(figure, Path(path))
 
 
 def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path) -> None:
@@ -426,8 +448,17 @@ def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path)
     axes.axvline(max_tokens, color="tab:red", lw=1, label=f"max_tokens = {max_tokens}")
     axes.set(xlabel="tokens in an example", ylabel="examples")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    _save_figure(figure, Path(path))
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    # several processes may draw the same picture: each one's file is whole when it takes its place
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.png")
+    figure.savefig(partial, dpi=120)
     plt.close(figure)
+    os.replace(partial, path)
 
 
 def _write_atomically(frame: pd.DataFrame, path: Path) -> None:

@@ -155,7 +155,7 @@ def test_casting_the_model_leaves_the_4_bit_values(hub):
 def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypatch):
     """What is alive whenever a projection is quantised, whatever the number of layers."""
     peaks = {}
-    for layers in (2, 4):
+    for layers in (1, 3):
         folder = write(tmp_path / str(layers), MixtralConfig(**MIXTRAL | dict(num_hidden_layers=layers)))
         seen = []
 
@@ -173,7 +173,7 @@ def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypat
         assert len(seen) == 2 * layers
         peaks[layers] = max(seen)
     gate_up = 4 * 192 * 128 * 2
-    assert peaks[2] == peaks[4] == gate_up  # a layer's experts are gate_up and half as much for down
+    assert peaks[1] == peaks[3] == gate_up  # a layer's experts are gate_up and half as much for down
 
 
 def test_summary_adds_up(hub, capsys):
@@ -489,7 +489,7 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_the_ways_for_few_rows_and_for_little_memory_agree(dtype):
+def test_the_ways_for_few_rows_and_for_little_memory_agree(dtype, monkeypatch):
     """bitsandbytes' fused GEMM of every expert, and one expert's weights at a time, against the whole layer's."""
     layer, weights = make_experts()
     index, chosen = random_routing(20, 8, 2)
@@ -497,12 +497,10 @@ def test_the_ways_for_few_rows_and_for_little_memory_agree(dtype):
     with torch.no_grad():
         whole = layer(x, index, chosen.to(dtype))
         every = moe_forward._every_expert(x, layer, index, chosen.to(dtype))
-        routing = moe_forward.route(index, 8, dtype, one_by_one=True)
-        assert routing.one_by_one
+        route = moe_forward.route
+        monkeypatch.setattr(moe_forward, "route", lambda *args, one_by_one: route(*args, one_by_one=True))
         nf4.release_buffers()
-        rows = moe_forward._GateUp.apply(x, layer, routing, False)
-        rows = moe_forward._SwiGlu.apply(rows, chosen.to(dtype), routing.order)
-        single = moe_forward._Down.apply(rows, layer, routing)
+        single = layer(x, index, chosen.to(dtype))
         assert not nf4._buffers  # no layer's weights were asked for
     assert torch.equal(single, whole)
     assert every.dtype == dtype
@@ -636,11 +634,10 @@ def test_nothing_the_size_of_the_weights_is_kept_for_the_backward_pass(hub):
     assert saved and max(saved) < 96 * 128  # an expert's smallest matrix
 
 
-def test_compiling_the_layers_does_not_break_it(hub):
+def test_compiling_a_layer_does_not_break_it(hub):
     lora = trainable(hub)
     loss, grads = gradients(lora)
-    for layer in lora.get_base_model().model.layers:
-        layer.compile(backend="aot_eager")
+    lora.get_base_model().model.layers[1].compile(backend="aot_eager")
     for _ in range(2):
         compiled_loss, compiled = gradients(lora)
         assert compiled_loss == pytest.approx(loss, rel=1e-5)
