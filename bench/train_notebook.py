@@ -9,6 +9,7 @@ an untrained one made here, since only its place in the run matters.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import sys
@@ -60,7 +61,10 @@ def main() -> None:
         except ImportError:  # pictures are not looked at here
             shown = types.ModuleType("IPython.display")
             shown.Image, shown.display = str, lambda *_: None  # type: ignore[attr-defined]
-            sys.modules["IPython"], sys.modules["IPython.display"] = types.ModuleType("IPython"), shown
+            top = types.ModuleType("IPython")
+            top.get_ipython, top.version_info = lambda: None, (0,)  # type: ignore[attr-defined]
+            sys.modules["IPython"], sys.modules["IPython.display"] = top, shown
+            os.environ["MPLBACKEND"] = "agg"
     settings = dict(
         model_dir=str(args.model), train_csv=str(args.work / "rows.csv"), output_dir=str(args.work / "out"),
         encoder_dir=str(args.work / "encoder"), max_steps=args.steps, eval_fraction=0.05,

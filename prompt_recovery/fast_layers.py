@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prompt_recovery.nf4 import fast_kernels
 
 ATTENTION = "prompt_recovery_decode"
+SPLIT_ROWS = 4  # up to which SDPA, a program a row and key head, leaves most of the GPU idle
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -49,7 +50,10 @@ def _decode_attention(self, hidden_states, position_embeddings, attention_mask=N
     cos, sin = (part.expand(len(x), 1, -1)[:, 0].contiguous() for part in position_embeddings)
     keys, values = past_key_values.layer(self.layer_idx)
     query = kernels_step.rotate_and_store(qkv, cos, sin, at, keys, values)
-    out, _ = _attention(self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling)
+    if len(x) <= SPLIT_ROWS and keys.shape[2] % kernels_step.SPLIT == 0 and query.shape[1] <= 16 * keys.shape[1]:
+        out = kernels_step.attend(query, keys, values, attention_mask[:, 0, 0].contiguous(), self.scaling)
+    else:
+        out, _ = _attention(self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling)
     return self.o_proj(out.reshape(len(x), 1, -1)), None
 
 
