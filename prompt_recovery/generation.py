@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from prompt_recovery.adapter import merged
 from prompt_recovery.decoding import Decoder, cache_columns, kv_bytes
 from prompt_recovery.fast_layers import fast_layers
-from prompt_recovery.memory import GIB, RESERVE
+from prompt_recovery.memory import GIB, RESERVE, processes
 from prompt_recovery.moe_forward import few_tokens
 from prompt_recovery.nf4 import release_buffers
 from prompt_recovery.templates import json_object_closed, parse_answer
@@ -269,7 +268,7 @@ def generate_shared(
     in any of the files are not answered again, those of a worker that died are shared out anew. Files made for other
     prompts or options are not read; for another model or adapter, give another folder.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())  # without, processes on CPUs would each be alone
+    state = processes()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     same = {name: value for name, value in options.items() if name not in ("deadline", "progress", "batch_tokens")}
