@@ -235,8 +235,8 @@ def test_saved_bytes_are_what_stays_alive_after_a_forward_pass(lora, autocast):
     assert not lora.training
     lora.train()
     memory.apply_plan(lora, Plan(1, 1))
-    held = [step(lora, 1, tokens, 8, autocast)[0] for tokens in (100, 400)]
-    assert (held[1] - held[0]) / 300 == pytest.approx(slope, rel=0.02)
+    held = [step(lora, 1, tokens, 8, autocast)[0] for tokens in (100, 300)]
+    assert (held[1] - held[0]) / 200 == pytest.approx(slope, rel=0.02)
 
 
 def plan_cost(plan, longest, layers):
@@ -247,18 +247,18 @@ def plan_cost(plan, longest, layers):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autocast):
     seen, costs = {}, []
-    for room in (int(5e6 * 1.1**n) for n in range(36)):
+    for room in (int(4e6 * 1.28**n) for n in range(14)):
         try:
-            plan = memory.plan_training(lora, RESERVE + room, longest=100, answer=10, rows=6, autocast=autocast)
+            plan = memory.plan_training(lora, RESERVE + room, longest=64, answer=8, rows=6, autocast=autocast)
         except TooLittleMemory as error:
             assert not costs  # more memory never takes a way away
-            assert "one row of 100 tokens" in str(error) and "Lower max_tokens" in str(error)
+            assert "one row of 64 tokens" in str(error) and "Lower max_tokens" in str(error)
             continue
         assert plan.rows * plan.accumulation == 6 and 0 <= plan.kept <= plan.checkpointed <= 3
         assert 0 < plan.peak <= room
-        costs.append(plan_cost(plan, 100, 3))
+        costs.append(plan_cost(plan, 64, 3))
         seen[plan[:4]] = plan
-    assert costs == sorted(costs, reverse=True) and len(costs) > 20
+    assert costs == sorted(costs, reverse=True) and len(costs) > 8
     plans = list(seen.values())
     assert plans[0].rows < 4 and plans[0].checkpointed == 3 and plans[-1][:4] == (6, 1, 0, 0)
     assert any(0 < plan.checkpointed < 3 for plan in plans) and any(plan.kept for plan in plans)
@@ -267,7 +267,7 @@ def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autoc
     for plan in plans[:: max(1, len(plans) // 3)] + plans[-1:]:
         memory.apply_plan(lora, plan)
         nf4.release_buffers()
-        peak = step(lora, plan.rows, 100, 10, autocast)[1]
+        peak = step(lora, plan.rows, 64, 8, autocast)[1]
         assert 0.5 * plan.peak < peak <= plan.peak + copied, plan
     memory.apply_plan(lora, Plan(1, 1))
 
