@@ -133,7 +133,7 @@ class StandIn(ThreadingHTTPServer):
     def ListModelInstanceVersions(self, body: dict[str, Any]) -> dict[str, Any]:
         listed = self._listed(self._variation(body))
         start = int(body.get("pageToken") or 0)
-        rows = [{"versionNumber": n, "isPrivate": True} for n in range(listed, 0, -1)][start : start + self.page_size]
+        rows = [{"versionNumber": n, "isPrivate": True} for n in range(1, listed + 1)][start : start + self.page_size]
         more = start + self.page_size < listed
         return {"versionList": {"versions": rows}, "nextPageToken": str(start + self.page_size) if more else ""}
 
@@ -318,6 +318,8 @@ class Handler(BaseHTTPRequestHandler):
     def store(self, span: str = "", limit: int | None = None) -> None:
         """Take the body of an upload; no more than `limit` bytes of it, and then the connection breaks."""
         blob = self.blob
+        if "*" in span and blob.get("expired"):
+            return self.reply(404)
         if "*" in span:  # how far did we get?
             if len(blob["data"]) == blob["size"]:
                 return self.reply(200)
@@ -412,13 +414,16 @@ def cut_after(size: int, dead: bool = False) -> Fault:
     return fault
 
 
-def flip(handler: Handler) -> bool:
-    """Take an upload, with one bit changed on the way."""
-    handler.store(handler.headers.get("Content-Range", ""))
-    data = bytearray(handler.blob["data"])
-    data[-1] ^= 1
-    handler.blob["data"] = bytes(data)
-    return True
+def altered(change: Callable[[bytes], bytes]) -> Fault:
+    """Take an upload, say that it is fine, and keep something else."""
+
+    def fault(handler: Handler) -> bool:
+        with handler.server.lock:  # before the version is made
+            handler.store(handler.headers.get("Content-Range", ""))
+            handler.blob["data"] = change(handler.blob["data"])
+        return True
+
+    return fault
 
 
 if __name__ == "__main__":
