@@ -175,7 +175,9 @@ def _merged_linear(layer: LoraLayer, dtype: torch.dtype) -> nn.Linear:
 def base_fingerprint(model: PreTrainedModel) -> list[float]:
     """64 weights of lm_head, spread over it: it is 16 bit in every way of loading, and differs between bases of one shape."""
     flat = model.get_output_embeddings().weight.detach().flatten()
-    return flat[torch.linspace(0, flat.numel() - 1, 64).long().to(flat.device)].float().cpu().tolist()
+    # integers: the last of a float32 linspace over Mixtral's 131,072,000 weights is one beyond them
+    places = torch.arange(64) * (flat.numel() - 1) // 63
+    return flat[places.to(flat.device)].float().cpu().tolist()
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -85,18 +85,18 @@ def fast_layers(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
     changed: list[nn.Module] = []
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) == 1 and fast_kernels(devices.pop()) is not None and model.dtype.itemsize == 2:
-        for module in model.modules():
-            kind = type(module).__name__
-            if "forward" in vars(module) or kind not in ("MixtralAttention", "MixtralTopKRouter"):
-                continue
-            if kind == "MixtralAttention":
-                module.joined = _join(module)
-            forward = _decode_attention if kind == "MixtralAttention" else _decode_router
-            module.forward = types.MethodType(forward, module)
-            changed.append(module)
     try:
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) == 1 and fast_kernels(devices.pop()) is not None and model.dtype.itemsize == 2:
+            for module in model.modules():
+                kind = type(module).__name__
+                if "forward" in vars(module) or kind not in ("MixtralAttention", "MixtralTopKRouter"):
+                    continue
+                if kind == "MixtralAttention":
+                    module.joined = _join(module)
+                forward = _decode_attention if kind == "MixtralAttention" else _decode_router
+                module.forward = types.MethodType(forward, module)
+                changed.append(module)
         yield
     finally:
         model.config._attn_implementation = before

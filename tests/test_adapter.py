@@ -146,3 +146,15 @@ def test_model_folders_are_checked_first(tmp_path):
     with pytest.raises(model.ModelError, match="pickle"):
         model.load_base(tmp_path)
     assert model.base_id(TINY) == "tiny-mixtral"
+
+
+def test_the_fingerprint_of_a_head_of_mixtrals_size_stays_inside():
+    head = torch.nn.Linear(4096, 32_000, bias=False, dtype=torch.float16)  # 262 MB: float32 can't count its weights
+    head.weight.data.view(-1)[-1] = 7.0
+
+    class Base:
+        def get_output_embeddings(self):
+            return head
+
+    found = adapter.base_fingerprint(Base())
+    assert len(found) == 64 and found[-1] == 7.0 and found[0] == head.weight[0, 0].float().item()

@@ -32,7 +32,8 @@ FEW_ROWS = {
     "larger tiles": (4, 64, 128, 130, 2, "float16", "random"),
 }
 EXACT = ("dequantise float32", "dequantise float16", "gather", "few rows twice")
-PLAIN = ("combine", "swiglu", "swiglu backward", "swiglu backward of the weights")
+PLAIN = ("combine", "swiglu", "swiglu in place", "swiglu backward", "swiglu backward of the weights")
+STEP = ("rotated query", "keys in the cache", "values in the cache", "router", "attention in parts")
 
 
 def random_experts(experts: int, hidden: int, inner: int) -> SimpleNamespace:
@@ -110,11 +111,46 @@ def kernels_differences() -> dict[str, float]:
     gate, up = gate_up.chunk(2, dim=1)
     want = torch.nn.functional.silu(gate) * up * weights.reshape(-1)[order, None]
     found["swiglu"] = relative(kernels.swiglu(gate_up.detach(), weights.detach(), order), want)
+    found["swiglu in place"] = relative(kernels.swiglu(gate_up.detach().clone(), weights.detach(), order, True), want)
     grad = torch.randn_like(want)
     want.backward(grad)
     got = kernels.swiglu_backward(gate_up.detach(), weights.detach(), order, grad)
     found["swiglu backward"] = relative(got[0], gate_up.grad)
     found["swiglu backward of the weights"] = relative(got[1], weights.grad)
+    return found
+
+
+def step_differences() -> dict[str, float]:
+    """The small work of a decode step: rotary embedding and cache, router, attention in parts."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from prompt_recovery import kernels_step
+
+    rows, heads, key_heads, size, columns = 3, 6, 2, 32, 192
+    qkv, angle = torch.randn(rows, (heads + 2 * key_heads) * size), torch.randn(rows, size // 2)
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    keys, values = torch.randn(2, rows, key_heads, columns, size)
+    before = keys.clone(), values.clone()
+    query = kernels_step.rotate_and_store(qkv, cos, sin, torch.tensor([7]), keys, values)
+    parts = qkv.view(rows, -1, size)
+    turned = torch.cat([-parts[..., size // 2 :], parts[..., : size // 2]], -1)
+    want = parts * cos[:, None] + turned * sin[:, None]
+    found = {"rotated query": relative(query, want[:, :heads])}
+    before[0][:, :, 7], before[1][:, :, 7] = want[:, heads : heads + key_heads], parts[:, heads + key_heads :]
+    found["keys in the cache"] = relative(keys, before[0])
+    found["values in the cache"] = relative(values, before[1])
+
+    x, gate = torch.randn(5, 192), torch.randn(6, 192) * 0.1
+    weights, index = kernels_step.choose_experts(x, gate, 2)
+    odds, chosen = torch.softmax(x @ gate.T, -1).topk(2)
+    found["router"] = relative(weights, odds / odds.sum(-1, keepdim=True)) + float(not torch.equal(index, chosen))
+
+    mask = torch.zeros(rows, columns)
+    mask[0, 100:] = mask[1, :70] = mask[2, 5:140] = float("-inf")  # parts of which nothing is visible, too
+    got = kernels_step.attend(query, keys, values, mask, size**-0.5)
+    grouped = query.view(rows, key_heads, -1, size)
+    exact = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask[:, None, None], scale=size**-0.5)
+    found["attention in parts"] = relative(got, exact.reshape(rows, heads, size))
     return found
 
 
@@ -137,7 +173,7 @@ def test_same_bits(differences, name):
     assert differences[name] == 0
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, *STEP])
 def test_matches_plain_torch(differences, name):
     assert differences[name] < 1e-6
 
@@ -247,4 +283,4 @@ def test_lookups_in_ptx_give_both_values_of_every_byte(dtype):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(json.dumps(few_rows_differences() | kernels_differences()))
+    print(json.dumps(few_rows_differences() | kernels_differences() | step_differences()))
