@@ -10,7 +10,7 @@ demo: .venv/ready
 	@$(BIN)/python demo/run.py --rows "$(ROWS)"
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
