@@ -1,0 +1,98 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Compare: which data, which output, how many answers
+#
+# Each cell of the grid trains an adapter, or takes the base as it is (`max_steps` 0), and answers the same held-out rows.
+# The first one is what the others are compared with. As it stands, six cells run on the embedded tiny Mixtral.
+#
+# Killed, or given more cells? Run again: what a cell answered is kept in `output_dir` under a hash of its settings and
+# rows, and is not computed again.
+
+# %% tags=["parameters"]
+model_dir = "demo/tiny-mixtral"  # the base model's folder, as the hub has it
+train_csv = "demo/rows.csv"  # one path or a list of paths
+output_dir = "outputs/compare"
+encoder_dir = None  # sentence-transformers format; None: MiniLM, which the requirements install
+spiece_model = None  # sentence-t5's spiece.model: joined answers stay within 128 of its tokens
+# one mapping for each cell, or one of names to lists of values, every combination of which is a cell, such as
+# {"style": ["plain", "json"], "system_placement": ["user", "turn"], "few_shot": [0, 2], "lora_r": [1, 16]}
+grid = [
+    {"max_steps": 0},
+    {"style": "plain"},
+    {"style": "json"},
+    {"lora_r": 1},
+    {"train_rows": 200},
+    {"answers_per_row": 4, "combine": "join"},
+]
+# the same in all cells; what is named neither here nor in grid is as in comparison.SETTINGS
+shared = {
+    "learning_rate": 5e-3,
+    "lora_dropout": 0.0,
+    "gradient_accumulation": 1,
+    "max_steps": 100,
+    "max_new_tokens": 40,
+}
+mean_prompt = (
+    "Please improve this text while keeping its original meaning but altering the tone."  # None: no such column
+)
+eval_fraction = 0.1
+four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
+seed = 0
+
+# %%
+# %xmode Minimal
+from pathlib import Path
+
+from IPython.display import Image, display
+
+from prompt_recovery import combine, comparison, metric, model, tokenizer
+
+output = Path(output_dir)
+output.mkdir(parents=True, exist_ok=True)
+encoder_dir = encoder_dir or metric.minilm_dir()
+count = combine.piece_counter(spiece_model) if spiece_model else None
+
+# %% [markdown]
+# ## Cells and rows
+# One split for all cells, by prompt and with near-duplicates together, over all files that any cell trains on: no cell
+# trains on a wording that is held out.
+
+# %%
+model.check_model_dir(model_dir)
+cells = comparison.make_cells(grid, **shared)
+train_rows, eval_rows = comparison.read_split(cells, train_csv, eval_fraction, seed)
+for cell in cells:
+    comparison.rows_of(cell, train_rows)  # a filter that leaves nothing is refused before anything is trained
+print(f"{len(cells)} cells, {len(train_rows)} rows to train on, {len(eval_rows)} held out")
+
+# %% [markdown]
+# ## Run
+# Few-shot examples are rows of the cell's training side. They stand before the rows that are answered; training does not
+# see them. Answers may run on after a JSON object has closed, so that it shows whether a cell learned to stop.
+
+# %%
+tok = tokenizer.load_tokenizer(model_dir, pad="unk", side="left")
+base = model.load_base(model_dir, four_bit=four_bit)
+answers = [comparison.run_cell(cell, base, tok, train_rows, eval_rows, output, model_dir=model_dir) for cell in cells]
+
+# %% [markdown]
+# ## Table
+# `gain` is the difference to the first cell on the same rows, with its paired 95% interval: if that holds 0, the rows do
+# not tell the two apart. `scs_with_mean` is the score with the mean prompt behind the answer; `scs` is what is recovered.
+
+# %%
+encoder = metric.load_encoder(encoder_dir)
+table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt, count=count)
+table.to_csv(output / "comparison.csv", index_label="cell")
+table.round(3)
+
+# %%
+comparison.plot_results(table, output / "comparison.png")
+display(Image(str(output / "comparison.png")))

@@ -1,0 +1,278 @@
+"""A grid of settings: each cell trains an adapter, or takes the base as it is, and answers the same held-out rows.
+
+What a cell answered lies in a CSV named by a hash of its settings and rows; such a cell is not run again. Scores are
+computed from the answers, so that ways to combine them cost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from prompt_recovery import adapter, data, generation, metric, model, training
+from prompt_recovery.combine import combine
+
+SETTINGS: dict[str, Any] = dict(
+    style="plain",
+    system_placement="user",
+    few_shot=0,  # rows that stand as examples before each row that is answered
+    train_csv=None,  # one path or a list; None: all files of the grid
+    row_filter="",  # pandas query, such as "rewrite_prompt.str.len() < 80"
+    train_rows=None,  # that many of them, drawn by seed
+    lora_r=16,
+    lora_alpha=64,
+    lora_dropout=0.1,
+    target_modules=list(model.ATTENTION),
+    supervise="answer",  # answer | text: all tokens, as the usual recipes do
+    learning_rate=2e-5,
+    epochs=5,
+    max_steps=-1,  # 0: the base without training
+    batch_size=8,
+    gradient_accumulation=2,
+    max_tokens=640,
+    max_new_tokens=64,
+    answers_per_row=1,
+    temperature=0.8,  # of all answers but the first, which is greedy
+    top_p=0.95,
+    combine="first",
+    seed=0,
+)
+ANSWERING = ("few_shot", "max_new_tokens", "answers_per_row", "temperature", "top_p")
+NOT_IN_THE_KEY = (
+    "combine",
+    "train_csv",
+    "row_filter",
+    "train_rows",
+)  # scoring only, and rows, which are hashed themselves
+
+
+class ComparisonError(ValueError):
+    """A grid that can't be run."""
+
+
+def make_cells(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]], **shared: Any) -> list[dict[str, Any]]:
+    """Complete settings of each cell, the first of which is the reference.
+
+    grid: lists of values by name, of which every combination is a cell, or one mapping for each cell. shared: other
+    values than those of SETTINGS for all cells. Raises ComparisonError for names not in SETTINGS, or equal cells.
+    """
+    if isinstance(grid, Mapping):
+        parts = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    else:
+        parts = [dict(part) for part in grid]
+    unknown = {name for part in [*parts, shared] for name in part} - SETTINGS.keys()
+    if unknown:
+        raise ComparisonError(f"{', '.join(sorted(unknown))} is no setting; there are {', '.join(SETTINGS)}.")
+    cells = [SETTINGS | shared | part for part in parts]
+    if not cells or any(cell in cells[:n] for n, cell in enumerate(cells)):
+        raise ComparisonError(f"{len(cells)} cells, and none may stand twice: give each another value of some setting.")
+    return cells
+
+
+def read_split(
+    cells: Sequence[Mapping[str, Any]], train_csv: str | Path | Sequence[str | Path], eval_fraction: float, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(train, eval) rows of train_csv and of all files that cells name, cleaned, split once by prompt groups; the column
+    file names the file. A cell takes its part of train with `rows_of`, so no cell trains on a prompt that is held out."""
+    named = [_paths(each) for each in [train_csv, *(cell["train_csv"] for cell in cells)] if each]
+    files = list(dict.fromkeys(path for paths in named for path in paths))
+    rows = data.read_rows(files)
+    rows["file"] = [file for file in files for _ in range(len(data.read_rows(file)))]
+    rows, account = data.clean_rows(rows)
+    print(data.describe(rows, account))
+    return data.split_rows(rows, eval_fraction, seed)
+
+
+def _paths(train_csv: str | Path | Sequence[str | Path]) -> list[str]:
+    paths = [train_csv] if isinstance(train_csv, (str, Path)) else train_csv
+    return [str(Path(path)) for path in paths]
+
+
+def rows_of(cell: Mapping[str, Any], train_rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that a cell trains on: its files, its filter, its number. Raises ComparisonError if too few are left."""
+    rows = train_rows
+    if cell["train_csv"]:
+        rows = rows[rows["file"].isin(_paths(cell["train_csv"]))]
+    if cell["row_filter"]:
+        rows = rows.query(cell["row_filter"])
+    wanted = len(rows) if cell["train_rows"] is None else cell["train_rows"]
+    if not len(rows) or wanted > len(rows) or wanted < 1:
+        raise ComparisonError(
+            f"A cell wants {wanted} rows, and train_csv and row_filter leave {len(rows)}: {dict(cell)}."
+        )
+    if wanted < len(rows):
+        rows = rows.sample(frac=1, random_state=cell["seed"]).head(wanted)  # of more rows, fewer are a part
+    return rows.reset_index(drop=True)
+
+
+def run_cell(
+    cell: Mapping[str, Any],
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train_rows: pd.DataFrame,
+    eval_rows: pd.DataFrame,
+    output_dir: str | Path,
+    *,
+    model_dir: str | Path,
+    fallback_prompt: str = "Please improve this text.",
+) -> pd.DataFrame:
+    """What the cell answers to eval_rows, one line an answer: id, number, answer, how, stopped, tokens, seconds (of the
+    whole cell's answering). Read from output_dir if the cell was run before; adapters there serve other cells of the same
+    training, and training that was killed goes on. base is left as it was.
+
+    few-shot examples stand before rows that are answered; training sees none.
+    """
+    rows = rows_of(cell, train_rows)
+    setting = {name: value for name, value in cell.items() if name not in NOT_IN_THE_KEY}
+    trained = cell["max_steps"] != 0
+    training_setting = {name: value for name, value in setting.items() if name not in ANSWERING}
+    if not trained:
+        setting = {
+            n: v for n, v in setting.items() if n in ANSWERING or n in ("style", "system_placement", "max_tokens")
+        }
+        setting["seed"] = cell["seed"]
+    base_name = model.base_id(model_dir)
+    adapter_dir = Path(output_dir) / f"adapter-{_key(base_name, training_setting, rows)}"
+    seen = rows if trained or cell["few_shot"] else rows.head(0)
+    answers_csv = Path(output_dir) / f"answers-{_key(base_name, setting, seen, eval_rows)}.csv"
+    if answers_csv.is_file():
+        return pd.read_csv(answers_csv, keep_default_na=False, dtype={"id": str})
+    answering: Any = base
+    if trained and not adapter_dir.is_dir():
+        answering = _train(cell, base, base_name, tokenizer, rows, adapter_dir)
+    elif trained:
+        answering = adapter.load_adapter(base, adapter_dir, model_dir)
+    examples: list[Any] = rows.sample(cell["few_shot"], random_state=cell["seed"]).to_dict("records")
+    started = time.monotonic()
+    results = generation.answer_rows(
+        answering, tokenizer, eval_rows, style=cell["style"], system_placement=cell["system_placement"],
+        max_tokens=cell["max_tokens"], max_new_tokens=cell["max_new_tokens"], fallback_prompt=fallback_prompt,
+        examples=examples, answers_per_row=cell["answers_per_row"], top_p=cell["top_p"], seed=cell["seed"],
+        temperature=cell["temperature"] if cell["answers_per_row"] > 1 else 0.0,
+        stop_at_object=False,  # else JSON would never be seen to end by EOS
+    )  # fmt: skip
+    lines = [
+        dict(id=eval_rows["id"].iloc[position], number=number, answer=found.prompt, how=found.how, stopped=found.stopped,
+             tokens=found.tokens)
+        for position, answers in sorted(results) for number, found in enumerate(answers)
+    ]  # fmt: skip
+    table = pd.DataFrame(lines).assign(seconds=round(time.monotonic() - started, 2))
+    if trained:
+        answering.unload()
+    _write(table, answers_csv)
+    return pd.read_csv(answers_csv, keep_default_na=False, dtype={"id": str})
+
+
+def _train(
+    cell: Mapping[str, Any], base: PreTrainedModel, base_name: str, tokenizer: PreTrainedTokenizerFast,
+    rows: pd.DataFrame, adapter_dir: Path,
+) -> Any:  # fmt: skip
+    if cell["supervise"] not in ("answer", "text"):
+        raise ComparisonError(f"supervise={cell['supervise']!r}: choose answer or text.")
+    examples = training.make_examples(
+        tokenizer, rows, max_tokens=cell["max_tokens"], style=cell["style"], system_placement=cell["system_placement"]
+    )
+    if cell["supervise"] == "text":
+        examples = [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in examples]
+    lora = model.add_lora(
+        base, base=base_name, r=cell["lora_r"], alpha=cell["lora_alpha"], dropout=cell["lora_dropout"],
+        target_modules=cell["target_modules"], seed=cell["seed"],
+    )  # fmt: skip
+    working = adapter_dir.with_name(adapter_dir.name.replace("adapter", "training"))
+    training.train(
+        lora, tokenizer, examples, [], working, epochs=cell["epochs"], max_steps=cell["max_steps"],
+        learning_rate=cell["learning_rate"], batch_size=cell["batch_size"],
+        gradient_accumulation=cell["gradient_accumulation"], seed=cell["seed"], resume=True,
+    )  # fmt: skip
+    adapter.save_adapter(lora, adapter_dir)
+    shutil.rmtree(working / "checkpoints")
+    return lora
+
+
+def result_table(
+    cells: Sequence[Mapping[str, Any]],
+    answers: Sequence[pd.DataFrame],
+    eval_rows: pd.DataFrame,
+    encoder: Any,
+    *,
+    mean_prompt: str | None = None,
+    count: Callable[[str], int] | None = None,
+) -> pd.DataFrame:
+    """One line a cell: the settings in which cells differ, scs, low and high of its 95% interval, gain over the first cell
+    with its paired interval, exact_match, seconds and tokens (written) a row, the shares of answers parsed and of those
+    that ended by EOS; with a mean_prompt also scs_with_mean, where it stands behind the answer.
+
+    answers: tables of run_cell. Raises ComparisonError where one is not about eval_rows.
+    """
+    varied = [name for name in SETTINGS if any(cell[name] != cells[0][name] for cell in cells)]
+    truths = eval_rows["rewrite_prompt"].to_list()
+    lines: list[dict[str, Any]] = []
+    reference = np.zeros(0)
+    for cell, table in zip(cells, answers, strict=True):
+        groups = [group["answer"].to_list() for _, group in table.groupby("id", sort=False)]
+        if table["id"].drop_duplicates().to_list() != eval_rows["id"].to_list():
+            raise ComparisonError(
+                "The answers of a cell are not those of eval_rows: give run_cell's tables of these rows."
+            )
+        needed = encoder if cell["combine"] != "first" else None
+        given = [combine(each, cell["combine"], encoder=needed, count=count) for each in groups]
+        scores = metric.sharpened_cosine(given, truths, encoder)
+        reference = scores if not lines else reference
+        low, high = metric.bootstrap_interval(scores)
+        gain, gain_low, gain_high = metric.paired_difference(scores, reference)
+        line: dict[str, Any] = {name: str(cell[name]) for name in varied}
+        line |= dict(scs=scores.mean(), low=low, high=high, gain=gain, gain_low=gain_low, gain_high=gain_high)
+        if mean_prompt:
+            both = [
+                combine(each, cell["combine"], mean_prompt=mean_prompt, encoder=needed, count=count) for each in groups
+            ]
+            line["scs_with_mean"] = metric.sharpened_cosine(both, truths, encoder).mean()
+        line |= dict(
+            exact_match=metric.exact_match(given, truths),
+            seconds_a_row=table["seconds"].iloc[0] / len(truths),
+            tokens_a_row=table["tokens"].sum() / len(truths),
+            parsed=(table["how"] != "fallback").mean(),
+            stopped_by_eos=(table["stopped"] == "eos").mean(),
+        )
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def plot_results(table: pd.DataFrame, path: str | Path) -> None:
+    """Score with its interval against seconds a row, one point a cell, numbered as in the table. A PNG."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    heights = [table["scs"] - table["low"], table["high"] - table["scs"]]
+    axes.errorbar(table["seconds_a_row"], table["scs"], yerr=heights, fmt="o", capsize=3, lw=1)
+    for number, (x, y) in enumerate(zip(table["seconds_a_row"], table["scs"], strict=True)):
+        axes.annotate(str(number), (x, y), xytext=(5, 5), textcoords="offset points")
+    axes.set(xlabel="seconds a row", ylabel="SCS, 95% interval", xlim=(0, None))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _key(base_name: str, settings: Mapping[str, Any], *tables: pd.DataFrame) -> str:
+    digest = hashlib.sha256(json.dumps([base_name, settings], sort_keys=True, default=str).encode())
+    for table in tables:
+        kept = table[["id", *data.ROW_COLUMNS, "response"]]
+        digest.update(json.dumps(kept.to_dict("split")["data"]).encode())
+    return digest.hexdigest()[:12]
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    table.to_csv(partial, index=False)
+    os.replace(partial, path)

@@ -1,0 +1,160 @@
+"""The compare notebook and what it calls: cells, one split, results that are kept, a table that is right."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from prompt_recovery import comparison as c
+from prompt_recovery import data, metric, model, tokenizer
+
+FEW = dict(max_steps=2, batch_size=2, gradient_accumulation=1, max_tokens=256, max_new_tokens=8)
+
+
+@pytest.fixture
+def small_csv(tmp_path):
+    path = tmp_path / "small.csv"
+    pd.read_csv(ROOT / "demo" / "rows.csv", dtype=str).groupby("rewrite_prompt").head(1).head(24).to_csv(
+        path, index=False
+    )
+    return path
+
+
+def test_cells_are_every_combination_or_one_by_one():
+    cells = c.make_cells({"style": ["plain", "json"], "lora_r": [1, 16]}, epochs=2)
+    assert [(cell["style"], cell["lora_r"]) for cell in cells] == [
+        ("plain", 1), ("plain", 16), ("json", 1), ("json", 16),
+    ]  # fmt: skip
+    assert all(cell["epochs"] == 2 and cell.keys() == c.SETTINGS.keys() for cell in cells)
+    assert c.make_cells([{"lora_r": 1}, {}])[1] == c.SETTINGS
+    for grid, message in [({"rank": [1]}, "rank is no setting"), ([{}, {}], "twice"), ([], "0 cells")]:
+        with pytest.raises(c.ComparisonError, match=message):
+            c.make_cells(grid)
+
+
+def test_one_split_for_files_and_filters(tmp_path, small_csv):
+    rows = pd.read_csv(small_csv, dtype=str)
+    files = [tmp_path / "a.csv", tmp_path / "other" / "a.csv"]
+    files[1].parent.mkdir()
+    rows.drop(columns="id").head(12).to_csv(files[0], index=False)
+    rows.drop(columns="id").tail(12).to_csv(files[1], index=False)
+    cells = c.make_cells(
+        [{"train_csv": str(files[1])}, {"row_filter": "rewrite_prompt.str.len() < 40"}, {"train_rows": 5}]
+    )
+    train, held = c.read_split(cells, [str(file) for file in files], 0.25, 0)
+    groups = data.prompt_groups([*train["rewrite_prompt"], *held["rewrite_prompt"]])
+    assert len(held) and not set(groups[: len(train)]) & set(groups[len(train) :])
+    second, short, five = (c.rows_of(cell, train) for cell in cells)
+    assert 0 < len(second) < len(train) and set(second["rewritten_text"]) <= set(rows["rewritten_text"].tail(12))
+    assert 0 < len(short) < len(train) and (short["rewrite_prompt"].str.len() < 40).all()
+    assert len(five) == 5
+    more = c.rows_of(cells[2] | {"train_rows": 9}, train)
+    assert set(five["id"]) < set(more["id"])
+    for bad in ({"row_filter": "rewrite_prompt == ''"}, {"train_rows": 1000}, {"train_rows": 0}):
+        with pytest.raises(c.ComparisonError, match="leave"):
+            c.rows_of(cells[0] | bad, train)
+
+
+def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
+    torch.manual_seed(0)
+    cells = c.make_cells([{"max_steps": 0}, {}, {"answers_per_row": 3}, {"combine": "join"}, {"lora_r": 1}], **FEW)
+    train, held = c.read_split(cells, small_csv, 0.2, 0)
+    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), model.load_base(TINY, four_bit=False)
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+
+    def run(cell, rows=train, **others):
+        return c.run_cell(cell, base, tok, rows, held, tmp_path, model_dir=TINY, **others)
+
+    first = [run(cell) for cell in cells]
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path != small_csv}
+    assert len([path for path in files if path.name.startswith("answers-")]) == 4  # join needs no run of its own
+    assert len({path.parent for path in files if path.name == "adapter_model.safetensors"}) == 2
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    for again, before in zip([run(cell) for cell in cells], first, strict=True):
+        pd.testing.assert_frame_equal(again, before)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    # an adapter that is there gives the answers that it gave when it was trained
+    assert first[1]["answer"].to_list() == first[2].loc[first[2]["number"] == 0, "answer"].to_list()
+    assert first[2].groupby("id").size().eq(3).all()
+    after = base.state_dict()
+    assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
+    changed = train.assign(rewritten_text=train["rewritten_text"] + "!")
+    run(cells[1], changed)
+    run(cells[0], changed)  # the base answers without training rows
+    assert len(list(tmp_path.glob("answers-*.csv"))) == 5
+    with pytest.raises(c.ComparisonError, match="supervise"):
+        run(cells[1] | {"supervise": "all"})
+
+
+def test_examples_stand_before_the_row_and_text_is_supervised(tmp_path, small_csv):
+    cells = c.make_cells(
+        [{"max_steps": 0}, {"max_steps": 0, "few_shot": 2}, {"supervise": "text"}], **FEW | {"max_tokens": 900}
+    )
+    train, held = c.read_split(cells, small_csv, 0.2, 0)
+    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), model.load_base(TINY, four_bit=False)
+    found = [c.run_cell(cell, base, tok, train, held, tmp_path, model_dir=TINY) for cell in cells]
+    assert found[0]["answer"].to_list() != found[1]["answer"].to_list()
+    logs = [pd.read_csv(path) for path in tmp_path.glob("training-*/training_log.csv")]
+    assert len(logs) == 1 and len(logs[0]) == 2
+
+
+def test_table_is_by_hand(tmp_path):
+    held = pd.DataFrame({"id": ["a", "b"], "rewrite_prompt": ["Make it a poem", "Make it formal"]})
+    encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
+    cells = c.make_cells([{}, {"answers_per_row": 2, "combine": "join"}])
+    one = pd.DataFrame(
+        dict(id=["a", "b"], number=0, answer=["Make it a poem", "x"], how=["plain", "fallback"], stopped=["eos", "length"],
+             tokens=[4, 8], seconds=6.0)
+    )  # fmt: skip
+    two = pd.DataFrame(
+        dict(id=["a", "a", "b", "b"], number=[0, 1, 0, 1], answer=["Write a poem", "poem", *["Make it formal"] * 2],
+             how="plain", stopped="eos", tokens=5, seconds=9.0)
+    )  # fmt: skip
+    table = c.result_table(cells, [one, two], held, encoder, mean_prompt="Improve it")
+    wrong = metric.sharpened_cosine(["x"], ["Make it formal"], encoder)[0]
+    joined = metric.sharpened_cosine(
+        ["Write a poem. poem", "Make it formal"], held["rewrite_prompt"].to_list(), encoder
+    )
+    assert table["scs"].to_list() == pytest.approx([(1 + wrong) / 2, joined.mean()])
+    assert table["gain"].to_list() == pytest.approx([0, joined.mean() - (1 + wrong) / 2])
+    assert table["gain_low"][0] == table["gain_high"][0] == 0 and table["low"][1] <= table["scs"][1] <= table["high"][1]
+    assert table["exact_match"].to_list() == [0.5, 0.5] and table["parsed"].to_list() == [0.5, 1]
+    assert table["seconds_a_row"].to_list() == [3, 4.5] and table["tokens_a_row"].to_list() == [6, 10]
+    assert table["stopped_by_eos"].to_list() == [0.5, 1] and table["answers_per_row"].to_list() == ["1", "2"]
+    behind = metric.sharpened_cosine(
+        ["Make it a poem. Improve it", "x. Improve it"], held["rewrite_prompt"].to_list(), encoder
+    )
+    assert table["scs_with_mean"][0] == pytest.approx(behind.mean())
+    with pytest.raises(c.ComparisonError, match="eval_rows"):
+        c.result_table(cells, [one, two.iloc[:2]], held, encoder)
+    c.plot_results(table, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_the_notebook_runs_and_goes_on_where_it_was(tmp_path, small_csv):
+    parameters = dict(
+        model_dir=str(TINY), train_csv=str(small_csv), output_dir=str(tmp_path / "out"), shared=FEW, eval_fraction=0.2,
+        grid={"style": ["plain", "json"]},
+    )  # fmt: skip
+
+    def run():
+        papermill.execute_notebook(
+            ROOT / "notebooks" / "compare.ipynb", tmp_path / "compare.ipynb", parameters=parameters, cwd=ROOT,
+            kernel_name="python3", progress_bar=False,
+        )  # fmt: skip
+        return pd.read_csv(tmp_path / "out" / "comparison.csv")
+
+    table = run()
+    assert table["style"].to_list() == ["plain", "json"] and table["gain"][0] == 0
+    assert np.isfinite(table.drop(columns="style").to_numpy(float)).all()
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+    kept = [*(tmp_path / "out").glob("answers-*.csv")]
+    assert len(kept) == 2
+    for path in kept:
+        os.utime(path, (1, 1))
+    pd.testing.assert_frame_equal(run(), table)
+    assert all(path.stat().st_mtime == 1 for path in kept) and len([*(tmp_path / "out").glob("answers-*.csv")]) == 2
