@@ -130,10 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_rows, eval_rows = comparison.read_split([], DEMO / "natural_rows.csv", eval_fraction=0.25, seed=0)
     print(f"{len(train_rows)} rows to train on, {len(eval_rows)} held out by prompt groups", flush=True)
     steps = options.epochs * math.ceil(len(train_rows) / SETTINGS["batch_size"])
-    cells = comparison.make_cells([dict(max_steps=0), dict(max_steps=steps, answers_per_row=4)], **SETTINGS)
+    grid: list[dict[str, Any]] = [
+        dict(max_steps=0),
+        # within the 512 tokens of Gemma's sliding window, which the decoder does not know
+        dict(max_steps=0, few_shot=1, max_tokens=512),
+        dict(max_steps=steps, answers_per_row=4),
+    ]
+    cells = comparison.make_cells(grid, **SETTINGS)
     base = model.load_base(folder, four_bit=False)
     run = dict(base=base, tokenizer=tokenizer, train_rows=train_rows, eval_rows=eval_rows, output_dir=OUTPUT)
-    before, after = (comparison.run_cell(cell, model_dir=folder, **run) for cell in cells)
+    before, example, after = (comparison.run_cell(cell, model_dir=folder, **run) for cell in cells)
 
     samples = [group["answer"].to_list() for _, group in after.groupby("id", sort=False)]
 
@@ -146,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     truths = eval_rows["rewrite_prompt"].to_list()
     answers = {
         "before": before["answer"].to_list(),
+        "before, with one example": example["answer"].to_list(),
         "after": combined("first"),
         "after, most agreed of 4": combined("agree"),
         "after, 4 joined": combined("join"),
