@@ -118,6 +118,7 @@ def run(*arguments: str, timeout: float, temp: Path | None = None, show: bool = 
         for stream in (child.stdout, child.stderr):
             if stream:
                 stream.close()
+    lost += re.findall(r"^Upload unsuccessful: (.+?)\s*$", "".join(err), re.M)  # 2.2.5 ends by itself
     return Reply(None if lost else code, "".join(out), "".join(err), tuple(lost))
 
 

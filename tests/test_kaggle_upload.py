@@ -199,6 +199,7 @@ def test_refused_upload(case, each_program, monkeypatch):
     case.server.fail("StartBlobUpload", delay(0), delay(1))  # time enough to be stopped
     code, out, err = case.publish()
     assert code == 1 and "The upload of " in err and case.versions == [] and not case.recorded()
+    case.server.fail("PROBE", status(403))  # a refused session stays refused; the next run must not try it again
     code, out, _ = case.publish()
     assert code == 0 and case.versions == [files] and out.splitlines()[-1] == f"{HANDLE}/1"
 
