@@ -36,6 +36,7 @@ MEAN_PROMPT = (
 SETTINGS: dict[str, Any] = dict(
     lora_r=16, lora_alpha=32, lora_dropout=0.0, learning_rate=5e-4, batch_size=4, gradient_accumulation=1,
     target_modules=[*model.ATTENTION, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
+    temperature=0.6, top_p=1.0,  # sorting 262,144 tokens for a top_p takes a CPU longer than the model does
 )  # fmt: skip
 
 
