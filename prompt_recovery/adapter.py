@@ -66,7 +66,8 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) 
     folder = Path(adapter_dir)
     if not folder.is_dir():
         raise AdapterError(f"adapter_dir {folder} is not a folder; train writes it as <output_dir>/adapter.")
-    names = {path.name for path in folder.iterdir()}
+    # `kaggle_upload adapter --with-library` puts the library's wheel beside the two files
+    names = {path.name for path in folder.iterdir() if path.suffix != ".whl"}
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         raise AdapterError(
