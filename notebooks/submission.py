@@ -9,8 +9,9 @@
 # %% [markdown]
 # # Submission: answer test.csv with the adapter
 #
-# Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the base, the adapter and
-# the competition as inputs and leave the three paths at None: they are found under /kaggle/input.
+# Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the base, the adapter, the
+# dataset of wheels and the competition as inputs and leave the paths at None: they are found under `input_dir`. Attach a
+# folder of sentence-t5 too (its `spiece.model` is enough), and answers are counted as the scorer counts them.
 #
 # `style` and `system_placement` must be those of the training run.
 
@@ -18,53 +19,92 @@
 model_dir = None
 adapter_dir = None
 test_csv = None
+input_dir = "/kaggle/input"
 submission_csv = "/kaggle/working/submission.csv"
-time_budget_hours = 8.5
+time_budget_hours = 8.5  # counted from here, with the loading of the model; Kaggle's limit is 9
 max_new_tokens = 64
 fallback_prompt = "Please improve this text while keeping its original meaning but altering the tone."
 style = "plain"  # plain | json | reason_json
 system_placement = "user"  # user | before | turn
 four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
+answers_per_row = 1  # more than one: the first is the likeliest, the others are drawn
+combine = "first"  # first | join | agree (which needs encoder_dir)
+mean_prompt = None  # a sentence that goes behind every answer
+encoder_dir = None  # sentence-t5's folder, to count tokens and for agreement; None: found where there is one
+allow_base = False  # go on with the base alone if the adapter is missing or broken
+answer_public_test = False  # load the model even for the one row of the public test.csv
+
+# %% [markdown]
+# What Kaggle's image lacks is installed from the attached wheels; where none are attached, nothing happens.
 
 # %%
 # %xmode Minimal
-from prompt_recovery import adapter, data, model, submission, tokenizer
+import glob
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-model_dir, adapter_dir, test_csv = submission.find_inputs(model_dir, adapter_dir, test_csv)
-print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}")
+started = time.monotonic()
+libraries = glob.glob(f"{input_dir}/**/prompt_recovery-*.whl", recursive=True)
+folders = [sorted(Path(path).parent.glob("*.whl")) for path in sorted(libraries)]
+wheels = max(folders, key=len, default=[])  # one may lie beside the adapter too
+if wheels:
+    print(f"installing {len(wheels)} wheels of {wheels[0].parent}")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check"]
+    subprocess.run([*pip, *map(str, wheels)], check=True)
+
+# %%
+from prompt_recovery import data, inputs, metric, model, submission
+
+model_dir, adapter_dir, test_csv = inputs.find_inputs(model_dir, adapter_dir, test_csv, input_dir, allow_base)
+count, counted_by = inputs.find_counter(encoder_dir, input_dir)
+print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}\nlengths  by {counted_by}")
 
 # %% [markdown]
 # Everything that can be checked without a GPU is checked before the model loads: a broken adapter costs seconds here,
-# and an hour of quota after loading.
+# and an hour of quota after loading. The file is there from now on, filled with the fallback, or with what an earlier run
+# finished before it was killed.
 
 # %%
 test = data.read_test(test_csv)
-print(f"{len(test)} rows;", adapter.check_adapter(adapter_dir, model_dir))
-test.head(3)
-
-# %%
-tok = tokenizer.load_tokenizer(model_dir, pad="unk", side="left")
-base = model.load_base(model_dir, four_bit=four_bit)
-lora = adapter.load_adapter(base, adapter_dir, model_dir)
-
-# %% [markdown]
-# The file is there from the first second, filled with the fallback; answers replace it as they come. Rows that the time
-# budget does not reach keep the fallback.
-
-# %%
-report = submission.answer_test(
-    lora,
-    tok,
-    test,
-    submission_csv,
+adapter_dir = inputs.usable_adapter(adapter_dir, model_dir, allow_base)
+settings = dict(
+    model_dir=model_dir,
+    adapter_dir=adapter_dir,
     fallback_prompt=fallback_prompt,
     time_budget_hours=time_budget_hours,
     style=style,
     system_placement=system_placement,
-    max_tokens=min(4096, base.config.max_position_embeddings),
+    max_tokens=min(4096, model.load_config(model_dir).max_position_embeddings),
     max_new_tokens=max_new_tokens,
+    answers_per_row=answers_per_row,
+    how=combine,
+    mean_prompt=mean_prompt,
+    encoder=metric.load_encoder(encoder_dir, device="cpu") if combine == "agree" and encoder_dir else None,
+    count=count,
+    started=started,
 )
+report = submission.answer_test(None, None, test, submission_csv, **settings)
+test.head(3)
+
+# %% [markdown]
+# While nothing is scored, `test.csv` has one row: it keeps the fallback, and the model isn't loaded. Set
+# `answer_public_test` to see that it loads.
 
 # %%
-print(report.groupby(["how", "stopped"]).size().to_string())
+public = inputs.is_public_run(test) and not answer_public_test
+print("public test.csv: the fallback is the answer" if public else f"loading the model for {len(test)} rows")
+lora, tok = (None, None) if public else inputs.load(model_dir, adapter_dir, four_bit, allow_base)
+
+# %% [markdown]
+# Answers replace the fallback as they come. If they come too slowly for the time budget, the rows to come get a single
+# answer, then shorter ones, and those that can't be reached keep the fallback; each of these steps is printed.
+
+# %%
+if not public:
+    report = submission.answer_test(lora, tok, test, submission_csv, **settings)
+
+# %%
+print(report.groupby(["source", "how", "stopped"]).size().to_string())
 report.head(10)

@@ -1,84 +1,505 @@
+"""What goes in (inputs under both layouts, odd files), what comes out, what breaks on the way, and the time budget."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from types import SimpleNamespace
+
+import jupytext
 import pandas as pd
+import papermill
 import pytest
-from conftest import NASTY, TINY
+import torch
+from conftest import NASTY, ROOT, TINY
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from prompt_recovery import data, model, submission
-from prompt_recovery.submission import SubmissionError
-from prompt_recovery.tokenizer import load_tokenizer
+from prompt_recovery import adapter, combine, data, decoding, generation, inputs, model, submission, submission_file
+from prompt_recovery.submission import SubmissionError, answer_test, clean_answer
+from prompt_recovery.tokenizer import TokenizerError, encode_row
 
-OPTIONS = dict(style="plain", system_placement="user", max_tokens=400, max_new_tokens=8)
+FALLBACK = "Fall, back"
+OPTIONS = dict(
+    fallback_prompt=FALLBACK, time_budget_hours=1, style="plain", system_placement="user", max_tokens=400,
+    max_new_tokens=4, model_dir=TINY,
+)  # fmt: skip
 
 
-@pytest.fixture
-def test_csv(tmp_path):
-    path = tmp_path / "test.csv"
-    texts = ["", *NASTY]
-    frame = pd.DataFrame(
-        {"id": [f"0{n}" for n in range(len(texts))][::-1], "original_text": texts, "rewritten_text": texts[::-1]}
+@pytest.fixture(scope="module")
+def loaded():
+    return inputs.load(TINY, None)
+
+
+@pytest.fixture(scope="module")
+def lora_dir(tmp_path_factory):
+    """A sound adapter of the tiny model."""
+    torch.manual_seed(0)
+    return make_adapter(tmp_path_factory.mktemp("lora") / "adapter")
+
+
+def make_adapter(folder):
+    lora = get_peft_model(model.load_base(TINY), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    lora.peft_config["default"].base_model_name_or_path = "tiny-mixtral"
+    return adapter.save_adapter(lora, folder)
+
+
+def rows(count, words=6):
+    texts = [" ".join(f"{n} cat{i}" for i in range(words)) for n in range(count)]
+    return pd.DataFrame(
+        {"id": [f"0{n}" for n in range(count)], "original_text": texts, "rewritten_text": texts}, dtype=str
     )
-    frame.to_csv(path, index=False)
-    return path
 
 
-def answer(test_csv, hours, out):
-    base, tok = model.load_base(TINY), load_tokenizer(TINY, pad="unk", side="left")
-    test = data.read_test(test_csv)
-    report = submission.answer_test(
-        base, tok, test, out, fallback_prompt="Fall, back", time_budget_hours=hours, **OPTIONS
-    )
-    return test, report, pd.read_csv(out, dtype=str, keep_default_na=False)
+def read(path):
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def test_same_ids_same_order_no_blank(test_csv, tmp_path):
-    test, report, frame = answer(test_csv, 1, tmp_path / "new" / "submission.csv")
-    assert frame.columns.to_list() == ["id", "rewrite_prompt"]
-    assert frame["id"].to_list() == test["id"].to_list() and frame["id"][0].startswith("0")
-    assert (frame["rewrite_prompt"].str.strip() != "").all()
+# --- inputs -------------------------------------------------------------------------------------------------
+
+NEW = dict(
+    base="models/mistral-ai/mixtral/transformers/8x7b-instruct/1", lora="models/me/adapter/transformers/r16/3",
+    test="competitions/llm-prompt-recovery", t5="datasets/me/sentence-t5",
+)  # fmt: skip
+OLD = dict(
+    base="mixtral/Transformers/8x7b-instruct/1", lora="adapter/Transformers/r16/3", test="llm-prompt-recovery",
+    t5="sentence-t5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [NEW, OLD], ids=["new", "old"])
+def test_inputs_are_found_under_both_layouts(layout, lora_dir, tmp_path):
+    real, root = tmp_path / "mounts", tmp_path / "input"
+    for place in layout.values():
+        (real / place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(TINY, real / layout["base"])
+    shutil.copytree(lora_dir, real / layout["lora"])
+    for place, name, text in (
+        (layout["test"], "test.csv", "id,original_text,rewritten_text\n1,a,b\n"),
+        (layout["t5"], "config.json", '{"architectures": ["T5EncoderModel"], "model_type": "t5"}'),
+        ("odd", "config.json", "[1, 2"),  # another program's
+    ):
+        (real / place).mkdir()
+        (real / place / name).write_text(text)
+    root.mkdir()
+    for place in real.iterdir():  # mounts may be links
+        (root / place.name).symlink_to(place)
+    (root / "loop").symlink_to(root)
+    found = inputs.find_inputs(None, None, None, root)
+    assert found == (root / layout["base"], root / layout["lora"], root / layout["test"] / "test.csv")
+    assert inputs.usable_adapter(found[1], found[0]) == found[1]
+    (found[1] / "prompt_recovery-0.1.0-py3-none-any.whl").write_text("")  # --with-library puts one there
+    assert inputs.usable_adapter(found[1], found[0]) == found[1]
+    # a second one, and none
+    (root / "zmore").mkdir()
+    shutil.copy(lora_dir / "adapter_config.json", root / "zmore")
+    with pytest.raises(inputs.InputError, match=r"2 places(.|\n)*r16/3\n(.|\n)*zmore\n(.|\n)*set adapter_dir"):
+        inputs.find_inputs(None, None, None, root)
+    assert inputs.find_inputs(None, "given", None, root)[1].name == "given"
+    found[2].unlink()
+    with pytest.raises(inputs.InputError, match=r"test_csv is None and 0 places(.|\n)*nothing"):
+        inputs.find_inputs(None, "given", None, root)
+
+
+def test_a_missing_or_broken_adapter_is_an_error_with_its_remedy_unless_base_is_allowed(lora_dir, tmp_path, capsys):
+    root = tmp_path / "input"
+    shutil.copytree(TINY, root / "base")
+    (root / "test.csv").write_text("id,original_text,rewritten_text\n1,a,b\n")
+    with pytest.raises(inputs.InputError, match=r"0 places(.|\n)*allow_base=True"):
+        inputs.find_inputs(None, None, None, root)
+    assert inputs.find_inputs(None, None, None, root, allow_base=True)[1] is None
+    assert inputs.usable_adapter(None, TINY, allow_base=True) is None
+    capsys.readouterr()
+    broken = tmp_path / "broken"
+    shutil.copytree(lora_dir, broken)
+    (broken / "adapter_model.safetensors").write_bytes((lora_dir / "adapter_model.safetensors").read_bytes()[:-9])
+    for folder in (broken, tmp_path / "nowhere"):
+        with pytest.raises(inputs.InputError, match="allow_base=True"):
+            inputs.usable_adapter(folder, TINY)
+        assert inputs.usable_adapter(folder, TINY, allow_base=True) is None
+        assert "base model alone" in capsys.readouterr().out
+    # of another base of the same shape: seen once the base is loaded
+    other = model.load_base(TINY)
+    other.get_output_embeddings().weight.data.mul_(-1)
+    other.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path / "other")
+    with pytest.raises(inputs.InputError, match=r"another base(.|\n)*allow_base=True"):
+        inputs.load(tmp_path / "other", lora_dir)
+    assert not hasattr(inputs.load(tmp_path / "other", lora_dir, allow_base=True)[0], "peft_config")
+
+
+def test_lengths_are_counted_by_a_t5_tokenizer_where_there_is_one(tmp_path):
+    t5 = tmp_path / "t5"
+    t5.mkdir()
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "▁a": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    backend.enable_truncation(5)
+    backend.save(str(t5 / "tokenizer.json"))
+    (t5 / "config.json").write_text('{"model_type": "mt5"}')
+    (tmp_path / "spiece.model").write_bytes(b"not one")
+    assert inputs.find_counter(None, tmp_path)[0] is inputs.piece_estimate
+    (t5 / "config.json").write_text('{"model_type": "t5"}')
+    count, by = inputs.find_counter(None, tmp_path)
+    assert by == str(t5 / "tokenizer.json") and count(" ".join(["a"] * 99)) == 100
+    assert inputs.find_counter(str(t5), "/nowhere")[1] == by
+
+
+def test_the_estimate_lies_between_a_tokenizer_s_count_and_the_bound(mistral_dir):
+    from prompt_recovery.tokenizer import encode_text, load_tokenizer
+
+    tok = load_tokenizer(mistral_dir, pad="unk")
+    truths = data.read_rows(ROOT / "demo" / "natural_rows.csv")
+    texts = [*NASTY, *truths["rewrite_prompt"], *truths["original_text"], "a", "", "ﷺ" * 9, "qwrtp " * 9, "x" * 50]
+    for text in texts:
+        estimate = inputs.piece_estimate(text)
+        assert estimate <= combine.piece_bound(text)
+        # Mistral's vocabulary has as many pieces as T5's; its byte pieces are none of T5's
+        if text.isascii() and text.isprintable() and text:
+            assert estimate > len(encode_text(tok, " ".join(text.split()))), text
+    # of ordinary prompts hardly any is cut
+    assert sum(inputs.piece_estimate(text) > combine.LIMIT for text in truths["rewrite_prompt"]) < len(truths) / 50
+
+
+def test_the_first_cell_that_runs_installs_the_wheels_offline_or_does_nothing(tmp_path):
+    folder = tmp_path / "input"
+    for place, names in (
+        ("datasets/me/wheels", ("prompt_recovery", "other")),
+        ("models/me/adapter/1", ("prompt_recovery",)),
+    ):
+        (folder / place).mkdir(parents=True)
+        for name in names:
+            info = f"{name}-7.0.dist-info"
+            with zipfile.ZipFile(folder / place / f"{name}-7.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"{name}/__init__.py", f"place = {place!r}")
+                wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 7.0\n")
+                wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+                wheel.writestr(f"{info}/RECORD", "")
+    cells = [each for each in jupytext.read(ROOT / "notebooks" / "submission.py").cells if each.cell_type == "code"]
+    code = next(each.source for each in cells if each.metadata.get("tags") != ["parameters"])
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("%"))
+    target = tmp_path / "installed"
+    env = os.environ | dict(PIP_TARGET=str(target), PIP_INDEX_URL="http://127.0.0.1:9/")
+    for root, said in ((tmp_path / "nowhere", ""), (folder, "installing 2 wheels")):
+        script = f"input_dir = {str(root)!r}\n{code}"
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout and target.exists() == bool(said), done
+    assert {"prompt_recovery", "other"} <= {path.name for path in target.iterdir()}
+    assert "datasets" in (target / "prompt_recovery" / "__init__.py").read_text()
+
+
+def test_a_public_run_answers_with_the_fallback_and_loads_nothing(lora_dir, tmp_path, monkeypatch):
+    test = rows(1)
+    monkeypatch.setenv(inputs.RERUN, "1")
+    assert not inputs.is_public_run(test)
+    monkeypatch.delenv(inputs.RERUN)
+    assert inputs.is_public_run(test) and not inputs.is_public_run(rows(2))
+    # the base's weights are no weights: whoever loads them fails
+    base = tmp_path / "input" / "base"
+    shutil.copytree(TINY, base)
+    shutil.copytree(lora_dir, tmp_path / "input" / "lora")
+    test.to_csv(tmp_path / "input" / "test.csv", index=False)
+    (base / "model.safetensors").write_bytes(b"no weights")
+    out = tmp_path / "out" / "submission.csv"
+    parameters = dict(input_dir=str(tmp_path / "input"), submission_csv=str(out), fallback_prompt=FALLBACK)
+
+    def run(**more):
+        papermill.execute_notebook(
+            str(ROOT / "notebooks" / "submission.ipynb"), str(tmp_path / "out.ipynb"), parameters=parameters | more,
+            cwd=ROOT, kernel_name="python3", progress_bar=False,
+        )  # fmt: skip
+
+    run()
+    assert read(out).to_numpy().tolist() == [["00", FALLBACK]]
+    said = (tmp_path / "out.ipynb").read_text()
+    assert "public test.csv" in said and str(base) in said and "1 by the fallback" in said
+    with pytest.raises(papermill.PapermillExecutionError):
+        run(answer_public_test=True)
+    assert read(out).to_numpy().tolist() == [["00", FALLBACK]]
+
+
+# --- files and answers --------------------------------------------------------------------------------------
+
+
+def test_nasty_rows_and_ids(loaded, tmp_path):
+    texts = ["", *NASTY, "a" * 1_000_000, "nan", "word " * 40_000]
+    ids = ["007", "-1", "x,y", 'q"', "NA", "nan", "1e3", "+5", "000", "é", "10", "9", "8.0", "' '", "TRUE", "id"]
+    test = pd.DataFrame({"id": ids, "original_text": texts, "rewritten_text": texts[::-1]})
+    test.loc[3, "original_text"] = None  # a NaN cell
+    test.to_csv(tmp_path / "test.csv", index=False, encoding="utf-8-sig", lineterminator="\r\n")
+    test = data.read_test(tmp_path / "test.csv")
+    started = time.monotonic()
+    report = answer_test(*loaded, test, tmp_path / "new" / "s.csv", **OPTIONS)
+    assert time.monotonic() - started < 100
+    frame = read(tmp_path / "new" / "s.csv")
+    assert frame.columns.to_list() == ["id", "rewrite_prompt"] and frame["id"].to_list() == ids
     assert frame["rewrite_prompt"].to_list() == report["answer"].to_list()
-    assert (report["how"] == "plain").any()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["submission.csv"]
+    assert (frame["rewrite_prompt"].str.strip() != "").all()
+    assert (report["source"] == "model").sum() > len(texts) / 2
+    assert report["tokens"].between(1, 4).all() and set(report["stopped"]) <= {"eos", "length"}
 
 
-def test_no_time_leaves_valid_fallbacks(test_csv, tmp_path):
-    _, report, frame = answer(test_csv, 0, tmp_path / "submission.csv")
-    assert set(frame["rewrite_prompt"]) == {"Fall, back"} and set(report["how"]) == {"out of time"}
+def test_no_rows_at_all(loaded, tmp_path):
+    (tmp_path / "test.csv").write_text("\ufeffid,original_text,rewritten_text\r\n", encoding="utf-8", newline="")
+    report = answer_test(*loaded, data.read_test(tmp_path / "test.csv"), tmp_path / "s.csv", **OPTIONS)
+    assert len(report) == 0 and (tmp_path / "s.csv").read_text() == "id,rewrite_prompt\n"
 
 
-def test_blank_fallback_is_refused_before_anything(tmp_path):
+def test_without_a_model_the_file_holds_what_is_known(loaded, lora_dir, tmp_path):
+    out = tmp_path / "s.csv"
+    report = answer_test(None, None, rows(5), out, **OPTIONS)
+    assert set(report["how"]) == {"no model"} and set(read(out)["rewrite_prompt"]) == {FALLBACK}
+    whole = answer_test(*loaded, rows(5), out, **OPTIONS)
+    assert set(whole["source"]) == {"model"}
+    written = out.read_bytes()
+    out.unlink()
+    again = answer_test(None, None, rows(5), out, **OPTIONS)
+    assert out.read_bytes() == written and again.equals(whole)
+    # with a mean prompt the answers stand, and are joined anew; other rows, settings, adapters know nothing of them
+    joined = answer_test(None, None, rows(5), out, **OPTIONS | dict(mean_prompt="Improve it."))
+    assert all(answer.endswith("Improve it.") for answer in joined["answer"]) and set(joined["source"]) == {"model"}
+    for changed in (dict(max_new_tokens=5), dict(style="json"), dict(adapter_dir=lora_dir)):
+        assert set(answer_test(None, None, rows(5), out, **OPTIONS | changed)["how"]) == {"no model"}
+    assert set(answer_test(None, None, rows(6), out, **OPTIONS)["how"]) == {"no model"}
+
+
+def test_bad_settings_raise_before_a_row_is_answered(loaded, tmp_path):
     with pytest.raises(SubmissionError, match="blank"):
-        submission.answer_test(None, None, pd.DataFrame(), tmp_path / "s.csv", fallback_prompt=" ", time_budget_hours=1)
+        answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(fallback_prompt=" \u200b</s>"))
+    with pytest.raises(ValueError, match="need an encoder"):
+        answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(how="agree"))
     assert not list(tmp_path.iterdir())
+    with pytest.raises(TokenizerError, match="max_tokens is 6"):
+        answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS | dict(max_tokens=10))
+    assert set(read(tmp_path / "s.csv")["rewrite_prompt"]) == {FALLBACK}
+
+
+def test_answers_are_cleaned():
+    for text, clean in (
+        ("a</s>", "a"),
+        ("<</s>s>[INST] x [/INST]\n y\x00\x07z\u2028w", "x y z w"),
+        ("[IN[INST]ST]<pad><unk>", ""),
+        ("\u200b\ufeff \x85", ""),
+        ("\ud83d half \ufffe", "half"),
+        ("👩‍👩‍👧 می‌خواهم {x} <b>", "👩‍👩‍👧 می‌خواهم {x} <b>"),
+    ):
+        assert clean_answer(text) == clean == clean_answer(clean)
 
 
 def test_wrong_files_are_refused(tmp_path):
     test = pd.DataFrame({"id": ["1", "2"]})
     path = tmp_path / "s.csv"
+    with pytest.raises(SubmissionError, match="no submission"):
+        submission_file.check_submission(test, path)
     for text, message in (
+        ("", "no submission"),
         ("id,prompt\n1,a\n2,b\n", "columns"),
         ("id,rewrite_prompt\n2,a\n1,b\n", "order"),
-        ("id,rewrite_prompt\n1,a\n2,  \n", "rows \\[1\\] are blank"),
+        ("id,rewrite_prompt\n1,a\n", "order"),
+        ("id,rewrite_prompt\n1,a\n2,  \n", r"rows \[1\] are blank"),
+        ("id,rewrite_prompt\n1,a</s>\n2,b\n", r"rows \[0\] hold"),
+        ('id,rewrite_prompt\n1,a\n2,"b\nc"\n', r"rows \[1\] hold"),
+        (f"id,rewrite_prompt\n1,a\n2,{'word ' * 199}word\n", r"rows \[1\] are longer"),
     ):
         path.write_text(text)
         with pytest.raises(SubmissionError, match=message):
-            submission.check_submission(test, path)
+            submission_file.check_submission(test, path)
 
 
-def test_inputs_are_found_or_listed(tmp_path):
-    for name, text in (
-        ("base/config.json", '{"architectures": ["MixtralForCausalLM"]}'),
-        ("t5/config.json", '{"architectures": ["T5EncoderModel"]}'),
-        ("lora/1/adapter_config.json", "{}"),
-        ("comp/test.csv", "id"),
-    ):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(text)
-    found = submission.find_inputs(None, None, None, tmp_path)
-    assert found == (tmp_path / "base", tmp_path / "lora" / "1", tmp_path / "comp" / "test.csv")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "adapter_config.json").write_text("{}")
-    with pytest.raises(SubmissionError, match="2 places(.|\n)*lora/1\n(.|\n)*other\n"):
-        submission.find_inputs(None, None, None, tmp_path)
-    assert submission.find_inputs(None, "x", None, tmp_path)[1].name == "x"
-    (tmp_path / "comp" / "test.csv").unlink()
-    with pytest.raises(SubmissionError, match="0 places(.|\n)*nothing"):
-        submission.find_inputs(None, "x", None, tmp_path)
+def test_long_answers_lose_their_end_at_a_word(loaded, tmp_path):
+    answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS)
+    (journal,) = tmp_path.glob("*.journal")
+    found = [[n, [["Rewrite it as a pirate. " * 60 + "</s>", "plain", "eos", 9]]] for n in range(2)]
+    journal.write_text(json.dumps({"seconds": 1, "rows": found}))
+    report = answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS)
+    for answer in report["answer"]:
+        assert 100 < inputs.piece_estimate(answer) <= combine.LIMIT and re.search(
+            r" (Rewrite|it|as|a|pirate\.)$", answer
+        )
+
+
+# --- faults -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def faulty(loaded):
+    """Makes the model call fault(input_ids) before each of its steps."""
+    base, tok = loaded
+    handles = []
+
+    def install(fault):
+        while handles:
+            handles.pop().remove()
+        hook = base.register_forward_pre_hook(lambda _, args, kwargs: fault(kwargs["input_ids"]), with_kwargs=True)
+        handles.append(hook)
+        return base, tok
+
+    yield install
+    while handles:
+        handles.pop().remove()
+
+
+def test_rows_that_raise_keep_the_fallback_and_cost_the_others_nothing(loaded, faulty, tmp_path, capsys):
+    test = rows(20)
+    calm = answer_test(*loaded, test, tmp_path / "calm.csv", **OPTIONS)
+    bad = {3, 11, 12}
+    ids = [encode_row(loaded[1], row, max_tokens=400)[0] for row in test.to_dict("records")]
+    test.loc[list(bad), "original_text"] += " 漢"
+    changed = [set(encode_row(loaded[1], row, max_tokens=400)[0]) for row in test.to_dict("records")]
+    mark = next(iter(changed[3] - set().union(*ids)))
+    for error, reason in ((KeyError("z"), "raised KeyError"), (torch.OutOfMemoryError("CUDA"), "out of memory")):
+
+        def fault(ids, error=error):
+            if ids.shape[1] > 1 and (ids == mark).any():
+                raise error
+
+        report = answer_test(*faulty(fault), test, tmp_path / f"{reason}.csv", **OPTIONS)
+        assert set(report.index[report["how"] == reason]) == bad
+        assert set(report.loc[list(bad), "source"]) == {"fallback"}
+        assert set(report.loc[list(bad), "answer"]) == {FALLBACK}
+        kept = [n for n in range(20) if n not in bad]
+        assert report.loc[kept, "answer"].to_list() == calm.loc[kept, "answer"].to_list()
+        assert f"(3 {reason}" in capsys.readouterr().out
+
+
+def test_out_of_memory_makes_batches_smaller(loaded, faulty, tmp_path):
+    test = rows(24)
+    calm = answer_test(*loaded, test, tmp_path / "calm.csv", **OPTIONS)
+
+    def fault(ids):
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    report = answer_test(*faulty(fault), test, tmp_path / "s.csv", **OPTIONS)
+    assert report.equals(calm)
+
+
+def test_a_broken_device_is_given_up(faulty, tmp_path):
+    calls = []
+
+    def fault(ids):
+        calls.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    report = answer_test(*faulty(fault), rows(60), tmp_path / "s.csv", slice_rows=8, **OPTIONS)
+    assert set(report["source"]) == {"fallback"} and len(calls) < 100
+    counts = report["how"].value_counts()
+    assert counts["raised RuntimeError"] == submission.GIVE_UP
+    assert counts[f"given up after {submission.GIVE_UP} rows in a row raised"] == 60 - submission.GIVE_UP
+    submission_file.check_submission(rows(60), tmp_path / "s.csv")
+
+
+def test_a_full_disk_leaves_the_last_whole_file(loaded, tmp_path):
+    """In a process whose files may not grow beyond some bytes: a write then fails as on a full disk."""
+    test = rows(40, words=3)
+    out = tmp_path / "s.csv"
+    program = """
+import json, os, resource, sys
+import pandas as pd
+from prompt_recovery import inputs, submission
+base, table, out, options = json.loads(sys.argv[1])
+test = pd.read_csv(table, dtype=str)
+submission.answer_test(None, None, test, out, **options)
+room = os.stat(out).st_size + 50
+resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+report = submission.answer_test(*inputs.load(base, None), test, out, **options)
+assert set(report["source"]) == {"model"}
+"""
+    test.to_csv(tmp_path / "test.csv", index=False)
+    calm = answer_test(*loaded, test, tmp_path / "calm.csv", **OPTIONS)
+    options = OPTIONS | dict(batch_tokens=400, write_seconds=0, model_dir=str(TINY))
+    passed = json.dumps([str(TINY), str(tmp_path / "test.csv"), str(out), options])
+    done = subprocess.run([sys.executable, "-c", program, passed], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{out} can't be written" in done.stdout and "Free some space" in done.stdout
+    assert re.search(r"journal can't be written", done.stdout)
+    submission_file.check_submission(test, out)
+    assert not list(tmp_path.glob("*.partial"))
+    # there is room again: the rows of the journal, cut off as it is, and the others
+    report = answer_test(*loaded, test, out, **OPTIONS)
+    assert report["answer"].to_list() == calm["answer"].to_list() == read(out)["rewrite_prompt"].to_list()
+    # not even the first file can be written
+    (tmp_path / "full.csv.partial").symlink_to("/dev/full")
+    with pytest.raises(SubmissionError, match="no submission"):
+        answer_test(None, None, test, tmp_path / "full.csv", **OPTIONS)
+
+
+# --- time ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(faulty, monkeypatch):
+    """A model that takes its time by a clock of ours: so many seconds a step and a token of a row."""
+
+    def make(per_step, per_token):
+        clock = SimpleNamespace(now=1000.0)
+        for module in (generation, decoding, submission):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+        def tick(ids):
+            clock.now += per_step + per_token * ids.numel()
+
+        return *faulty(tick), clock
+
+    return make
+
+
+DONE = {"plain", "no prompt in the answer"}
+LONGEST_BATCH = 24 * 0.5 + 3  # seconds at most, of the slow model below
+
+
+def budgeted(slow, folder, capsys, seconds, per_step=0.5, per_token=0.001, count=60, **more):
+    base, tok, clock = slow(per_step, per_token)
+    started = clock.now
+    options = OPTIONS | dict(time_budget_hours=seconds / 3600, max_new_tokens=24, batch_tokens=1200) | more
+    report = answer_test(base, tok, rows(count), folder / f"{seconds}.csv", **options)
+    return report, clock.now - started, capsys.readouterr().out
+
+
+def test_time_is_kept_by_fewer_answers_then_shorter_ones_then_fallbacks(slow, tmp_path, capsys):
+    several = dict(answers_per_row=3, seed=1)
+    report, full, said = budgeted(slow, tmp_path, capsys, 10_000, **several)
+    assert set(report["how"]) <= DONE and "from here" not in said and (report["tokens"] > 24).any()
+    taken = [full]
+    for share, step in ((0.6, "a single answer"), (0.26, "answers end after"), (0.08, "will keep the fallback")):
+        report, spent, said = budgeted(slow, tmp_path, capsys, full * share, **several)
+        assert step in said, (share, said)
+        assert spent <= full * share + LONGEST_BATCH
+        taken.append(spent)
+        if share < 0.1:
+            assert set(report["source"]) == {"model", "fallback"} and "out of time)" in said
+        else:
+            assert set(report["how"]) <= DONE and spent > full * share * 0.3, (spent, full * share, said)
+    assert taken == sorted(taken, reverse=True)
+
+
+def test_never_later_than_the_budget_by_more_than_a_batch(slow, tmp_path, capsys):
+    for seconds in (0, 1, 7, 20, 33):
+        report, spent, _ = budgeted(slow, tmp_path, capsys, seconds, slice_rows=7)
+        assert spent <= seconds + LONGEST_BATCH
+        assert len(report) == 60 and (seconds > 0 or set(report["how"]) == {"out of time"})
+
+
+def test_what_earlier_runs_took_counts(slow, tmp_path, capsys):
+    base, tok, clock = slow(0.5, 0.001)
+    options = OPTIONS | dict(max_new_tokens=24, batch_tokens=1200, time_budget_hours=30 / 3600)
+    first = answer_test(base, tok, rows(60), tmp_path / "s.csv", **options)
+    assert set(first["source"]) == {"model", "fallback"}
+    before = clock.now
+    again = answer_test(base, tok, rows(60), tmp_path / "s.csv", **options)
+    assert clock.now - before <= LONGEST_BATCH and (again["how"] == "out of time").any()
+    report = answer_test(base, tok, rows(60), tmp_path / "s.csv", **options | dict(time_budget_hours=1))
+    assert set(report["how"]) <= DONE
+
+
+def test_the_rate_is_printed_as_it_goes(slow, tmp_path, capsys):
+    _, spent, said = budgeted(slow, tmp_path, capsys, 10_000, per_step=3)
+    lines = re.findall(r"\[ *(\d+) s\] (\d+) of 60 rows, ([\d.]+) tokens/s, about (\d+) s to go, (\d+) s left", said)
+    assert len(lines) >= 3 and float(lines[-1][2]) > 0
+    assert abs(int(lines[2][0]) + int(lines[2][3]) - spent) < spent / 4
+    assert re.search(r"60 rows: \d+ by the model, \d by the fallback.*; 60 of 60 rows, [\d.]+ tokens/s", said)

@@ -1,0 +1,183 @@
+"""The submission's inputs: base model, adapter, test.csv and sentence-t5's tokenizer, given or found under /kaggle/input."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+
+from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter
+from prompt_recovery.combine import piece_bound, piece_counter
+from prompt_recovery.model import check_model_dir, load_base
+from prompt_recovery.tokenizer import load_tokenizer
+
+KAGGLE_INPUT = "/kaggle/input"
+RERUN = "KAGGLE_IS_COMPETITION_RERUN"  # set while a submission is scored on the hidden rows
+BASE_REMEDY = "Set allow_base=True to answer with the base model alone."
+
+
+class InputError(ValueError):
+    """An input that cannot be found, or is there more than once."""
+
+
+def find_inputs(
+    model_dir: str | None,
+    adapter_dir: str | None,
+    test_csv: str | None,
+    root: str | Path = KAGGLE_INPUT,
+    allow_base: bool = False,
+) -> tuple[Path, Path | None, Path]:
+    """The three paths; those that are None are looked for under root, however deep (the mounts of Kaggle's Models,
+    competitions and datasets lie at other depths than they did): the folders of a causal language model's config.json and
+    of adapter_config.json, and test.csv. No adapter is None with allow_base.
+
+    Raises InputError for no match or several, listing them.
+    """
+    files = [] if model_dir and adapter_dir and test_csv else _files(Path(root))
+
+    def look(name: str, given: str | None, matches: list[Path], what: str) -> Path:
+        if given:
+            return Path(given)
+        if len(matches) != 1:
+            listed = "\n  ".join(map(str, matches)) or "nothing"
+            remedy = f" {BASE_REMEDY}" if name == "adapter_dir" and not matches else ""
+            raise InputError(
+                f"{name} is None and {len(matches)} places under {root} hold {what}:\n  {listed}\n"
+                f"Attach exactly one as input, or set {name} in the parameters cell.{remedy}"
+            )
+        return matches[0]
+
+    adapters = [path.parent for path in files if path.name == CONFIG]
+    bases = [path.parent for path in files if path.name == "config.json" and path.parent not in adapters]
+    bases = [folder for folder in bases if _is_language_model(folder)]
+    tests = [path for path in files if path.name == "test.csv"]
+    base = look("model_dir", model_dir, bases, "a language model's config.json")
+    if allow_base and not adapter_dir and not adapters:
+        adapter = None
+    else:
+        adapter = look("adapter_dir", adapter_dir, adapters, CONFIG)
+    return base, adapter, look("test_csv", test_csv, tests, "test.csv")
+
+
+def _files(root: Path) -> list[Path]:
+    """Files below root, sorted; links are followed, and no folder is entered twice."""
+    found, seen = [], set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in files]
+    return sorted(found)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; {} where there is none, or another program's."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _is_language_model(folder: Path) -> bool:
+    names = _config(folder).get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
+
+
+def find_counter(encoder_dir: str | None = None, root: str | Path = KAGGLE_INPUT) -> tuple[Callable[[str], int], str]:
+    """(a function that counts a text's sentence-t5 tokens with EOS, what it counts by).
+
+    By the spiece.model or tokenizer.json of a T5 in encoder_dir or under root; of several the first, as all T5 of English
+    share them. Without one by `piece_estimate`, which counts about twice what English takes.
+    """
+    for path in _files(Path(encoder_dir or root)):
+        count = _counter(path)
+        if count is not None:
+            return count, str(path)
+    return piece_estimate, "an estimate, twice as high as need be: attach sentence-t5's folder to count exactly"
+
+
+def _counter(path: Path) -> Callable[[str], int] | None:
+    """By a T5's tokenizer; None for other files. mT5's and XLNet's are called the same."""
+    if path.name not in ("spiece.model", "tokenizer.json"):
+        return None
+    kind = _config(path.parent).get("model_type")
+    try:
+        if path.name == "spiece.model" and kind in (None, "t5"):
+            pieces = SentencePieceProcessor(model_file=str(path)).get_piece_size()
+            return piece_counter(path) if pieces == 32_000 else None
+        if path.name == "tokenizer.json" and kind == "t5":
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_truncation()  # sentence encoders' files carry one
+            tokenizer.no_padding()
+            return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids) + 1
+    except Exception as error:  # tokenizers raises no narrower one
+        print(f"{path} can't be read as a tokenizer, so it is not counted by: {error}")
+    return None
+
+
+def piece_estimate(text: str) -> int:
+    """At least as many tokens as sentence-t5 makes of text in words, EOS included, without its tokenizer: one for two
+    letters of a word (English has 3 to 4 in one), for every other character as `piece_bound`. Words that don't look like
+    words (over 20 letters, no vowel, not ASCII) count by character too, and `piece_bound` is never exceeded."""
+    tokens = 1
+    for word in text.split():
+        letters = word.strip(".,;:!?\"'()[]-")
+        plain = letters.isascii() and letters.isalpha() and len(letters) <= 20 and set(letters.lower()) & set("aeiouy")
+        outside = piece_bound(word.replace(letters, "", 1) if plain else word) - 2
+        starts_plain = plain and word.startswith(letters)
+        tokens += outside + ((len(letters) + 1) // 2 if plain else 0) + (not starts_plain)
+    return min(tokens, piece_bound(text))
+
+
+def is_public_run(test: pd.DataFrame) -> bool:
+    """Whether these are the public test.csv's rows, one, and nothing is scored: loading the model would waste quota."""
+    return len(test) == 1 and not os.environ.get(RERUN)
+
+
+def usable_adapter(adapter_dir: str | Path | None, model_dir: str | Path, allow_base: bool = False) -> Path | None:
+    """The adapter's folder if `check_adapter` finds it sound; nothing goes onto a GPU. Prints what it is.
+
+    A missing or broken one raises InputError with the remedy, or is None with allow_base, which is printed.
+    """
+    check_model_dir(model_dir)
+    try:
+        if adapter_dir is None:
+            raise AdapterError("There is no adapter.")
+        print("adapter:", check_adapter(adapter_dir, model_dir))
+        return Path(adapter_dir)
+    except (ValueError, OSError) as error:
+        _without(error, allow_base)
+        return None
+
+
+def load(
+    model_dir: str | Path, adapter_dir: str | Path | None, four_bit: bool | None = None, allow_base: bool = False
+) -> tuple[Any, Any]:
+    """(model, tokenizer) to answer with: the base, with the adapter on it unless adapter_dir is None.
+
+    Raises InputError for an adapter of another base, unless allow_base; see `load_base` for what else can be wrong.
+    """
+    tokenizer = load_tokenizer(model_dir, pad="unk", side="left")
+    base = load_base(model_dir, four_bit=four_bit)
+    if adapter_dir is None:
+        return base, tokenizer
+    try:
+        return load_adapter(base, adapter_dir, model_dir), tokenizer
+    except AdapterError as error:
+        _without(error, allow_base)
+        return base, tokenizer
+
+
+def _without(error: Exception, allow_base: bool) -> None:
+    if not allow_base:
+        raise InputError(f"{error} {BASE_REMEDY}") from error
+    print(f"answering with the base model alone: {error}")

@@ -1,0 +1,134 @@
+"""submission.csv and the journal of finished rows beside it, on the disk: written so that a kill leaves both whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from prompt_recovery.adapter import CONFIG, WEIGHTS
+from prompt_recovery.combine import LIMIT
+from prompt_recovery.generation import Recovered
+from prompt_recovery.inputs import piece_estimate
+
+SPECIALS = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]")
+
+
+class SubmissionError(ValueError):
+    """A submission that must not be handed in, or settings that would make one."""
+
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+
+def clean_answer(text: str) -> str:
+    """The text in one line, without special tokens spelled out, control characters and halves of surrogate pairs."""
+    text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)
+    text = "".join(char for char in text if unicodedata.category(char) not in ("Cs", "Cn") and char != "\ufeff")
+    while SPECIALS.search(text):  # what is left of <</s>s> is one again
+        text = SPECIALS.sub("", text)
+    text = " ".join(text.split())
+    return text if any(unicodedata.category(char)[0] in "LNPS" for char in text) else ""
+
+
+def write_submission(test: pd.DataFrame, answers: Sequence[str], path: str | Path) -> None:
+    """Write id, rewrite_prompt for the test rows in order: beside the target and moved over it, so that a reader never
+    sees half a file. Raises OSError (a full disk); what stood there before then stays."""
+    frame = pd.DataFrame({"id": test["id"].to_list(), "rewrite_prompt": list(answers)}, dtype=str)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        _write(partial, frame.to_csv(index=False).encode(), os.O_TRUNC)
+        os.replace(partial, target)
+    except OSError:
+        with suppress(OSError):  # the room it takes is wanted, and the first error is the one to report
+            partial.unlink()
+        raise
+
+
+def check_submission(test: pd.DataFrame, path: str | Path, count: Callable[[str], int] = piece_estimate) -> None:
+    """Read the file back: the same ids in the same order, two columns, and answers that are neither blank nor longer than
+    the scorer reads (by `count`), without special tokens or control characters. Raises SubmissionError otherwise."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SubmissionError(f"{path} is no submission: {error}") from error
+    if list(frame.columns) != ["id", "rewrite_prompt"]:
+        raise SubmissionError(f"{path} has the columns {list(frame.columns)}; it needs id, rewrite_prompt.")
+    if frame["id"].to_list() != test["id"].to_list():
+        raise SubmissionError(f"{path} does not have the ids of test.csv in its order; write it from test.csv again.")
+    prompts = frame["rewrite_prompt"]
+    for wrong, what in (
+        (prompts.str.strip() == "", "are blank, which fails the whole submission; set fallback_prompt"),
+        (
+            prompts != prompts.map(clean_answer),
+            "hold control characters or special tokens; write them with clean_answer",
+        ),
+        (prompts.map(count) > LIMIT, f"are longer than {LIMIT} sentence-t5 tokens, which scores badly; shorten them"),
+    ):
+        if wrong.any():
+            raise SubmissionError(f"{path}: rows {frame.index[wrong].to_list()[:5]} {what}.")
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """mode: os.O_TRUNC or os.O_APPEND. What is written is on the disk when it returns."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o644)
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+# --- the journal --------------------------------------------------------------------------------------------
+
+
+def journal_path(
+    test: pd.DataFrame, submission_csv: str | Path, model_dir: Any, adapter_dir: Any, settings: dict[str, Any]
+) -> Path:
+    """Where rows that this model, adapter and settings answered are kept; other ones have another name."""
+    content = hashlib.sha256(json.dumps([test.astype(str).to_numpy().tolist(), sorted(settings.items())]).encode())
+    base = [] if model_dir is None else sorted(Path(model_dir).glob("*.safetensors"))
+    for path in base:  # 24 GB or more: names and sizes, and the config's bytes
+        content.update(f"{path.name} {path.stat().st_size}\n".encode())
+    small = [] if model_dir is None else [Path(model_dir) / "config.json"]
+    small += [] if adapter_dir is None else [Path(adapter_dir) / name for name in (CONFIG, WEIGHTS)]
+    for path in small:
+        content.update(hashlib.sha256(path.read_bytes()).digest())
+    target = Path(submission_csv)
+    return target.with_name(f"{target.name}.{content.hexdigest()[:16]}.journal")
+
+
+def read_journal(path: Path) -> tuple[dict[int, list[Recovered]], float]:
+    """(answers by row position, seconds that earlier runs took). A line that was cut off by a kill is passed over."""
+    found: dict[int, list[Recovered]] = {}
+    seconds = 0.0
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        seconds += entry["seconds"]
+        for position, answers in entry["rows"]:
+            found.setdefault(position, [Recovered(*answer) for answer in answers])
+    return found, seconds
+
+
+def append_journal(path: Path, rows: Sequence[tuple[int, list[Recovered]]], seconds: float) -> None:
+    """Add finished rows and the seconds they took; they are on the disk when it returns. Raises OSError."""
+    line = json.dumps({"seconds": round(seconds, 3), "rows": rows}).encode() + b"\n"
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else b"\n" + line  # a killed run's last line may have no end
+    _write(path, line, os.O_APPEND)
