@@ -1,0 +1,153 @@
+"""The run is killed (SIGKILL) at random points and started again; the result is that of a run that nobody disturbed.
+
+The test starts this file as a program, which loads the model once and forks a child for each start of the run.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from prompt_recovery import data, inputs, submission, submission_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "demo" / "tiny-mixtral"
+KILLS = 220
+ROWS = 16
+OPTIONS = dict(
+    fallback_prompt="Fall, back", time_budget_hours=1, style="plain", system_placement="user", max_tokens=300,
+    max_new_tokens=3, model_dir=TINY, batch_tokens=500, slice_rows=6, write_seconds=0,
+)  # fmt: skip
+
+
+def test_200_kills_leave_no_trace(tmp_path):
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=str(ROOT)),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["kills"] >= 200 and counts["runs"] >= 10
+    # kills met every kind of moment, and restarts went on from the journal
+    assert min(counts["moments"].values()) >= 3 and len(counts["moments"]) == 8
+    assert counts["resumed"] > 100
+    assert counts["answered_again"] == 0
+
+
+# --- the program --------------------------------------------------------------------------------------------
+
+
+def armed(rng):
+    """In a child: die before, within or after one of the next writes, syncs or renames."""
+    real = {name: getattr(os, name) for name in ("write", "fsync", "replace")}
+    left = [rng.randrange(1, 25)]
+
+    def wrap(name):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] > 0:
+                return real[name](*args, **kwargs)
+            moment = rng.choice(["before", "after", "within"] if name == "write" else ["before", "after"])
+            if moment == "within":
+                real["write"](args[0], args[1][: rng.randrange(len(args[1]))])
+            elif moment == "after":
+                real[name](*args, **kwargs)
+            real["write"](2, f"MOMENT {name} {moment}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    for name in real:
+        setattr(os, name, wrap(name))
+
+
+def start(folder, model, tokenizer, test, rng, kill):
+    """Run in a forked child; whether it ended by itself. kill: die at a hook, or by the parent after a random while."""
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    at_hook = kill and rng.random() < 0.7
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if at_hook:
+            armed(rng)
+        submission.answer_test(model, tokenizer, test, folder / "s.csv", **OPTIONS)
+        os._exit(0)
+    os.close(log)
+    if kill and not at_hook:
+        time.sleep(rng.random() * 0.2)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL), (folder / "log").read_text()
+    return status == 0
+
+
+def check_at_rest(folder, test, final):
+    """After a kill: the file, once there, is whole; its answers are the final ones or the fallback."""
+    if not (folder / "s.csv").exists():
+        return 0
+    submission_file.check_submission(test, folder / "s.csv")
+    answers = pd.read_csv(folder / "s.csv", dtype=str, keep_default_na=False)["rewrite_prompt"]
+    assert all(answer in (right, "Fall, back") for answer, right in zip(answers, final, strict=True))
+    return sum(answer != "Fall, back" for answer in answers)
+
+
+def main(folder):
+    import torch
+
+    torch.set_num_threads(1)  # a fork does not take a pool of threads along
+    test = data.read_test(ROOT / "demo" / "test.csv").head(ROWS)
+    test["id"] = [f"00{n}" if n % 2 else f"-{n}" for n in range(ROWS)]
+    model, tokenizer = inputs.load(TINY, None)
+    rng = random.Random(0)
+    calm = folder / "calm"
+    calm.mkdir()
+    gc.freeze()  # else each child copies what its first collection touches
+    assert start(calm, model, tokenizer, test, rng, kill=False)
+    expected = (calm / "s.csv").read_bytes()
+    final = pd.read_csv(calm / "s.csv", dtype=str)["rewrite_prompt"].to_list()
+    assert len(set(final)) > ROWS / 2 and "Fall, back" not in final
+    counts = dict(kills=0, runs=0, resumed=0, answered_again=0, moments={})
+    while counts["kills"] < KILLS:
+        case = folder / str(counts["runs"])
+        case.mkdir()
+        answered = 0
+        while True:
+            over = start(case, model, tokenizer, test, rng, kill=counts["kills"] < KILLS)
+            said = (case / "log").read_text()
+            counts["resumed"] += "rows stand in" in said
+            now = check_at_rest(case, test, final)
+            assert now >= answered, "answers were lost"
+            answered = now
+            if over:
+                break
+            counts["kills"] += 1
+            moment = re.search(r"MOMENT (.*)", said)
+            moment = moment[1] if moment else "any"
+            counts["moments"][moment] = counts["moments"].get(moment, 0) + 1
+        counts["runs"] += 1
+        assert (case / "s.csv").read_bytes() == expected
+        (journal,) = case.glob("*.journal")
+        rows = []
+        for line in journal.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                rows += [position for position, _ in json.loads(line)["rows"]]
+        assert set(rows) == set(range(ROWS))
+        counts["answered_again"] += len(rows) - ROWS
+        shutil.rmtree(case)
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
