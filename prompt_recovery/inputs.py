@@ -125,7 +125,8 @@ def _counter(path: Path) -> Callable[[str], int] | None:
 
 
 def piece_estimate(text: str) -> int:
-    """At least as many tokens as sentence-t5 makes of text in words, EOS included, without its tokenizer: one for two
+    """About twice as many tokens as sentence-t5 makes of text in words, EOS included, without its tokenizer; an odd word may
+    be undercounted. One for two
     letters of a word (English has 3 to 4 in one), for every other character as `piece_bound`. Words that don't look like
     words (over 20 letters, no vowel, not ASCII) count by character too, and `piece_bound` is never exceeded."""
     tokens = 1

@@ -1,5 +1,6 @@
 """Triton kernels for the small work of a decode step (CUDA, sm80 and newer): what takes some twenty launches a layer in
-transformers takes two. A launch in a CUDA graph costs 2 to 4 microseconds, whatever it does."""
+transformers takes two. With a mask made once a step and the experts' launches tuned, a step at B1
+took 1.7 ms less on an H200 (LOG.md)."""
 
 from __future__ import annotations
 
