@@ -144,9 +144,7 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     lora.train()
     lora.config.use_cache = False
     saved_per_token = memory.saved_bytes(lora, torch.bfloat16)
-    report(
-        f"activations saved for the backward pass: {saved_per_token / 32 * 32 / args.layers / 1024:.0f} KiB a token and layer"
-    )
+    report(f"activations saved for the backward pass: {saved_per_token / args.layers / 1024:.0f} KiB a token and layer")
     total = torch.cuda.get_device_properties(0).total_memory
     plans = [("B8, every layer checkpointed", memory.Plan(8, 1, args.layers, 0))]
     for name, rows, budget in (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -170,7 +169,7 @@ def run_cell(
     table = pd.DataFrame(lines).assign(seconds=round(time.monotonic() - started, 2))
     if trained:
         answering.unload()
-    _write(table, answers_csv)
+    training.write_atomically(table, answers_csv)
     return pd.read_csv(answers_csv, keep_default_na=False, dtype={"id": str})
 
 
@@ -269,10 +268,3 @@ def _key(base_name: str, settings: Mapping[str, Any], *tables: pd.DataFrame) -> 
         kept = table[["id", *data.ROW_COLUMNS, "response"]]
         digest.update(json.dumps(kept.to_dict("split")["data"]).encode())
     return digest.hexdigest()[:12]
-
-
-def _write(table: pd.DataFrame, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    table.to_csv(partial, index=False)
-    os.replace(partial, path)

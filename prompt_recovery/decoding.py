@@ -14,25 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from prompt_recovery.memory import kv_shape
+
 # rows that a batch shrinks to: so few shapes that their graphs serve many batches
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-CHECK = 8  # steps between two looks at what is done: a look costs a host sync, some 0.1 ms
+CHECK = 8  # steps between two looks at what is done, for which the host waits; not tuned
 ALIGNMENT = 64  # cache lengths are multiples, so that batches of like lengths share a graph and masks are aligned
 
 
 def kv_bytes(model: Any) -> dict[torch.device, int]:
     """Bytes of the KV cache for one token, by device that holds layers."""
     sizes: dict[torch.device, int] = {}
-    heads, size = _kv_shape(model)
+    heads, size = kv_shape(model.config)
     for device in _layer_devices(model):
         sizes[device] = sizes.get(device, 0) + 2 * heads * size * torch.finfo(model.dtype).bits // 8
     return sizes
-
-
-def _kv_shape(model: Any) -> tuple[int, int]:
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_key_value_heads, size
 
 
 def _layer_devices(model: Any) -> list[torch.device]:
@@ -44,7 +40,7 @@ class _StaticCache:
     shapes use again: a captured graph finds them where they were. It has what attention layers ask of transformers' Cache."""
 
     def __init__(self, model: Any, cells: int) -> None:
-        self.heads, self.size = _kv_shape(model)
+        self.heads, self.size = kv_shape(model.config)
         self.devices = _layer_devices(model)
         self.room = [
             torch.zeros(2, cells * self.heads * self.size, dtype=model.dtype, device=device) for device in self.devices

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prompt_recovery.moe_forward import FEW_TOKENS
 from prompt_recovery.nf4 import fast_kernels
 
 ATTENTION = "prompt_recovery_decode"
@@ -59,7 +60,7 @@ def _decode_attention(self, hidden_states, position_embeddings, attention_mask=N
 
 def _decode_router(self, hidden_states):
     """MixtralTopKRouter for few tokens without gradients; the logits, which nobody asks for, are None."""
-    if torch.is_grad_enabled() or hidden_states.shape[0] > 64 or hidden_states.dtype != self.weight.dtype:
+    if torch.is_grad_enabled() or hidden_states.shape[0] > FEW_TOKENS or hidden_states.dtype != self.weight.dtype:
         return type(self).forward(self, hidden_states)
     from prompt_recovery import kernels_step
 

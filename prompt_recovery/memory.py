@@ -97,11 +97,17 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
             modules[name] = "before"
         if tied and module is head:
             modules[name] = "before"  # one tensor, one device
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * config.num_key_value_heads * head_dim * wide
+    heads, size = kv_shape(model.config)
+    kv = 2 * heads * size * wide
     sized = tuple(round(layers[n]) for n in sorted(layers))
     return Sizes(sized, round(before), round(behind), kv, workspace, tuple(modules.items()))
+
+
+def kv_shape(config: Any) -> tuple[int, int]:
+    """(key heads, size of a head) of a model's layers."""
+    config = config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, size
 
 
 def processes() -> PartialState:
@@ -191,7 +197,8 @@ def device_map(sizes: Sizes, split: Sequence[int], devices: Sequence[int]) -> di
 # (Activation checkpointing stops before the down-projection, which nothing saved depends on.)
 RECOMPUTED = 0.35
 RECOMPUTED_KEPT = 0.06
-# Each micro-batch dequantises all experts again, whatever its size: worth this many tokens of work (bench/training.py)
+# Each micro-batch dequantises all experts again, whatever its size. A guess at what that and its launches are worth in
+# tokens of work: on an H200 dequantisation alone took 64 ms of a step, 550 tokens at 8,700 a second (LOG.md)
 OVERHEAD_TOKENS = 1500
 # The backward of a layer holds gradients beside what was saved for it; without the Triton kernels SwiGLU's fp32 copies
 # too (tests/test_memory.py measures 4.1 to 5.3 at Mixtral's proportions)

@@ -141,7 +141,7 @@ class _Trainer(Trainer):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy over the supervised tokens of the whole batch. lm_head runs on the columns in which some row
-        has a label: all of B8 x S512 would be 1.6 GiB of fp32 logits and their gradient."""
+        has a label: all of B8 x S512 would be 1 GiB of fp32 logits and their gradient."""
         labels = inputs["labels"]
         columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=columns)
@@ -221,7 +221,7 @@ class _WriteLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            _write_atomically(training_log(state.log_history), self.path)
+            write_atomically(training_log(state.log_history), self.path)
 
 
 def train(
@@ -286,7 +286,7 @@ def train(
             set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
             log = training_log(saved["log_history"])
             if state.is_main_process:
-                _write_atomically(log, output_dir / "training_log.csv")
+                write_atomically(log, output_dir / "training_log.csv")
             model.eval()
             return log
     on_gpu = torch.cuda.is_available()
@@ -461,7 +461,8 @@ def _save_figure(figure: Any, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _write_atomically(frame: pd.DataFrame, path: Path) -> None:
+def write_atomically(frame: pd.DataFrame, path: Path) -> None:
+    """Write a CSV beside `path` and move it there, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     frame.to_csv(partial, index=False)
