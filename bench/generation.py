@@ -13,7 +13,7 @@ import gc
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,12 +79,37 @@ def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> No
     )
 
 
-Step = tuple[list[int], list[int], torch.Tensor, torch.Tensor]
+class Trace(NamedTuple):
+    """Of the places that give the tokens of an answer: logits [steps, vocabulary], the hidden state after each layer
+    [layers, steps, hidden]; fp32."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+Step = tuple[list[int], list[int], torch.Tensor, Trace]
+
+
+@torch.inference_mode()
+def trace(model: Any, prompt: list[int], answer: list[int], steps: int) -> Trace:
+    """Of the first `steps` steps, teacher-forced all at once: the path of many rows, which dequantises."""
+    places = slice(len(prompt) - 1, len(prompt) - 1 + steps)
+    hidden: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: hidden.append(out[0, places].float()))
+        for layer in model.get_decoder().layers
+    ]
+    try:
+        ids = torch.tensor([prompt + answer], device="cuda")
+        logits = model(input_ids=ids, use_cache=False).logits[0, places].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Trace(logits, torch.stack(hidden))
 
 
 def greedy_steps(fast: Any) -> list[Step]:
-    """(prompt, answer of the graph path, logits of its steps without graphs, the same teacher-forced all at once: the
-    path of many rows, which dequantises), four times."""
+    """(prompt, answer of the graph path, logits of its steps without graphs, their trace by `trace`), four times."""
     prompts = random_prompts([60, 200, 333, 768], seed=1)
     found = dict(generation.generate(fast, NoStop(), prompts, max_new_tokens=STEPS))
     steps = []
@@ -104,26 +129,31 @@ def greedy_steps(fast: Any) -> list[Step]:
         answer = [int(word) for word in found[position][0].text.split()]
         # batched and alone, near ties may fall otherwise: then the texts go apart, and logits compare up to there
         same = next((i for i in range(STEPS) if alone[i] != answer[i]), STEPS - 1) + 1
-        with torch.inference_mode():
-            many = fast(input_ids=torch.tensor([prompt + answer], device="cuda"), use_cache=False).logits
-        many = many[0, len(prompt) - 1 : -1].float()
-        steps.append((prompt, answer, torch.cat(kept)[:same], many[:same]))
+        steps.append((prompt, answer, torch.cat(kept)[:same], trace(fast, prompt, answer, same)))
     return steps
 
 
-@torch.inference_mode()
 def check(lora: Any, steps: list[Step]) -> None:
     """Compare with the unmerged model, teacher-forced on its many-rows path: logits, and greedy tokens that differ."""
     gaps = []
     errors: dict[str, list[torch.Tensor]] = {"few rows against many rows": [], "many rows, merged against unmerged": []}
-    for prompt, answer, mine, many in steps:
-        ids = torch.tensor([prompt + answer], device="cuda")
-        full = lora(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()[: len(mine)]
-        for logits, token in zip(full, answer, strict=False):
+    for number, (prompt, answer, mine, many) in enumerate(steps):
+        full = trace(lora, prompt, answer, len(mine))
+        for logits, token in zip(full.logits, answer, strict=False):
             if logits.argmax().item() != token:
                 gaps.append(((logits.max() - logits[token]) / logits.std()).item())
-        for name, a, b in zip(errors, (mine, many), (many, full), strict=True):
+        for name, a, b in zip(errors, (mine, many.logits), (many.logits, full.logits), strict=True):
             errors[name].append((a - b).norm(dim=-1) / b.norm(dim=-1))
+        for step in (errors["many rows, merged against unmerged"][-1] > 0.1).nonzero()[:, 0].tolist():
+            # the unmerged model itself on the same text without what follows: only the rounding of its sums is another
+            cut = trace(lora, prompt, answer[:step], step + 1)
+            true = full.hidden[:4, step]
+            off = [(run.hidden[:4, step] - true).norm(dim=-1) / true.norm(dim=-1) for run in (many, cut)]
+            here, alone = (", ".join(f"{share:.1%}" for share in each.tolist()) for each in off)
+            report(
+                f"prompt {number}, step {step}: hidden states after layers 0 to 3 are off by {here};"
+                f" those of the unmerged model without the tokens behind by {alone}"
+            )
     for name, parts in errors.items():
         found = torch.cat(parts)
         median, most, worst = (found.quantile(q).item() for q in (0.5, 0.9, 1.0))
