@@ -20,7 +20,6 @@ model_dir = "demo/tiny-mixtral"  # the base model's folder, as the hub has it
 train_csv = "demo/rows.csv"  # one path or a list of paths
 output_dir = "outputs/compare"
 encoder_dir = None  # sentence-transformers format; None: MiniLM, which the requirements install
-spiece_model = None  # sentence-t5's spiece.model: joined answers stay within 128 of its tokens
 # one mapping for each cell, or one of names to lists of values, every combination of which is a cell, such as
 # {"style": ["plain", "json"], "system_placement": ["user", "turn"], "few_shot": [0, 2], "lora_r": [1, 16]}
 grid = [
@@ -52,12 +51,11 @@ from pathlib import Path
 
 from IPython.display import Image, display
 
-from prompt_recovery import combine, comparison, metric, model, tokenizer
+from prompt_recovery import comparison, metric, model, tokenizer
 
 output = Path(output_dir)
 output.mkdir(parents=True, exist_ok=True)
 encoder_dir = encoder_dir or metric.minilm_dir()
-count = combine.piece_counter(spiece_model) if spiece_model else None
 
 # %% [markdown]
 # ## Cells and rows
@@ -89,7 +87,7 @@ answers = [comparison.run_cell(cell, base, tok, train_rows, eval_rows, output, m
 
 # %%
 encoder = metric.load_encoder(encoder_dir)
-table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt, count=count)
+table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt)
 table.to_csv(output / "comparison.csv", index_label="cell")
 table.round(3)
 

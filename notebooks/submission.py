@@ -10,8 +10,7 @@
 # # Submission: answer test.csv with the adapter
 #
 # Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the base, the adapter, the
-# dataset of wheels and the competition as inputs and leave the paths at None: they are found under `input_dir`. Attach a
-# folder of sentence-t5 too (its `spiece.model` is enough), and answers are counted as the scorer counts them.
+# dataset of wheels and the competition as inputs and leave the paths at None: they are found under `input_dir`.
 #
 # `style` and `system_placement` must be those of the training run.
 
@@ -30,7 +29,7 @@ four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
 answers_per_row = 1  # more than one: the first is the likeliest, the others are drawn
 combine = "first"  # first | join | agree (which needs encoder_dir)
 mean_prompt = None  # a sentence that goes behind every answer
-encoder_dir = None  # sentence-t5's folder, to count tokens and for agreement; None: found where there is one
+encoder_dir = None  # a sentence encoder's folder, such as sentence-t5's, for combine = "agree"
 allow_base = False  # go on with the base alone if the adapter is missing or broken
 answer_public_test = False  # load the model even for the one row of the public test.csv
 
@@ -58,8 +57,7 @@ if wheels:
 from prompt_recovery import data, inputs, metric, model, submission
 
 model_dir, adapter_dir, test_csv = inputs.find_inputs(model_dir, adapter_dir, test_csv, input_dir, allow_base)
-count, counted_by = inputs.find_counter(encoder_dir, input_dir)
-print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}\nlengths  by {counted_by}")
+print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}")
 
 # %% [markdown]
 # Everything that can be checked without a GPU is checked before the model loads: a broken adapter costs seconds here,
@@ -82,7 +80,6 @@ settings = dict(
     how=combine,
     mean_prompt=mean_prompt,
     encoder=metric.load_encoder(encoder_dir, device="cpu") if combine == "agree" and encoder_dir else None,
-    count=count,
     started=started,
 )
 report = submission.answer_test(None, None, test, submission_csv, **settings)

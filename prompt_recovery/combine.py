@@ -10,11 +10,13 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from prompt_recovery.data import normalise
 from prompt_recovery.metric import sharpened_cosine
@@ -26,25 +28,16 @@ WAYS = ("first", "join", "agree")
 LIMIT = 128  # tokens of sentence-t5, EOS included: what goes beyond is not read, and such answers scored about 0.41
 
 
-def piece_counter(spiece_model: str | Path) -> Callable[[str], int]:
-    """A function that counts a text's tokens as the scorer does: the raw pieces of a spiece.model (sentence-t5's lies in
-    its folder) and one for EOS; a `</s>` in the text is spelled out, not taken for EOS.
-
-    Raises FileNotFoundError if there is no such file.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    if not Path(spiece_model).is_file():
-        raise FileNotFoundError(f"No file at {spiece_model}: give the spiece.model in sentence-t5's folder, or None.")
-    pieces = SentencePieceProcessor(model_file=str(spiece_model))
-    return lambda text: len(pieces.encode(text)) + 1
+@cache
+def _pieces() -> SentencePieceProcessor:
+    # T5's pieces, scores and normaliser (Apache 2.0), which sentence-t5 has unchanged; LOG.md says where they are from
+    return SentencePieceProcessor(model_file=str(Path(__file__).with_name("t5_pieces.model")))
 
 
-def piece_bound(text: str) -> int:
-    """More tokens than any SentencePiece model without byte fallback, as T5's, makes of a text: every piece holds at
-    least one character of the normalised text, and NFKC makes at most its own expansion of each; one more for the space
-    put in front, one for EOS. English takes about a quarter of it."""
-    return 2 + sum(len(unicodedata.normalize("NFKC", char)) for char in text)
+def count_tokens(text: str) -> int:
+    """Tokens of a text as the scorer counts them: T5's raw SentencePiece pieces and one for EOS. A `</s>` in the text is
+    spelled out, not taken for EOS."""
+    return len(_pieces().encode(text)) + 1
 
 
 def similarities(answers: Sequence[str], encoder: SentenceTransformer | None = None) -> np.ndarray:
@@ -72,7 +65,7 @@ def combine(
     mean_prompt: str | None = None,
     encoder: SentenceTransformer | None = None,
     threshold: float | None = None,
-    count: Callable[[str], int] | None = None,
+    count: Callable[[str], int] = count_tokens,
     limit: int = LIMIT,
 ) -> str:
     """One answer, never blank, from the answers to a row, the greedy one first.
@@ -81,9 +74,7 @@ def combine(
     "join" all of different wording, most agreed first, as long as they fit. mean_prompt goes behind them and has
     precedence over all but the leading answer. threshold: if the mean of the answers' agreements lies below it (see
     pick_threshold), mean_prompt alone is the answer.
-    count: tokens of a text (piece_counter). A leading answer that is too long by it loses its end. None counts by
-    piece_bound: what is added surely fits, and the leading answer stays whole, because a bound four times too high would
-    cut sound answers; max_new_tokens keeps those short.
+    count: tokens of a text; another scorer's, if it is not sentence-t5. A leading answer that is too long loses its end.
     Raises ValueError for an unknown way, no answer that is not blank and no mean_prompt, "agree" or threshold without an
     encoder, threshold without a mean_prompt, a limit that holds nothing.
     """
@@ -108,13 +99,12 @@ def combine(
     *rest, last = [*(answers if how == "join" else answers[:1]), mean_prompt]
     if not rest:
         rest, last = [last], ""
-    leading = rest[0] if count is None else _cut(rest[0], count, limit)
-    kept = [leading]
+    kept = [_cut(rest[0], count, limit)]
     end: list[str] = []
     for text in [last, *rest[1:]]:
         if not text or normalise(text) in map(normalise, kept + end):
             continue
-        if (count or piece_bound)(_joined([*kept, text, *end])) <= limit:
+        if count(_joined([*kept, text, *end])) <= limit:
             (end if text is last else kept).append(text)
     return _joined([*kept, *end])
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,7 @@ SETTINGS: dict[str, Any] = dict(
     seed=0,
 )
 ANSWERING = ("few_shot", "max_new_tokens", "answers_per_row", "temperature", "top_p")
-NOT_IN_THE_KEY = (
-    "combine",
-    "train_csv",
-    "row_filter",
-    "train_rows",
-)  # scoring only, and rows, which are hashed themselves
+NOT_IN_THE_KEY = ("combine", "train_csv", "row_filter", "train_rows")  # scoring only, and rows, which are hashed
 
 
 class ComparisonError(ValueError):
@@ -86,9 +81,7 @@ def read_split(
     file names the file. A cell takes its part of train with `rows_of`, so no cell trains on a prompt that is held out."""
     named = [_paths(each) for each in [train_csv, *(cell["train_csv"] for cell in cells)] if each]
     files = list(dict.fromkeys(path for paths in named for path in paths))
-    rows = data.read_rows(files)
-    rows["file"] = [file for file in files for _ in range(len(data.read_rows(file)))]
-    rows, account = data.clean_rows(rows)
+    rows, account = data.clean_rows(data.read_rows(files))
     print(data.describe(rows, account))
     return data.split_rows(rows, eval_fraction, seed)
 
@@ -206,7 +199,6 @@ def result_table(
     encoder: Any,
     *,
     mean_prompt: str | None = None,
-    count: Callable[[str], int] | None = None,
 ) -> pd.DataFrame:
     """One line a cell: the settings in which cells differ, scs, low and high of its 95% interval, gain over the first cell
     with its paired interval, exact_match, seconds and tokens (written) a row, the shares of answers parsed and of those
@@ -225,7 +217,7 @@ def result_table(
                 "The answers of a cell are not those of eval_rows: give run_cell's tables of these rows."
             )
         needed = encoder if cell["combine"] != "first" else None
-        given = [combine(each, cell["combine"], encoder=needed, count=count) for each in groups]
+        given = [combine(each, cell["combine"], encoder=needed) for each in groups]
         scores = metric.sharpened_cosine(given, truths, encoder)
         reference = scores if not lines else reference
         low, high = metric.bootstrap_interval(scores)
@@ -233,9 +225,7 @@ def result_table(
         line: dict[str, Any] = {name: str(cell[name]) for name in varied}
         line |= dict(scs=scores.mean(), low=low, high=high, gain=gain, gain_low=gain_low, gain_high=gain_high)
         if mean_prompt:
-            both = [
-                combine(each, cell["combine"], mean_prompt=mean_prompt, encoder=needed, count=count) for each in groups
-            ]
+            both = [combine(each, cell["combine"], mean_prompt=mean_prompt, encoder=needed) for each in groups]
             line["scs_with_mean"] = metric.sharpened_cosine(both, truths, encoder).mean()
         line |= dict(
             exact_match=metric.exact_match(given, truths),
@@ -263,8 +253,5 @@ def plot_results(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def _key(base_name: str, settings: Mapping[str, Any], *tables: pd.DataFrame) -> str:
-    digest = hashlib.sha256(json.dumps([base_name, settings], sort_keys=True, default=str).encode())
-    for table in tables:
-        kept = table[["id", *data.ROW_COLUMNS, "response"]]
-        digest.update(json.dumps(kept.to_dict("split")["data"]).encode())
-    return digest.hexdigest()[:12]
+    named = [base_name, settings, *(data.rows_hash(table) for table in tables)]
+    return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()[:12]

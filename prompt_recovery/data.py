@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import random
 import re
 import unicodedata
@@ -31,8 +33,8 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     """Read one or several training CSV files (UTF-8, header, commas) into one table.
 
     Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response ('' where the
-    file has none), source ("file.csv:7" is data row 7, counted from 1 under the header). A file without an
-    id column gets ids of its stem and row number. Windows line ends inside a text become "\\n"; nothing else
+    file has none), source ("file.csv:7" is data row 7, counted from 1 under the header), file (its path). A file
+    without an id column gets ids of its stem and row number. Windows line ends inside a text become "\\n"; nothing else
     is changed.
 
     Raises DataError for a missing or empty file, missing columns, bad UTF-8, malformed CSV, blank or
@@ -63,7 +65,13 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         parts.append(table[["id", *ROW_COLUMNS, "response", "source", "file"]])
     rows = pd.concat(parts, ignore_index=True)
     _refuse_bad_ids(rows)
-    return rows.drop(columns="file")
+    return rows
+
+
+def rows_hash(rows: pd.DataFrame) -> str:
+    """12 hexadecimal digits that stand for what rows teach: their ids, texts, prompts and responses, in this order."""
+    kept = rows[["id", *ROW_COLUMNS, "response"]]
+    return hashlib.sha256(json.dumps(kept.to_numpy().tolist()).encode()).hexdigest()[:12]
 
 
 def read_test(path: str | Path) -> pd.DataFrame:

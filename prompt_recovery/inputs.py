@@ -1,19 +1,15 @@
-"""The submission's inputs: base model, adapter, test.csv and sentence-t5's tokenizer, given or found under /kaggle/input."""
+"""The submission's inputs: base model, adapter and test.csv, given or found under /kaggle/input."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer
 
 from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter
-from prompt_recovery.combine import piece_bound, piece_counter
 from prompt_recovery.model import check_model_dir, load_base
 from prompt_recovery.tokenizer import load_tokenizer
 
@@ -90,53 +86,6 @@ def _config(folder: Path) -> dict[str, Any]:
 def _is_language_model(folder: Path) -> bool:
     names = _config(folder).get("architectures")
     return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
-
-
-def find_counter(encoder_dir: str | None = None, root: str | Path = KAGGLE_INPUT) -> tuple[Callable[[str], int], str]:
-    """(a function that counts a text's sentence-t5 tokens with EOS, what it counts by).
-
-    By the spiece.model or tokenizer.json of a T5 in encoder_dir or under root; of several the first, as all T5 of English
-    share them. Without one by `piece_estimate`, which counts about twice what English takes.
-    """
-    for path in _files(Path(encoder_dir or root)):
-        count = _counter(path)
-        if count is not None:
-            return count, str(path)
-    return piece_estimate, "an estimate, twice as high as need be: attach sentence-t5's folder to count exactly"
-
-
-def _counter(path: Path) -> Callable[[str], int] | None:
-    """By a T5's tokenizer; None for other files. mT5's and XLNet's are called the same."""
-    if path.name not in ("spiece.model", "tokenizer.json"):
-        return None
-    kind = _config(path.parent).get("model_type")
-    try:
-        if path.name == "spiece.model" and kind in (None, "t5"):
-            pieces = SentencePieceProcessor(model_file=str(path)).get_piece_size()
-            return piece_counter(path) if pieces == 32_000 else None
-        if path.name == "tokenizer.json" and kind == "t5":
-            tokenizer = Tokenizer.from_file(str(path))
-            tokenizer.no_truncation()  # sentence encoders' files carry one
-            tokenizer.no_padding()
-            return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids) + 1
-    except Exception as error:  # tokenizers raises no narrower one
-        print(f"{path} can't be read as a tokenizer, so it is not counted by: {error}")
-    return None
-
-
-def piece_estimate(text: str) -> int:
-    """About twice as many tokens as sentence-t5 makes of text in words, EOS included, without its tokenizer; an odd word may
-    be undercounted. One for two
-    letters of a word (English has 3 to 4 in one), for every other character as `piece_bound`. Words that don't look like
-    words (over 20 letters, no vowel, not ASCII) count by character too, and `piece_bound` is never exceeded."""
-    tokens = 1
-    for word in text.split():
-        letters = word.strip(".,;:!?\"'()[]-")
-        plain = letters.isascii() and letters.isalpha() and len(letters) <= 20 and set(letters.lower()) & set("aeiouy")
-        outside = piece_bound(word.replace(letters, "", 1) if plain else word) - 2
-        starts_plain = plain and word.startswith(letters)
-        tokens += outside + ((len(letters) + 1) // 2 if plain else 0) + (not starts_plain)
-    return min(tokens, piece_bound(text))
 
 
 def is_public_run(test: pd.DataFrame) -> bool:

@@ -19,7 +19,6 @@ import torch
 from prompt_recovery.adapter import merged
 from prompt_recovery.combine import combine
 from prompt_recovery.generation import Progress, Recovered, answer_rows, spread_order
-from prompt_recovery.inputs import piece_estimate
 from prompt_recovery.submission_file import (
     SubmissionError,
     append_journal,
@@ -63,7 +62,6 @@ class _Run:
     path: Path
     journal: Path
     settings: dict[str, Any]
-    count: Callable[[str], int]
     finish: Callable[[list[str]], str]  # the prompts found for a row -> its one answer, "" if they say nothing
     started: float
     deadline: float
@@ -136,7 +134,7 @@ class _Run:
             write_submission(self.test, self.answers, self.path)
         except OSError as error:
             self.say(f"{self.path} can't be written ({error}): the one before stays. Free some space.")
-            check_submission(self.test, self.path, self.count)
+            check_submission(self.test, self.path)
         self.written = time.monotonic()
 
     def measure(self, tokenizer: Any) -> None:
@@ -300,7 +298,6 @@ def answer_test(
     mean_prompt: str | None = None,
     how: str = "first",
     encoder: Any = None,
-    count: Callable[[str], int] = piece_estimate,
     started: float | None = None,
     batch_tokens: int | None = None,
     slice_rows: int = SLICE_ROWS,
@@ -314,7 +311,7 @@ def answer_test(
     test and settings) a later run knows the rows that it need not answer again.
     time_budget_hours: of this run from `started` (time.monotonic(); now if None) and of those that it goes on from. If
     the measured speed is too low, a row gets one answer instead of answers_per_row, then shorter ones, then the fallback.
-    how, mean_prompt, encoder: see `combine`. count: sentence-t5 tokens of a text; answers over 128 lose their end.
+    how, mean_prompt, encoder: see `combine`; answers over 128 sentence-t5 tokens lose their end.
     temperature, top_p, seed, batch_tokens: see `generate`. slice_rows, write_seconds: rows of one call of `answer_rows`,
     and the least time between two writes of submission_csv.
     Raises SubmissionError for a blank fallback, and where no whole file could be written; TokenizerError, TemplateError
@@ -325,8 +322,8 @@ def answer_test(
         raise SubmissionError(
             "fallback_prompt is blank; a blank answer fails the whole submission. Give a real prompt."
         )
-    options: dict[str, Any] = dict(how=how, mean_prompt=mean_prompt, encoder=encoder, count=count)
-    fallback = combine([fallback], count=count)
+    options: dict[str, Any] = dict(how=how, mean_prompt=mean_prompt, encoder=encoder)
+    fallback = combine([fallback])
     combine([fallback], **options)  # settings that can't work raise here
 
     def finish(prompts: list[str]) -> str:
@@ -341,7 +338,7 @@ def answer_test(
     journal = journal_path(test, submission_csv, model_dir, adapter_dir, settings)
     found, spent = read_journal(journal)
     run = _Run(
-        test, Path(submission_csv), journal, settings, count, finish, started, started + time_budget_hours * 3600 - spent,
+        test, Path(submission_csv), journal, settings, finish, started, started + time_budget_hours * 3600 - spent,
         write_seconds, batch_tokens, {}, [fallback] * len(test), plan=Plan(answers_per_row, max_new_tokens), noted=started,
     )  # fmt: skip
     for position, answers in found.items():
@@ -358,7 +355,7 @@ def answer_test(
                 run.answer(fast, tokenizer, slice_rows)
         finally:
             run.save()
-    check_submission(test, submission_csv, count)
+    check_submission(test, submission_csv)
     report = run.report()
     run.say(summary(report) + (f"; {run.progress()}" if run.batches else ""))
     return report

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from typing import Any
 import pandas as pd
 
 from prompt_recovery.adapter import CONFIG, WEIGHTS
-from prompt_recovery.combine import LIMIT
+from prompt_recovery.combine import LIMIT, count_tokens
 from prompt_recovery.generation import Recovered
-from prompt_recovery.inputs import piece_estimate
 
 SPECIALS = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]")
 
@@ -55,9 +54,9 @@ def write_submission(test: pd.DataFrame, answers: Sequence[str], path: str | Pat
         raise
 
 
-def check_submission(test: pd.DataFrame, path: str | Path, count: Callable[[str], int] = piece_estimate) -> None:
+def check_submission(test: pd.DataFrame, path: str | Path) -> None:
     """Read the file back: the same ids in the same order, two columns, and answers that are neither blank nor longer than
-    the scorer reads (by `count`), without special tokens or control characters. Raises SubmissionError otherwise."""
+    the scorer reads, without special tokens or control characters. Raises SubmissionError otherwise."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -73,7 +72,10 @@ def check_submission(test: pd.DataFrame, path: str | Path, count: Callable[[str]
             prompts != prompts.map(clean_answer),
             "hold control characters or special tokens; write them with clean_answer",
         ),
-        (prompts.map(count) > LIMIT, f"are longer than {LIMIT} sentence-t5 tokens, which scores badly; shorten them"),
+        (
+            prompts.map(count_tokens) > LIMIT,
+            f"are longer than {LIMIT} sentence-t5 tokens, which scores badly; shorten them",
+        ),
     ):
         if wrong.any():
             raise SubmissionError(f"{path}: rows {frame.index[wrong].to_list()[:5]} {what}.")

@@ -1,16 +1,8 @@
 """Several answers into one: order, uniqueness, the scorer's length, agreement, the threshold."""
 
-import io
-import sys
-import unicodedata
-
 import numpy as np
-import pandas as pd
 import pytest
-import sentencepiece
-from conftest import NASTY, ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import NASTY
 
 from prompt_recovery import combine as c
 from prompt_recovery import metric
@@ -23,56 +15,26 @@ def encoder():
     return metric.load_encoder(metric.minilm_dir(), device="cpu")
 
 
-@pytest.fixture(scope="module")
-def spiece(tmp_path_factory):
-    """A model made the way T5's was: unigram, nmt_nfkc, no byte fallback, pad 0, EOS 1, unknown 2."""
-    rows = pd.read_csv(ROOT / "demo" / "natural_rows.csv", dtype=str, keep_default_na=False)
-    path = tmp_path_factory.mktemp("t5") / "spiece.model"
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(rows["original_text"].to_list() + rows["rewrite_prompt"].to_list()), model_writer=model,
-        vocab_size=2000, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    path.write_bytes(model.getvalue())
-    return path
-
-
-def test_end_of_sequence_in_a_text_is_spelled_out(spiece):
-    count = c.piece_counter(spiece)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(spiece)).encode("good</s>", out_type=str)
-    assert "</s>" not in pieces and "".join(pieces).endswith("</s>")
-    assert count("good</s>") == len(pieces) + 1 > count("good") == 2
-    with pytest.raises(FileNotFoundError, match="spiece.model"):
-        c.piece_counter(spiece.with_name("none.model"))
-
-
-def test_the_bound_never_undercounts(spiece):
-    count = c.piece_counter(spiece)
-    for text in [*NASTY, "", "ﷺ" * 40, "㍿ ¼ ½ ﬃ", "é" * 50, "e\u0301" * 50, "각" * 20, "क़" * 9, "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ①②"]:
-        assert count(text) <= c.piece_bound(text), text[:40]
-    # every character that there is, between letters that no piece joins
-    normaliser = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc")
-    longest = 0
-    for code in range(1, sys.maxunicode + 1):
-        char = chr(code)
-        if unicodedata.category(char) in ("Cs", "Cn"):
-            continue
-        longest = max(longest, len(unicodedata.normalize("NFKC", char)))
-        assert len(normaliser.normalize(f"a{char}b")) <= c.piece_bound(f"a{char}b") - 1, hex(code)
-    assert longest == 18
-
-
-@given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_the_bound_holds_for_any_text(spiece, text):
-    text = text.encode("utf-8", "ignore").decode()
-    assert c.piece_counter(spiece)(text) <= c.piece_bound(text)
+def test_tokens_are_the_scorer_s():
+    pieces = c._pieces()
+    # by the tokenizer.json of T5 (sha256 fe2ebbbb...), which gives the same ids for all rows of demo/ too: LOG.md
+    known = {
+        "translate English to German: The house is wonderful.": [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5],
+        "Das Haus ist wunderbar.": [644, 4598, 229, 19250, 5],
+    }
+    for text, ids in known.items():
+        assert pieces.encode(text) == ids and c.count_tokens(text) == len(ids) + 1
+    assert pieces.get_piece_size() == 32_000 and c.count_tokens("") == 1
+    spelled = pieces.encode("good</s>", out_type=str)
+    assert "</s>" not in spelled and "".join(spelled) == "▁good</s>"
+    assert c.count_tokens("good</s>") > c.count_tokens("good") == 2
+    assert c.count_tokens("  a \n b  ") == c.count_tokens("a b")
+    assert all(c.count_tokens(text) <= len(text) * 18 + 2 for text in NASTY)
 
 
 def test_first_leaves_the_answer_as_it_is():
     assert c.combine(["haiku please", "Write a haiku."]) == "haiku please"
     assert c.combine([" a </s> [INST] {x} ", "b"]) == "a </s> [INST] {x}"
-    assert c.combine(["x " * 500]) == ("x " * 500).strip()  # no counter: a bound does not cut
     assert c.combine(["haiku please"], mean_prompt=MEAN) == f"haiku please. {MEAN}"
     assert c.combine(["", " \n"], mean_prompt=MEAN) == MEAN
 
@@ -96,26 +58,27 @@ def test_agreement_is_by_meaning(encoder):
 
 
 @pytest.mark.parametrize("how", c.WAYS)
-def test_never_longer_than_the_scorer_reads(spiece, encoder, how):
-    count = c.piece_counter(spiece)
-    options = dict(mean_prompt=MEAN, encoder=encoder, count=count)
+def test_never_longer_than_the_scorer_reads(encoder, how):
+    count = c.count_tokens
+    options = dict(mean_prompt=MEAN, encoder=encoder)
     for answers in [[text, "Make it formal."] for text in NASTY] + [NASTY, ["wörd" * 400], ["a b" * 900, "x " * 900]]:
         combined = c.combine(answers, how, **options)
         assert combined.strip() and count(combined) <= c.LIMIT
     long = " ".join(f"Rewrite number {n} as a letter to the owner." for n in range(60))
-    cut = c.combine([long], how, encoder=encoder, count=count)
+    cut = c.combine([long], how, encoder=encoder)
     assert long.startswith(cut + " ") and c.LIMIT - 6 < count(cut) <= c.LIMIT  # whole words, and little room left
 
 
-def test_what_is_added_fits_and_a_shorter_one_follows(spiece):
-    count = c.piece_counter(spiece)
+def test_what_is_added_fits_and_a_shorter_one_follows():
     answers = ["Make it formal.", "very long " * 70, "Make it a poem."]
-    assert c.combine(answers, "join", count=count) == "Make it formal. Make it a poem."
-    assert c.combine(answers, "join", mean_prompt=MEAN, count=count) == f"Make it formal. Make it a poem. {MEAN}"
-    limit = count(f"Make it formal. {MEAN}")  # no room for all: the mean prompt goes before a second answer
-    assert c.combine(answers, "join", mean_prompt=MEAN, count=count, limit=limit) == f"Make it formal. {MEAN}"
-    without = c.combine(["Make it formal."] + [f"Answer number {n}" for n in range(20)], "join")
-    assert without.startswith("Make it formal. Answer number 0. Answer") and c.piece_bound(without) <= c.LIMIT
+    assert c.combine(answers, "join") == "Make it formal. Make it a poem."
+    assert c.combine(answers, "join", mean_prompt=MEAN) == f"Make it formal. Make it a poem. {MEAN}"
+    limit = c.count_tokens(f"Make it formal. {MEAN}")  # no room for all: the mean prompt goes before a second answer
+    assert c.combine(answers, "join", mean_prompt=MEAN, limit=limit) == f"Make it formal. {MEAN}"
+    by_letters = c.combine(answers, "join", count=len, limit=len("Make it formal. Make it a poem."))
+    assert by_letters == "Make it formal. Make it a poem."
+    many = c.combine(["Make it formal."] + [f"Answer number {n}" for n in range(40)], "join")
+    assert many.startswith("Make it formal. Answer number 0. Answer") and c.LIMIT - 6 < c.count_tokens(many) <= c.LIMIT
 
 
 def test_disagreement_falls_back_to_the_mean_prompt(encoder):
@@ -163,7 +126,7 @@ def test_more_refusals(encoder):
     with pytest.raises(ValueError, match="encoder"):
         c.combine(["a"], mean_prompt=MEAN, threshold=0.5)
     with pytest.raises(ValueError, match="limit=1"):
-        c.combine(["a"], count=c.piece_bound, limit=1)
+        c.combine(["a"], limit=1)
     for bad in [([0.1], [0.1, 0.2], [0.1]), ([], [], []), ([0.1], [float("nan")], [0.1])]:
         with pytest.raises(ValueError, match="same rows"):
             c.pick_threshold(*bad)

@@ -30,8 +30,8 @@ def write(path, text, encoding="utf-8"):
 def table(rows):
     """Rows of (original, rewritten, prompt) as read_rows gives them."""
     return pd.DataFrame(
-        [(f"r{i}", *row, "", f"t.csv:{i + 1}") for i, row in enumerate(rows)],
-        columns=["id", "original_text", "rewritten_text", "rewrite_prompt", "response", "source"],
+        [(f"r{i}", *row, "", f"t.csv:{i + 1}", "t.csv") for i, row in enumerate(rows)],
+        columns=["id", "original_text", "rewritten_text", "rewrite_prompt", "response", "source", "file"],
         dtype=str,
     )
 
@@ -54,7 +54,7 @@ def test_nasty_texts_survive_reading(tmp_path):
     frame.to_csv(tmp_path / "a.csv", index=False, encoding="utf-8-sig")
     rows = read_rows(tmp_path / "a.csv")
     assert list(rows.columns) == [
-        "id", "original_text", "rewritten_text", "rewrite_prompt", "response", "source"
+        "id", "original_text", "rewritten_text", "rewrite_prompt", "response", "source", "file"
     ]  # fmt: skip
     for name in ("original_text", "rewritten_text", "rewrite_prompt"):
         assert rows[name].tolist() == nasty
@@ -83,7 +83,7 @@ def test_several_files_with_made_ids_and_responses(tmp_path):
     assert rows["id"].tolist() == ["rows-1", "rows-2", "rows-2-1", "rows-2-2", "7"]
     assert rows.iloc[4].to_dict() == {
         "id": "7", "original_text": "o", "rewritten_text": "r", "rewrite_prompt": "p", "response": "why",
-        "source": "r.csv:1",
+        "source": "r.csv:1", "file": str(third),
     }  # fmt: skip
 
 

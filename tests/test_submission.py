@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import NASTY, ROOT, TINY
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from prompt_recovery import adapter, combine, data, decoding, generation, inputs, model, submission, submission_file
 from prompt_recovery.submission import SubmissionError, answer_test, clean_answer
@@ -131,39 +130,6 @@ def test_a_missing_or_broken_adapter_is_an_error_with_its_remedy_unless_base_is_
     with pytest.raises(inputs.InputError, match=r"another base(.|\n)*allow_base=True"):
         inputs.load(tmp_path / "other", lora_dir)
     assert not hasattr(inputs.load(tmp_path / "other", lora_dir, allow_base=True)[0], "peft_config")
-
-
-def test_lengths_are_counted_by_a_t5_tokenizer_where_there_is_one(tmp_path):
-    t5 = tmp_path / "t5"
-    t5.mkdir()
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "▁a": 2}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    backend.enable_truncation(5)
-    backend.save(str(t5 / "tokenizer.json"))
-    (t5 / "config.json").write_text('{"model_type": "mt5"}')
-    (tmp_path / "spiece.model").write_bytes(b"not one")
-    assert inputs.find_counter(None, tmp_path)[0] is inputs.piece_estimate
-    (t5 / "config.json").write_text('{"model_type": "t5"}')
-    count, by = inputs.find_counter(None, tmp_path)
-    assert by == str(t5 / "tokenizer.json") and count(" ".join(["a"] * 99)) == 100
-    assert inputs.find_counter(str(t5), "/nowhere")[1] == by
-
-
-def test_the_estimate_lies_between_a_tokenizer_s_count_and_the_bound(mistral_dir):
-    from prompt_recovery.tokenizer import encode_text, load_tokenizer
-
-    tok = load_tokenizer(mistral_dir, pad="unk")
-    truths = data.read_rows(ROOT / "demo" / "natural_rows.csv")
-    texts = [*NASTY, *truths["rewrite_prompt"], *truths["original_text"], "a", "", "ﷺ" * 9, "qwrtp " * 9, "x" * 50]
-    for text in texts:
-        estimate = inputs.piece_estimate(text)
-        assert estimate <= combine.piece_bound(text)
-        # Mistral's vocabulary has as many pieces as T5's; its byte pieces are none of T5's
-        if text.isascii() and text.isprintable() and text:
-            assert estimate > len(encode_text(tok, " ".join(text.split()))), text
-    # of ordinary prompts hardly any is cut
-    assert sum(inputs.piece_estimate(text) > combine.LIMIT for text in truths["rewrite_prompt"]) < len(truths) / 50
 
 
 def test_the_first_cell_that_runs_installs_the_wheels_offline_or_does_nothing(tmp_path):
@@ -318,7 +284,7 @@ def test_long_answers_lose_their_end_at_a_word(loaded, tmp_path):
     journal.write_text(json.dumps({"seconds": 1, "rows": found}))
     report = answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS)
     for answer in report["answer"]:
-        assert 100 < inputs.piece_estimate(answer) <= combine.LIMIT and re.search(
+        assert 100 < combine.count_tokens(answer) <= combine.LIMIT and re.search(
             r" (Rewrite|it|as|a|pirate\.)$", answer
         )
 
