@@ -17,8 +17,8 @@ SCORES = ("scs_before", "scs_after", "scs_after_ci", "gain_ci", "exact_match", "
 def adapter_content(folder: Path, wheel: Path | None = None) -> tuple[Content, dict[str, Any]]:
     """The adapter's two files (and the library's wheel), and what versions.csv says about them.
 
-    Style, rows hash and scores come from evaluation.json beside the folder as far as it holds them. Raises UploadError,
-    or AdapterError for files that are not a working adapter.
+    Style, rows hash and scores come from the evaluation.json that the train notebook leaves beside the folder. Raises
+    UploadError, or AdapterError for files that are not a working adapter.
     """
     paths = pick(folder, ADAPTER)
     from prompt_recovery.adapter import check_adapter  # imports torch
@@ -46,6 +46,7 @@ def base_content(folder: Path) -> tuple[Content, dict[str, Any]]:
     if "config.json" not in paths:
         raise UploadError(f"{folder} holds no config.json: give the folder that save_pretrained wrote.")
     from prompt_recovery.experts import check_folder  # imports torch
+    from prompt_recovery.model import base_id
 
     if not check_folder(folder):
         raise UploadError(
@@ -70,7 +71,7 @@ def base_content(folder: Path) -> tuple[Content, dict[str, Any]]:
     left = sorted(path.name for path in folder.iterdir() if path.name not in paths)
     if left:
         print(f"not sent: {', '.join(left)}")
-    return read(paths.values()), {"base": (_json(paths["config.json"]) or {}).get("_name_or_path") or ""}
+    return read(paths.values()), {"base": base_id(folder)}
 
 
 def _json(path: Path) -> dict[str, Any] | None:

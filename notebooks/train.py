@@ -166,6 +166,7 @@ after = generation.answer_table(lora, tok, eval_rows, description="answers after
 predictions = metric.score_table(eval_rows, before, after, encoder)
 predictions.to_csv(output / "predictions.csv", index=False)
 evaluation = metric.evaluation(predictions, metric.encoder_name(encoder_dir))
+evaluation |= dict(style=style, rows_hash=data.rows_hash(train_rows))
 (output / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 evaluation
 

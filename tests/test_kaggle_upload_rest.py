@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from kaggle_stand_in import USER, cut_after, error_200, lost_reply, status
@@ -35,7 +36,7 @@ def base(tmp_path):
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {f"w{number}": name for number, name in enumerate(names)}})
     )
-    quantised = {"quant_method": "prompt_recovery_nf4", "layout": "nf4-per-expert-1"}
+    quantised = {"quant_method": "prompt_recovery_nf4", "layout": "nf4-per-expert-1", "base": "org/base"}
     config = {"architectures": ["MixtralForCausalLM"], "quantization_config": quantised}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.model").write_bytes(b"pieces")
@@ -68,6 +69,7 @@ def test_base_goes_on_where_it_was_cut(case, base, monkeypatch):  # noqa: F811
     assert any(span.startswith("bytes 3-") for span in spans), spans
     assert case.server.asked("StartBlobUpload") == len(expected) - 1
     assert case.server.asked("DownloadModelInstanceVersion") == 0
+    assert pd.read_csv(case.tmp / "versions.csv")["base"].to_list() == ["org/base"]
     code, out, _ = publish_base(case, base)
     assert code == 0 and "Unchanged" in out
 
