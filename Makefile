@@ -1,5 +1,5 @@
-# make demo [ROWS=path.csv] · make demo-llm [CURVES=--curves] · make test · make lint · make notebooks. Each sets itself up
-# in .venv.
+# make demo [ROWS=path.csv] · make demo-llm [CURVES="--curves rows rank outputs"] · make test · make lint · make notebooks.
+# Each sets itself up in .venv.
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 BIN := .venv/bin
 ROWS ?= demo/rows.csv

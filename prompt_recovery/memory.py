@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prompt_recovery.experts import fused_experts
+from prompt_recovery.experts import becomes_four_bit, fused_experts
 from prompt_recovery.moe_forward import keep_gate_up
 from prompt_recovery.nf4 import BLOCK, NESTED_BLOCK, PROJECTIONS, fast_kernels
 
@@ -63,7 +62,7 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
     workspace = 0
     for name, module in model.named_modules():
         experts = fused_experts(module)
-        small = experts or (isinstance(module, nn.Linear) and module is not head and not name.endswith("gate"))
+        small = experts or becomes_four_bit(name, module, head)
         for key, tensor in module.named_parameters(recurse=False):
             if id(tensor) in seen:
                 continue

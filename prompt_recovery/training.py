@@ -436,7 +436,7 @@ def plot_log(log: pd.DataFrame, path: str | Path) -> None:
         axes.axvline(best["step"], color="grey", lw=0.8, ls=":", label=f"best: {value} at step {best['step']:.0f}")
     axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))
     figure.legend(frameon=False, loc="outside upper center", ncols=4)
-    _save_figure(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path) -> None:
@@ -448,13 +448,14 @@ def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path)
     axes.axvline(max_tokens, color="tab:red", lw=1, label=f"max_tokens = {max_tokens}")
     axes.set(xlabel="tokens in an example", ylabel="examples")
     axes.legend(frameon=False)
-    _save_figure(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
-def _save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG and close the figure. Several processes may draw the same picture: each one's file is whole when it
+    takes its place."""
     import matplotlib.pyplot as plt
 
-    # several processes may draw the same picture: each one's file is whole when it takes its place
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.png")
     figure.savefig(partial, dpi=120)
     plt.close(figure)

@@ -158,3 +158,17 @@ def test_the_notebook_runs_and_goes_on_where_it_was(tmp_path, small_csv):
         os.utime(path, (1, 1))
     pd.testing.assert_frame_equal(run(), table)
     assert all(path.stat().st_mtime == 1 for path in kept) and len([*(tmp_path / "out").glob("answers-*.csv")]) == 2
+
+
+def test_the_language_model_s_curves_average_seeds_row_by_row():
+    import llm  # demo/llm.py
+
+    cells = llm.curve_cells(["rows", "rank"], 120, 30)
+    assert list(cells) == ["all 120 rows, rank 16, plain", "25 rows", "50 rows", "100 rows", "rank 1", "rank 4"]
+    assert all(cell["max_steps"] == 30 for cell in cells.values())
+    c.make_cells(list(llm.curve_cells(llm.CURVES, 250, 30).values()), **llm.SETTINGS)  # names and values that exist
+    encoder, truths = metric.load_encoder(metric.minilm_dir(), device="cpu"), ["Make it a poem", "Make it formal"]
+    table = llm.score_lines({"one": [truths], "two": [truths, ["x", "Make it formal"]]}, truths, encoder)
+    wrong = metric.sharpened_cosine(["x"], truths[:1], encoder)[0]
+    assert table["scs"].to_list() == pytest.approx([1, ((1 + wrong) / 2 + 1) / 2])
+    assert table["exact_match"].to_list() == [1, 0.75] and table["gain_high"][1] == pytest.approx(0)

@@ -214,3 +214,13 @@ def test_model_follows_a_prompt_and_stops(tokenizer) -> None:  # type: ignore[no
     answer = tokenizer.decode(out[:-1])
     assert out[-1] == 2
     assert answer == answer.upper() and answer.count("!") >= 3
+
+
+def test_natural_rows_have_reasons_that_do_not_give_the_prompt_away() -> None:
+    rows = read("natural_rows.csv")
+    assert len(rows) == 300 and len({row["response"] for row in rows}) == 300
+    for row in rows:
+        words, told = normalise(row["response"]).split(), normalise(row["rewrite_prompt"]).split()
+        assert 12 <= len(words) <= 40 and "{" not in row["response"], row["id"]
+        if len(told) > 3:
+            assert " ".join(told) not in " ".join(words), row["id"]

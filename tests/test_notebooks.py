@@ -1,6 +1,8 @@
 """The notebooks as users meet them: pairs agree, both run, errors are messages, importing is cheap."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 import run as run_demo  # demo/run.py
 from conftest import ROOT, TINY  # puts demo/ on the path
 
+from kaggle_upload import contents
 from prompt_recovery import metric
 
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
@@ -39,9 +42,7 @@ def run(name, folder, **parameters):
 
 
 def test_both_notebooks_run_on_natural_rows(tmp_path):
-    rows = pd.read_csv(ROOT / "demo" / "natural_rows.csv", dtype=str)
-    rows["response"] = '1. The voice changed. \n2. {"prompt": "x"}'
-    rows.to_csv(tmp_path / "rows.csv", index=False)
+    shutil.copy(ROOT / "demo" / "natural_rows.csv", tmp_path / "rows.csv")
     test = pd.read_csv(ROOT / "demo" / "test.csv", dtype=str).head(5)
     test.to_csv(tmp_path / "test.csv", index=False)
     shared = dict(model_dir=str(TINY), style="reason_json", system_placement="turn")
@@ -55,6 +56,9 @@ def test_both_notebooks_run_on_natural_rows(tmp_path):
     assert {"scs_before", "scs_after", "scs_after_ci", "exact_match", "n", "encoder"} <= evaluation.keys()
     assert evaluation["n"] == len(pd.read_csv(out / "predictions.csv")) > 0
     assert evaluation["encoder"] == "all-MiniLM-L6-v2"
+    published = contents.adapter_content(out / "adapter")[1]  # a line of versions.csv
+    assert published["style"] == "reason_json" and re.fullmatch("[0-9a-f]{12}", published["rows_hash"])
+    assert published["base"] == "tiny-mixtral" and json.loads(published["scores"])["n"] == evaluation["n"]
     assert (out / "loss.png").stat().st_size > 5000 and len(pd.read_csv(out / "training_log.csv")) == 2
     run(
         "submission", tmp_path, adapter_dir=str(out / "adapter"), test_csv=str(tmp_path / "test.csv"),
