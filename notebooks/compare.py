@@ -84,6 +84,8 @@ answers = [comparison.run_cell(cell, base, tok, train_rows, eval_rows, output, m
 # ## Table
 # `gain` is the difference to the first cell on the same rows, with its paired 95% interval: if that holds 0, the rows do
 # not tell the two apart. `scs_with_mean` is the score with the mean prompt behind the answer; `scs` is what is recovered.
+# `threshold`, where there is one, is the agreement under which rows do better with the mean prompt alone: the submission
+# notebook takes it. It was picked on these rows, so it gains less on others.
 
 # %%
 encoder = metric.load_encoder(encoder_dir)

@@ -27,9 +27,10 @@ style = "plain"  # plain | json | reason_json
 system_placement = "user"  # user | before | turn
 four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
 answers_per_row = 1  # more than one: the first is the likeliest, the others are drawn
-combine = "first"  # first | join | agree (which needs encoder_dir)
+combine = "first"  # first | join | agree
 mean_prompt = None  # a sentence that goes behind every answer
-encoder_dir = None  # a sentence encoder's folder, such as sentence-t5's, for combine = "agree"
+threshold = None  # of agreement, as notebooks/compare picks it: rows whose answers agree less get the mean_prompt alone
+encoder_dir = None  # a sentence encoder's folder, such as sentence-t5's, for "agree" and threshold
 allow_base = False  # go on with the base alone if the adapter is missing or broken
 answer_public_test = False  # load the model even for the one row of the public test.csv
 
@@ -79,7 +80,8 @@ settings = dict(
     answers_per_row=answers_per_row,
     how=combine,
     mean_prompt=mean_prompt,
-    encoder=metric.load_encoder(encoder_dir, device="cpu") if combine == "agree" and encoder_dir else None,
+    encoder=metric.load_encoder(encoder_dir, device="cpu") if encoder_dir else None,
+    threshold=threshold,
     started=started,
 )
 report = submission.answer_test(None, None, test, submission_csv, **settings)

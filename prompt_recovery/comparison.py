@@ -20,7 +20,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from prompt_recovery import adapter, data, generation, metric, model, training
-from prompt_recovery.combine import combine
+from prompt_recovery.combine import agreements, combine, pick_threshold
 
 SETTINGS: dict[str, Any] = dict(
     style="plain",
@@ -202,7 +202,8 @@ def result_table(
 ) -> pd.DataFrame:
     """One line a cell: the settings in which cells differ, scs, low and high of its 95% interval, gain over the first cell
     with its paired interval, exact_match, seconds and tokens (written) a row, the shares of answers parsed and of those
-    that ended by EOS; with a mean_prompt also scs_with_mean, where it stands behind the answer.
+    that ended by EOS; with a mean_prompt also scs_with_mean, where it stands behind the answer, and for cells of several
+    answers the threshold of agreement under which it alone does better (see `pick_threshold`).
 
     answers: tables of run_cell. Raises ComparisonError where one is not about eval_rows.
     """
@@ -226,7 +227,12 @@ def result_table(
         line |= dict(scs=scores.mean(), low=low, high=high, gain=gain, gain_low=gain_low, gain_high=gain_high)
         if mean_prompt:
             both = [combine(each, cell["combine"], mean_prompt=mean_prompt, encoder=needed) for each in groups]
-            line["scs_with_mean"] = metric.sharpened_cosine(both, truths, encoder).mean()
+            with_mean = metric.sharpened_cosine(both, truths, encoder)
+            line["scs_with_mean"] = with_mean.mean()
+            if cell["answers_per_row"] > 1:
+                agreed = [agreements(each, encoder).mean() for each in groups]
+                alone = metric.sharpened_cosine([mean_prompt] * len(truths), truths, encoder)
+                line["threshold"] = pick_threshold(agreed, with_mean, alone)
         line |= dict(
             exact_match=metric.exact_match(given, truths),
             seconds_a_row=table["seconds"].iloc[0] / len(truths),

@@ -298,6 +298,7 @@ def answer_test(
     mean_prompt: str | None = None,
     how: str = "first",
     encoder: Any = None,
+    threshold: float | None = None,
     started: float | None = None,
     batch_tokens: int | None = None,
     slice_rows: int = SLICE_ROWS,
@@ -311,7 +312,7 @@ def answer_test(
     test and settings) a later run knows the rows that it need not answer again.
     time_budget_hours: of this run from `started` (time.monotonic(); now if None) and of those that it goes on from. If
     the measured speed is too low, a row gets one answer instead of answers_per_row, then shorter ones, then the fallback.
-    how, mean_prompt, encoder: see `combine`; answers over 128 sentence-t5 tokens lose their end.
+    how, mean_prompt, encoder, threshold: see `combine`; answers over 128 sentence-t5 tokens lose their end.
     temperature, top_p, seed, batch_tokens: see `generate`. slice_rows, write_seconds: rows of one call of `answer_rows`,
     and the least time between two writes of submission_csv.
     Raises SubmissionError for a blank fallback, and where no whole file could be written; TokenizerError, TemplateError
@@ -322,7 +323,7 @@ def answer_test(
         raise SubmissionError(
             "fallback_prompt is blank; a blank answer fails the whole submission. Give a real prompt."
         )
-    options: dict[str, Any] = dict(how=how, mean_prompt=mean_prompt, encoder=encoder)
+    options: dict[str, Any] = dict(how=how, mean_prompt=mean_prompt, encoder=encoder, threshold=threshold)
     fallback = combine([fallback])
     combine([fallback], **options)  # settings that can't work raise here
 

@@ -129,6 +129,10 @@ def test_table_is_by_hand(tmp_path):
         ["Make it a poem. Improve it", "x. Improve it"], held["rewrite_prompt"].to_list(), encoder
     )
     assert table["scs_with_mean"][0] == pytest.approx(behind.mean())
+    # row a would do better with this mean prompt alone, row b, whose answers agree, would not
+    picked = c.result_table(cells, [one, two], held, encoder, mean_prompt="Make it a poem")["threshold"]
+    low = metric.sharpened_cosine(["Write a poem"], ["poem"], encoder)[0]
+    assert np.isnan(picked[0]) and picked[1] == pytest.approx((low + 1) / 2)
     with pytest.raises(c.ComparisonError, match="eval_rows"):
         c.result_table(cells, [one, two.iloc[:2]], held, encoder)
     c.plot_results(table, tmp_path / "plot.png")

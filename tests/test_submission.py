@@ -18,7 +18,18 @@ import torch
 from conftest import NASTY, ROOT, TINY
 from peft import LoraConfig, get_peft_model
 
-from prompt_recovery import adapter, combine, data, decoding, generation, inputs, model, submission, submission_file
+from prompt_recovery import (
+    adapter,
+    combine,
+    data,
+    decoding,
+    generation,
+    inputs,
+    metric,
+    model,
+    submission,
+    submission_file,
+)  # fmt: skip
 from prompt_recovery.submission import SubmissionError, answer_test, clean_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
@@ -287,6 +298,23 @@ def test_long_answers_lose_their_end_at_a_word(loaded, tmp_path):
         assert 100 < combine.count_tokens(answer) <= combine.LIMIT and re.search(
             r" (Rewrite|it|as|a|pirate\.)$", answer
         )
+
+
+def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path):
+    options = OPTIONS | dict(answers_per_row=2, mean_prompt="Improve it.")
+    answer_test(*loaded, rows(2), tmp_path / "s.csv", **options)
+    (journal,) = tmp_path.glob("*.journal")
+    prompts = [["Make it a poem", "Turn it into a poem"], ["Make it a poem", "Add a list of prices"]]
+    found = [[n, [[prompt, "plain", "eos", 9] for prompt in each]] for n, each in enumerate(prompts)]
+    journal.write_text(json.dumps({"seconds": 1, "rows": found}))
+    encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
+    options |= dict(encoder=encoder, threshold=0.3)
+    assert answer_test(*loaded, rows(2), tmp_path / "s.csv", **options)["answer"].to_list() == [
+        "Make it a poem. Improve it.", "Improve it.",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="need an encoder"):  # before anything is computed
+        answer_test(*loaded, rows(2), tmp_path / "other.csv", **options | dict(encoder=None))
+    assert not (tmp_path / "other.csv").exists()
 
 
 # --- faults -------------------------------------------------------------------------------------------------
