@@ -100,7 +100,7 @@ def trace(model: Any, prompt: list[int], answer: list[int], steps: int) -> Trace
         for layer in model.get_decoder().layers
     ]
     try:
-        ids = torch.tensor([prompt + answer], device="cuda")
+        ids = torch.tensor([prompt + answer], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, places].float()
     finally:
         for hook in hooks:
