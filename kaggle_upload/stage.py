@@ -155,7 +155,7 @@ def notebook_metadata(handle: Page, code_file: str, models: list[Variation], whe
         "is_private": True,
         "enable_internet": False,  # the program's own default is true
         "model_sources": [str(model) for model in models],
-        "dataset_sources": [str(wheels)],
+        "dataset_sources": [str(wheels), *(data.get("dataset_sources") or [])],  # an encoder's, say
         "competition_sources": [competition],
     }
 

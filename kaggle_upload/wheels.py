@@ -90,7 +90,7 @@ def check_wheel(path: Path) -> None:
 
 
 def _pip(*arguments: str, env: dict[str, str] | None = None) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
     if run.returncode:
         raise UploadError(f"`pip {arguments[0]}` failed: {run.stderr.strip()[-800:]}")

@@ -26,7 +26,7 @@ grid = [
     {"max_steps": 0},
     {"style": "plain"},
     {"style": "json"},
-    {"lora_r": 1},
+    {"lora_r": 1, "lora_alpha": 4},
     {"train_rows": 200},
     {"answers_per_row": 4, "combine": "join"},
 ]
@@ -85,13 +85,15 @@ answers = [comparison.run_cell(cell, base, tok, train_rows, eval_rows, output, m
 # `gain` is the difference to the first cell on the same rows, with its paired 95% interval: if that holds 0, the rows do
 # not tell the two apart. `scs_with_mean` is the score with the mean prompt behind the answer; `scs` is what is recovered.
 # `threshold`, where there is one, is the agreement under which rows do better with the mean prompt alone: the submission
-# notebook takes it. It was picked on these rows, so it gains less on others.
+# notebook takes it, with the same encoder, mean prompt, way to combine and answers per row. It was picked on these rows, so
+# it gains less on others than `scs_with_threshold` says. A cell's adapter lies in `output_dir` under the name in `adapter`;
+# `few_shot` stands in this notebook only.
 
 # %%
 encoder = metric.load_encoder(encoder_dir)
 table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt)
 table.to_csv(output / "comparison.csv", index_label="cell")
-table.round(3)
+table.round(4)
 
 # %%
 comparison.plot_results(table, output / "comparison.png")

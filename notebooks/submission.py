@@ -12,7 +12,7 @@
 # Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the base, the adapter, the
 # dataset of wheels and the competition as inputs and leave the paths at None: they are found under `input_dir`.
 #
-# `style` and `system_placement` must be those of the training run.
+# `style` and `system_placement` are those that the adapter was trained with, which it says itself.
 
 # %% tags=["parameters"]
 model_dir = None
@@ -23,10 +23,12 @@ submission_csv = "/kaggle/working/submission.csv"
 time_budget_hours = 8.5  # counted from here, with the loading of the model; Kaggle's limit is 9
 max_new_tokens = 64
 fallback_prompt = "Please improve this text while keeping its original meaning but altering the tone."
-style = "plain"  # plain | json | reason_json
-system_placement = "user"  # user | before | turn
+style = None  # plain | json | reason_json; None: the adapter's
+system_placement = None  # user | before | turn; None: the adapter's
 four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
-answers_per_row = 1  # more than one: the first is the likeliest, the others are drawn
+answers_per_row = 1  # more than one: the first is the likeliest, the others are drawn, and combine joins or picks
+temperature = 0.8  # of those that are drawn
+top_p = 0.95
 combine = "first"  # first | join | agree
 mean_prompt = None  # a sentence that goes behind every answer
 threshold = None  # of agreement, as notebooks/compare picks it: rows whose answers agree less get the mean_prompt alone
@@ -68,24 +70,36 @@ print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}")
 # %%
 test = data.read_test(test_csv)
 adapter_dir = inputs.usable_adapter(adapter_dir, model_dir, allow_base)
-settings = dict(
+settings = inputs.rendering(adapter_dir, style, system_placement) | dict(
     model_dir=model_dir,
     adapter_dir=adapter_dir,
     fallback_prompt=fallback_prompt,
     time_budget_hours=time_budget_hours,
-    style=style,
-    system_placement=system_placement,
     max_tokens=min(4096, model.load_config(model_dir).max_position_embeddings),
     max_new_tokens=max_new_tokens,
-    answers_per_row=answers_per_row,
-    how=combine,
-    mean_prompt=mean_prompt,
-    encoder=metric.load_encoder(encoder_dir, device="cpu") if encoder_dir else None,
-    threshold=threshold,
     started=started,
 )
-report = submission.answer_test(None, None, test, submission_csv, **settings)
+if not Path(submission_csv).exists():
+    submission.answer_test(None, None, test, submission_csv, **settings)
 test.head(3)
+
+# %% [markdown]
+# Several answers to a row are made into one: joined, or the one that the others agree with most. A mean prompt and
+# joining can raise the score and recover nothing. `threshold` holds for the encoder, mean prompt, way to combine and number
+# of answers for which `notebooks/compare` picked it.
+
+# %%
+settings |= dict(
+    answers_per_row=answers_per_row,
+    temperature=temperature,
+    top_p=top_p,
+    how=combine,
+    mean_prompt=mean_prompt,
+    threshold=threshold,
+    encoder=metric.load_encoder(encoder_dir, device="cpu") if encoder_dir else None,
+)
+report = submission.answer_test(None, None, test, submission_csv, **settings)
+print(f"{settings['style']} answers, {answers_per_row} a row, {combine}")
 
 # %% [markdown]
 # While nothing is scored, `test.csv` has one row: it keeps the fallback, and the model isn't loaded. Set

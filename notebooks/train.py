@@ -153,7 +153,7 @@ display(Image(str(output / "loss.png")))
 # Two files, checked against the base's own config: no embeddings, no local paths, every tensor finite and in its place.
 
 # %%
-adapter.save_adapter(lora, output / "adapter")
+adapter.save_adapter(lora, output / "adapter", style=style, system_placement=system_placement)
 adapter.check_adapter(output / "adapter", model_dir)
 
 # %% [markdown]

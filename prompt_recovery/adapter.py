@@ -23,6 +23,7 @@ from prompt_recovery.model import load_config
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FINGERPRINT = "base_fingerprint"
+RENDERING = ("style", "system_placement")
 # bf16 keeps 8 bits, fp16 11: the same base loaded in another dtype moves a value by up to 2**-8
 FINGERPRINT_TOLERANCE = 2.0**-7
 
@@ -31,11 +32,12 @@ class AdapterError(ValueError):
     """An adapter folder that must not be published or loaded; the message says which file or tensor is wrong."""
 
 
-def save_adapter(model: PeftModel, adapter_dir: str | Path) -> Path:
+def save_adapter(model: PeftModel, adapter_dir: str | Path, **rendering: str) -> Path:
     """Write adapter_config.json and adapter_model.safetensors, and nothing else, to adapter_dir (replaced whole).
 
     No embeddings or lm_head even if the vocabulary was resized (peft would add 1 GB that the base then refuses), fp32,
-    no local path. The weights' header carries a fingerprint of the base, which `load_adapter` compares.
+    no local path. The weights' header carries a fingerprint of the base, which `load_adapter` compares, and rendering: the
+    style and system_placement that the adapter was trained on, which `check_adapter` gives back.
     Raises AdapterError where a tensor is not finite; what stood in adapter_dir then stays.
     """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -50,7 +52,7 @@ def save_adapter(model: PeftModel, adapter_dir: str | Path) -> Path:
     config.save_pretrained(str(staging))
     config.inference_mode = was_training
     fingerprint = json.dumps(base_fingerprint(model.get_base_model()))
-    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", FINGERPRINT: fingerprint})
+    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", FINGERPRINT: fingerprint, **rendering})
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
     return folder
@@ -58,7 +60,7 @@ def save_adapter(model: PeftModel, adapter_dir: str | Path) -> Path:
 
 def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) -> dict[str, Any]:
     """Check the two files against each other and, if model_dir is given, against that base's config; nothing is loaded
-    onto a GPU. Returns rank, alpha, target_modules, base, parameters and bytes.
+    onto a GPU. Returns rank, alpha, target_modules, base, parameters, bytes and what RENDERING its header names.
 
     Raises AdapterError: missing or extra files, pickle files, unreadable files, a local path as the base's name, tensors
     that are missing, extra, of a wrong shape or not finite, an adapter whose update is zero everywhere.
@@ -90,6 +92,7 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) 
         raise AdapterError(
             f"{folder} changes no logits: alpha {config.lora_alpha}, lora_B or lora_A zero everywhere; it is untrained."
         )
+    header = _read_header(folder)
     return {
         "base": config.base_model_name_or_path,
         "rank": config.r,
@@ -97,6 +100,7 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) 
         "target_modules": sorted(config.target_modules),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": (folder / WEIGHTS).stat().st_size,
+        **{name: header[name] for name in RENDERING if name in header},
     }
 
 
@@ -106,8 +110,7 @@ def load_adapter(model: PreTrainedModel, adapter_dir: str | Path, model_dir: str
     Raises AdapterError as `check_adapter` does, and where the adapter was trained on another base of the same shape.
     """
     check_adapter(adapter_dir, model_dir)
-    with safe_open(Path(adapter_dir) / WEIGHTS, "pt") as file:
-        trained_on = json.loads((file.metadata() or {}).get(FINGERPRINT, "null"))
+    trained_on = json.loads(_read_header(Path(adapter_dir)).get(FINGERPRINT, "null"))
     here = base_fingerprint(model)
     if trained_on is not None:
         distance = (torch.tensor(trained_on) - torch.tensor(here)).norm() / torch.tensor(here).norm()
@@ -193,6 +196,11 @@ def _read_config(folder: Path) -> LoraConfig:
     if base.startswith(("/", ".", "~")) or "\\" in base or base.count("/") > 1:
         raise AdapterError(f"{folder / CONFIG} names the base by the local path {base!r}; write its public id instead.")
     return config
+
+
+def _read_header(folder: Path) -> dict[str, str]:
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return file.metadata() or {}
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ LIMIT = 128  # tokens of sentence-t5, EOS included: what goes beyond is not read
 
 @cache
 def _pieces() -> SentencePieceProcessor:
-    # T5's pieces, scores and normaliser (Apache 2.0), which sentence-t5 has unchanged; LOG.md says where they are from
+    # T5's pieces, scores and normaliser (Apache 2.0), sentence-t5's too by all that is known; LOG.md: where they are from
     return SentencePieceProcessor(model_file=str(Path(__file__).with_name("t5_pieces.model")))
 
 

@@ -120,8 +120,8 @@ def run_cell(
     fallback_prompt: str = "Please improve this text.",
 ) -> pd.DataFrame:
     """What the cell answers to eval_rows, one line an answer: id, number, answer, how, stopped, tokens, seconds (of the
-    whole cell's answering). Read from output_dir if the cell was run before; adapters there serve other cells of the same
-    training, and training that was killed goes on. base is left as it was.
+    whole cell's answering), adapter (its folder's name, "" for the base). Read from output_dir if the cell was run before;
+    adapters there serve other cells of the same training, and training that was killed goes on. base is left as it was.
 
     few-shot examples stand before rows that are answered; training sees none.
     """
@@ -135,9 +135,10 @@ def run_cell(
         }
         setting["seed"] = cell["seed"]
     base_name = model.base_id(model_dir)
-    adapter_dir = Path(output_dir) / f"adapter-{_key(base_name, training_setting, rows)}"
+    loaded = [base_name, str(base.dtype), model.config_hash(model_dir), hasattr(base.config, "quantization_config")]
+    adapter_dir = Path(output_dir) / f"adapter-{_key(loaded, training_setting, rows)}"
     seen = rows if trained or cell["few_shot"] else rows.head(0)
-    answers_csv = Path(output_dir) / f"answers-{_key(base_name, setting, seen, eval_rows)}.csv"
+    answers_csv = Path(output_dir) / f"answers-{_key(loaded, setting, seen, eval_rows)}.csv"
     if answers_csv.is_file():
         return pd.read_csv(answers_csv, keep_default_na=False, dtype={"id": str})
     answering: Any = base
@@ -160,6 +161,7 @@ def run_cell(
         for position, answers in sorted(results) for number, found in enumerate(answers)
     ]  # fmt: skip
     table = pd.DataFrame(lines).assign(seconds=round(time.monotonic() - started, 2))
+    table["adapter"] = adapter_dir.name if trained else ""
     if trained:
         answering.unload()
     training.write_atomically(table, answers_csv)
@@ -187,9 +189,17 @@ def _train(
         learning_rate=cell["learning_rate"], batch_size=cell["batch_size"],
         gradient_accumulation=cell["gradient_accumulation"], seed=cell["seed"], resume=True,
     )  # fmt: skip
-    adapter.save_adapter(lora, adapter_dir)
+    adapter.save_adapter(lora, adapter_dir, style=cell["style"], system_placement=cell["system_placement"])
     shutil.rmtree(working / "checkpoints")
     return lora
+
+
+def answer_groups(table: pd.DataFrame) -> list[list[str]]:
+    """The answers of each row of a run_cell's table, in its order, as a submission combines them: those in which a prompt
+    was found, or else the fallback."""
+    groups = [group for _, group in table.groupby("id", sort=False)]
+    found = [group.loc[group["how"] != "fallback", "answer"].to_list() for group in groups]
+    return [each or group["answer"].to_list()[:1] for each, group in zip(found, groups, strict=True)]
 
 
 def result_table(
@@ -202,8 +212,9 @@ def result_table(
 ) -> pd.DataFrame:
     """One line a cell: the settings in which cells differ, scs, low and high of its 95% interval, gain over the first cell
     with its paired interval, exact_match, seconds and tokens (written) a row, the shares of answers parsed and of those
-    that ended by EOS; with a mean_prompt also scs_with_mean, where it stands behind the answer, and for cells of several
-    answers the threshold of agreement under which it alone does better (see `pick_threshold`).
+    that ended by EOS, and the adapter's folder. With a mean_prompt also scs_with_mean, where it stands behind the answer,
+    scs_mean_alone, and for cells of several answers the threshold of agreement under which it alone does better (see
+    `pick_threshold`) with scs_with_threshold on these same rows.
 
     answers: tables of run_cell. Raises ComparisonError where one is not about eval_rows.
     """
@@ -212,7 +223,7 @@ def result_table(
     lines: list[dict[str, Any]] = []
     reference = np.zeros(0)
     for cell, table in zip(cells, answers, strict=True):
-        groups = [group["answer"].to_list() for _, group in table.groupby("id", sort=False)]
+        groups = answer_groups(table)
         if table["id"].drop_duplicates().to_list() != eval_rows["id"].to_list():
             raise ComparisonError(
                 "The answers of a cell are not those of eval_rows: give run_cell's tables of these rows."
@@ -228,17 +239,21 @@ def result_table(
         if mean_prompt:
             both = [combine(each, cell["combine"], mean_prompt=mean_prompt, encoder=needed) for each in groups]
             with_mean = metric.sharpened_cosine(both, truths, encoder)
-            line["scs_with_mean"] = with_mean.mean()
+            alone = metric.sharpened_cosine([mean_prompt] * len(truths), truths, encoder)
+            line |= dict(scs_with_mean=with_mean.mean(), scs_mean_alone=alone.mean())
             if cell["answers_per_row"] > 1:
-                agreed = [agreements(each, encoder).mean() for each in groups]
-                alone = metric.sharpened_cosine([mean_prompt] * len(truths), truths, encoder)
-                line["threshold"] = pick_threshold(agreed, with_mean, alone)
+                agreed = np.array([agreements(each, encoder).mean() for each in groups])
+                threshold = pick_threshold(agreed, with_mean, alone)
+                line["threshold"] = threshold
+                if threshold is not None:
+                    line["scs_with_threshold"] = np.where(agreed < threshold, alone, with_mean).mean()
         line |= dict(
             exact_match=metric.exact_match(given, truths),
             seconds_a_row=table["seconds"].iloc[0] / len(truths),
             tokens_a_row=table["tokens"].sum() / len(truths),
             parsed=(table["how"] != "fallback").mean(),
             stopped_by_eos=(table["stopped"] == "eos").mean(),
+            adapter=table["adapter"].iloc[0],
         )
         lines.append(line)
     return pd.DataFrame(lines)
@@ -257,6 +272,6 @@ def plot_results(table: pd.DataFrame, path: str | Path) -> None:
     training.save_figure(figure, Path(path))
 
 
-def _key(base_name: str, settings: Mapping[str, Any], *tables: pd.DataFrame) -> str:
-    named = [base_name, settings, *(data.rows_hash(table) for table in tables)]
+def _key(loaded: Sequence[Any], settings: Mapping[str, Any], *tables: pd.DataFrame) -> str:
+    named = [loaded, settings, *(data.rows_hash(table) for table in tables)]
     return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()[:12]

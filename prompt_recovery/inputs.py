@@ -74,17 +74,12 @@ def _files(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder; {} where there is none, or another program's."""
+def _is_language_model(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _is_language_model(folder: Path) -> bool:
-    names = _config(folder).get("architectures")
+    except (OSError, ValueError):  # another program's
+        return False
+    names = config.get("architectures") if isinstance(config, dict) else None
     return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)
 
 
@@ -107,6 +102,22 @@ def usable_adapter(adapter_dir: str | Path | None, model_dir: str | Path, allow_
     except (ValueError, OSError) as error:
         _without(error, allow_base)
         return None
+
+
+def rendering(adapter_dir: Path | None, style: str | None, system_placement: str | None) -> dict[str, str]:
+    """style and system_placement as given; for None, as the adapter was trained, or plain and user where it does not say.
+
+    Raises InputError for one that the adapter was not trained on: its answers would not parse, or would be worse.
+    """
+    trained = check_adapter(adapter_dir) if adapter_dir else {}
+    result = {}
+    for name, given, default in (("style", style, "plain"), ("system_placement", system_placement, "user")):
+        if given and given != trained.get(name, given):
+            raise InputError(
+                f"{name}={given!r}, but the adapter in {adapter_dir} was trained with {trained[name]!r}; leave it at None."
+            )
+        result[name] = given or trained.get(name, default)
+    return result
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import types
@@ -44,6 +45,11 @@ def base_id(model_dir: str | Path) -> str:
         return name
     public = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
     return name if public else Path(model_dir).resolve().name
+
+
+def config_hash(model_dir: str | Path) -> str:
+    """12 hexadecimal digits of the folder's config.json."""
+    return hashlib.sha256((check_model_dir(model_dir) / "config.json").read_bytes()).hexdigest()[:12]
 
 
 def default_dtype() -> torch.dtype:

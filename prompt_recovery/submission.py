@@ -106,10 +106,14 @@ class _Run:
 
     def record(self, rows: list[tuple[int, list[Recovered]]], measured: tuple[int, int, float, float]) -> None:
         """Take the rows of a finished batch, and put them where a kill can't reach them."""
+        started = time.monotonic()
         for position, found in rows:
             self.note(position, found)
+        combining = time.monotonic() - started  # with an encoder on the CPU it takes its time
         tokens = [each.tokens for _, found in rows for each in found]
-        self.batches.append(Batch(self.plan, measured[0], measured[1], measured[2], measured[3], max(tokens)))
+        self.batches.append(
+            Batch(self.plan, measured[0], measured[1], measured[2], measured[3] + combining, max(tokens))
+        )
         self.tokens += sum(tokens)
         now = time.monotonic()
         try:
@@ -209,7 +213,8 @@ class _Run:
 
     def answer_slice(self, model: Any, tokenizer: Any, positions: list[int]) -> Exception | None:
         """Answer rows until they are done, the plan changes, or something raises, which is returned."""
-        settings = {k: self.settings[k] for k in ("style", "system_placement", "temperature", "top_p", "seed")}
+        settings = {k: self.settings[k] for k in ("style", "system_placement", "top_p", "seed")}
+        settings["temperature"] = self.settings["temperature"] if self.plan.answers > 1 else 0.0
         room = self.settings["max_tokens"] - self.settings["max_new_tokens"]
         progress = Progress()
         results: Any = answer_rows(
@@ -292,8 +297,8 @@ def answer_test(
     model_dir: str | Path | None = None,
     adapter_dir: str | Path | None = None,
     answers_per_row: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
     seed: int = 0,
     mean_prompt: str | None = None,
     how: str = "first",
@@ -312,16 +317,22 @@ def answer_test(
     test and settings) a later run knows the rows that it need not answer again.
     time_budget_hours: of this run from `started` (time.monotonic(); now if None) and of those that it goes on from. If
     the measured speed is too low, a row gets one answer instead of answers_per_row, then shorter ones, then the fallback.
-    how, mean_prompt, encoder, threshold: see `combine`; answers over 128 sentence-t5 tokens lose their end.
-    temperature, top_p, seed, batch_tokens: see `generate`. slice_rows, write_seconds: rows of one call of `answer_rows`,
-    and the least time between two writes of submission_csv.
-    Raises SubmissionError for a blank fallback, and where no whole file could be written; TokenizerError, TemplateError
-    and ValueError for settings that fit no row. A row that raises keeps the fallback.
+    how, mean_prompt, encoder, threshold: see `combine`; answers over 128 sentence-t5 tokens lose their end. temperature,
+    top_p: of all answers but the first, which is greedy. seed, batch_tokens: see `generate`. slice_rows, write_seconds:
+    rows of one call of `answer_rows`, and the least time between two writes of submission_csv.
+    Raises SubmissionError for a blank fallback, for several answers that nothing combines or the other way round, and where
+    no whole file could be written; TokenizerError, TemplateError and ValueError for settings that fit no row. A row that
+    raises keeps the fallback.
     """
     fallback = clean_answer(fallback_prompt)
     if not fallback:
         raise SubmissionError(
             "fallback_prompt is blank; a blank answer fails the whole submission. Give a real prompt."
+        )
+    if (answers_per_row > 1) != (how != "first" or threshold is not None):
+        raise SubmissionError(
+            f"answers_per_row={answers_per_row}, combine={how!r}, threshold={threshold}: several answers are for join, agree"
+            " or a threshold, which do nothing with one. Set answers_per_row to 2 or more with them, or to 1 with first."
         )
     options: dict[str, Any] = dict(how=how, mean_prompt=mean_prompt, encoder=encoder, threshold=threshold)
     fallback = combine([fallback])

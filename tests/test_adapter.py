@@ -20,7 +20,8 @@ def saved(tmp_path_factory):
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
-    folder = adapter.save_adapter(lora, tmp_path_factory.mktemp("adapter") / "adapter")
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    adapter.save_adapter(lora, folder, style="json", system_placement="turn")
     ids = torch.tensor([[1, 300, 400, 500]])
     with torch.inference_mode():
         return folder, ids, lora.eval()(ids).logits
@@ -50,6 +51,7 @@ def test_two_files_that_give_the_same_logits_on_the_unmodified_base(saved):
     assert adapter.check_adapter(folder, TINY) == {
         "base": "tiny-mixtral", "rank": 4, "alpha": 64, "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
         "parameters": sum(t.numel() for t in tensors.values()), "bytes": (folder / WEIGHTS).stat().st_size,
+        "style": "json", "system_placement": "turn",
     }  # fmt: skip
 
 

@@ -107,12 +107,12 @@ def test_table_is_by_hand(tmp_path):
     encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
     cells = c.make_cells([{}, {"answers_per_row": 2, "combine": "join"}])
     one = pd.DataFrame(
-        dict(id=["a", "b"], number=0, answer=["Make it a poem", "x"], how=["plain", "fallback"], stopped=["eos", "length"],
-             tokens=[4, 8], seconds=6.0)
+        dict(adapter="", id=["a", "b"], number=0, answer=["Make it a poem", "x"], how=["plain", "fallback"],
+             stopped=["eos", "length"], tokens=[4, 8], seconds=6.0)
     )  # fmt: skip
     two = pd.DataFrame(
-        dict(id=["a", "a", "b", "b"], number=[0, 1, 0, 1], answer=["Write a poem", "poem", *["Make it formal"] * 2],
-             how="plain", stopped="eos", tokens=5, seconds=9.0)
+        dict(adapter="adapter-1", id=["a", "a", "b", "b"], number=[0, 1, 0, 1], how="plain",
+             answer=["Write a poem", "poem", *["Make it formal"] * 2], stopped="eos", tokens=5, seconds=9.0)
     )  # fmt: skip
     table = c.result_table(cells, [one, two], held, encoder, mean_prompt="Improve it")
     wrong = metric.sharpened_cosine(["x"], ["Make it formal"], encoder)[0]
@@ -130,9 +130,17 @@ def test_table_is_by_hand(tmp_path):
     )
     assert table["scs_with_mean"][0] == pytest.approx(behind.mean())
     # row a would do better with this mean prompt alone, row b, whose answers agree, would not
-    picked = c.result_table(cells, [one, two], held, encoder, mean_prompt="Make it a poem")["threshold"]
+    picked = c.result_table(cells, [one, two], held, encoder, mean_prompt="Make it a poem")
     low = metric.sharpened_cosine(["Write a poem"], ["poem"], encoder)[0]
-    assert np.isnan(picked[0]) and picked[1] == pytest.approx((low + 1) / 2)
+    assert np.isnan(picked["threshold"][0]) and picked["threshold"][1] == pytest.approx((low + 1) / 2)
+    alone = metric.sharpened_cosine(["Make it a poem"] * 2, held["rewrite_prompt"].to_list(), encoder)
+    behind = metric.sharpened_cosine(["Make it formal. Make it a poem"], ["Make it formal"], encoder)[0]
+    assert picked["scs_mean_alone"].to_list() == pytest.approx([alone.mean()] * 2)
+    assert picked["scs_with_threshold"][1] == pytest.approx((1 + behind) / 2)
+    assert table["adapter"].to_list() == ["", "adapter-1"]
+    # an answer in which no prompt was found is not joined behind one
+    two["how"] = ["plain", "fallback", "fallback", "fallback"]
+    assert c.answer_groups(two) == [["Write a poem"], ["Make it formal"]]
     with pytest.raises(c.ComparisonError, match="eval_rows"):
         c.result_table(cells, [one, two.iloc[:2]], held, encoder)
     c.plot_results(table, tmp_path / "plot.png")
@@ -154,7 +162,7 @@ def test_the_notebook_runs_and_goes_on_where_it_was(tmp_path, small_csv):
 
     table = run()
     assert table["style"].to_list() == ["plain", "json"] and table["gain"][0] == 0
-    assert np.isfinite(table.drop(columns="style").to_numpy(float)).all()
+    assert np.isfinite(table.drop(columns=["style", "adapter"]).to_numpy(float)).all()
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
     kept = [*(tmp_path / "out").glob("answers-*.csv")]
     assert len(kept) == 2

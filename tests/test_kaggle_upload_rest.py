@@ -52,6 +52,10 @@ def publish_base(case, folder, *more):  # noqa: F811
 def test_base_goes_on_where_it_was_cut(case, base, monkeypatch):  # noqa: F811
     expected = {path.name: path.read_bytes() for path in base.iterdir() if path.name != "README.md"}
     monkeypatch.setattr(cli, "transfer_timeout", lambda timeout, size: timeout)
+    before = sorted(case.tmp.rglob("*"))
+    code, out, _ = case.run("base", base, "--to", BASE, "--dry-run")
+    assert code == 0 and all(name in out for name in expected) and case.server.requests == []
+    assert sorted(case.tmp.rglob("*")) == before and base.is_relative_to(case.tmp)
     # every upload until one breaks for good: files come in the folder's order, whichever that is
     case.server.fail("PUT", cut_after(3, dead=True))
     code, _, err = publish_base(case, base)
@@ -136,7 +140,7 @@ def sources(tmp_path, monkeypatch):
     """A copy of what the wheel is built from (the repository may be edited meanwhile); pip is given its way out."""
     folder = tmp_path / "repository"
     shutil.copytree(ROOT / "prompt_recovery", folder / "prompt_recovery")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     monkeypatch.setattr(wheels, "ROOT", folder)
     real = wheels._pip
@@ -185,7 +189,9 @@ def test_damaged_wheel_and_the_list(tmp_path, monkeypatch):
         wheels.check_wheel(path)
     pins = wheels.requirements()
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert {"transformers", "peft", "bitsandbytes", "tokenizers"} <= {pin.split("==")[0] for pin in pins}
+    assert {"transformers", "peft", "bitsandbytes", "tokenizers", "sentencepiece"} <= {
+        pin.split("==")[0] for pin in pins
+    }
     assert all("==" in pin for pin in pins) and not any(pin.startswith(("torch", "nvidia")) for pin in pins)
     assert all(pin in lines for pin in pins if pin.split("==")[0] in "transformers peft accelerate")
     for line, message in (("unpinned", "does not pin"), ("torch", "Kaggle's own")):
@@ -195,9 +201,33 @@ def test_damaged_wheel_and_the_list(tmp_path, monkeypatch):
             wheels.requirements()
 
 
+def test_wheels_are_collected_with_ours(case, sources, tmp_path, monkeypatch):  # noqa: F811
+    """With PyPI, as everything is installed from there."""
+    (tmp_path / "wheels.txt").write_text("h11==0.16.0  # small\n")
+    shutil.copy(ROOT / "kaggle_upload" / "dataset-metadata.json", tmp_path)
+    for module in (wheels, stage):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    before = sorted(case.tmp.rglob("*"))
+    code, out, err = case.run("wheels", "--to", DATASET, "--dry-run")
+    assert code == 0, err
+    assert "h11-0.16.0-py3-none-any.whl" in out and "prompt_recovery-" in out
+    assert case.server.requests == [] and sorted(case.tmp.rglob("*")) == before
+    (tmp_path / "wheels.txt").write_text("h11==0.0.999\n")
+    code, _, err = case.run("wheels", "--to", DATASET, "--dry-run")
+    assert code == 1 and "`pip download` failed" in err and "h11" in err
+
+
 def push(case, *more, file=NOTEBOOK):  # noqa: F811
     sources = ["--adapter", f"{HANDLE}/3", "--base", f"{BASE}/1", "--wheels", DATASET, "--competition", "llm-prompts"]
     return case.run("notebook", "--to", f"{USER}/recover-prompts", *sources, "--file", file, "--timeout", "30", *more)
+
+
+def test_sources_in_the_template_stay(case, tmp_path, monkeypatch):  # noqa: F811
+    template = json.loads((ROOT / "kaggle_upload" / "kernel-metadata.json").read_text())
+    (tmp_path / "kernel-metadata.json").write_text(json.dumps(template | {"dataset_sources": [f"{USER}/encoder"]}))
+    monkeypatch.setattr(stage, "HERE", tmp_path)
+    assert push(case)[0] == 0
+    assert case.server.kernels[f"{USER}/recover-prompts"][0]["datasetDataSources"] == [DATASET, f"{USER}/encoder"]
 
 
 def test_notebook_is_pushed_pinned_and_read_back(case, tmp_path):  # noqa: F811
@@ -327,7 +357,8 @@ def test_adapter_with_library(case, sources, tmp_path):  # noqa: F811
     (tmp_path / wheel).write_bytes(case.versions[0][wheel])
     wheels.check_wheel(tmp_path / wheel)
     names = zipfile.ZipFile(tmp_path / wheel).namelist()
-    assert "prompt_recovery/adapter.py" in names and not any(name.startswith("kaggle_upload") for name in names)
+    assert {"prompt_recovery/adapter.py", "prompt_recovery/t5_pieces.model"} <= set(names)
+    assert not any(name.startswith("kaggle_upload") for name in names)
     code, out, _ = case.publish("--with-library")
     assert code == 0 and "Unchanged" in out
 

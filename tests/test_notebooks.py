@@ -16,6 +16,7 @@ from conftest import ROOT, TINY  # puts demo/ on the path
 from kaggle_upload import contents
 from prompt_recovery import metric
 
+FALLBACK = "Please improve this text while keeping its original meaning but altering the tone."
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
 
 
@@ -60,11 +61,17 @@ def test_both_notebooks_run_on_natural_rows(tmp_path):
     assert published["style"] == "reason_json" and re.fullmatch("[0-9a-f]{12}", published["rows_hash"])
     assert published["base"] == "tiny-mixtral" and json.loads(published["scores"])["n"] == evaluation["n"]
     assert (out / "loss.png").stat().st_size > 5000 and len(pd.read_csv(out / "training_log.csv")) == 2
+    # style and placement are those that the adapter names; of two answers that disagree, the mean prompt is left
     run(
-        "submission", tmp_path, adapter_dir=str(out / "adapter"), test_csv=str(tmp_path / "test.csv"),
-        submission_csv=str(tmp_path / "submission.csv"), max_new_tokens=8, **shared,
+        "submission", tmp_path, model_dir=str(TINY), adapter_dir=str(out / "adapter"),
+        test_csv=str(tmp_path / "test.csv"), submission_csv=str(tmp_path / "submission.csv"), max_new_tokens=40,
+        answers_per_row=2, combine="agree", temperature=1.5, threshold=1.1, mean_prompt="Improve it.",
+        encoder_dir=str(metric.minilm_dir()),
     )  # fmt: skip
-    assert pd.read_csv(tmp_path / "submission.csv", dtype=str)["id"].to_list() == test["id"].to_list()
+    answers = pd.read_csv(tmp_path / "submission.csv", dtype=str)
+    assert answers["id"].to_list() == test["id"].to_list()
+    assert set(answers["rewrite_prompt"]) <= {"Improve it.", FALLBACK}
+    assert "reason_json answers, 2 a row, agree" in (tmp_path / "submission.ipynb").read_text()
 
 
 def test_an_unknown_csv_stops_with_its_message(tmp_path):

@@ -52,10 +52,10 @@ def lora_dir(tmp_path_factory):
     return make_adapter(tmp_path_factory.mktemp("lora") / "adapter")
 
 
-def make_adapter(folder):
+def make_adapter(folder, **rendering):
     lora = get_peft_model(model.load_base(TINY), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     lora.peft_config["default"].base_model_name_or_path = "tiny-mixtral"
-    return adapter.save_adapter(lora, folder)
+    return adapter.save_adapter(lora, folder, **rendering)
 
 
 def rows(count, words=6):
@@ -249,7 +249,7 @@ def test_bad_settings_raise_before_a_row_is_answered(loaded, tmp_path):
     with pytest.raises(SubmissionError, match="blank"):
         answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(fallback_prompt=" \u200b</s>"))
     with pytest.raises(ValueError, match="need an encoder"):
-        answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(how="agree"))
+        answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(how="agree", answers_per_row=2))
     assert not list(tmp_path.iterdir())
     with pytest.raises(TokenizerError, match="max_tokens is 6"):
         answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS | dict(max_tokens=10))
@@ -301,20 +301,37 @@ def test_long_answers_lose_their_end_at_a_word(loaded, tmp_path):
 
 
 def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path):
-    options = OPTIONS | dict(answers_per_row=2, mean_prompt="Improve it.")
+    options = OPTIONS | dict(answers_per_row=2, how="join", mean_prompt="Improve it.")
     answer_test(*loaded, rows(2), tmp_path / "s.csv", **options)
     (journal,) = tmp_path.glob("*.journal")
     prompts = [["Make it a poem", "Turn it into a poem"], ["Make it a poem", "Add a list of prices"]]
     found = [[n, [[prompt, "plain", "eos", 9] for prompt in each]] for n, each in enumerate(prompts)]
     journal.write_text(json.dumps({"seconds": 1, "rows": found}))
     encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
-    options |= dict(encoder=encoder, threshold=0.3)
+    options |= dict(how="first", encoder=encoder, threshold=0.3)
     assert answer_test(*loaded, rows(2), tmp_path / "s.csv", **options)["answer"].to_list() == [
         "Make it a poem. Improve it.", "Improve it.",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="need an encoder"):  # before anything is computed
         answer_test(*loaded, rows(2), tmp_path / "other.csv", **options | dict(encoder=None))
     assert not (tmp_path / "other.csv").exists()
+
+
+def test_answers_that_nothing_combines_are_refused(loaded, tmp_path):
+    for wrong in (dict(answers_per_row=4), dict(how="join"), dict(threshold=0.5)):
+        with pytest.raises(SubmissionError, match="Set answers_per_row"):
+            answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS | wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_style_and_placement_are_the_adapter_s(lora_dir, tmp_path):
+    assert inputs.rendering(None, None, "turn") == {"style": "plain", "system_placement": "turn"}
+    assert inputs.rendering(lora_dir, None, None) == {"style": "plain", "system_placement": "user"}  # it does not say
+    folder = make_adapter(tmp_path / "adapter", style="json", system_placement="before")
+    assert inputs.rendering(folder, None, "before") == {"style": "json", "system_placement": "before"}
+    for wrong in (("plain", None), (None, "user")):
+        with pytest.raises(inputs.InputError, match="was trained with '(json|before)'"):
+            inputs.rendering(folder, *wrong)
 
 
 # --- faults -------------------------------------------------------------------------------------------------
@@ -456,7 +473,7 @@ def budgeted(slow, folder, capsys, seconds, per_step=0.5, per_token=0.001, count
 
 
 def test_time_is_kept_by_fewer_answers_then_shorter_ones_then_fallbacks(slow, tmp_path, capsys):
-    several = dict(answers_per_row=3, seed=1)
+    several = dict(answers_per_row=3, how="join", seed=1)
     report, full, said = budgeted(slow, tmp_path, capsys, 10_000, **several)
     assert set(report["how"]) <= DONE and "from here" not in said and (report["tokens"] > 24).any()
     taken = [full]
