@@ -104,12 +104,12 @@ def score_lines(answers: dict[str, list[list[str]]], truths: list[str], encoder:
     return pd.DataFrame(lines)
 
 
-def plot_curve(table: pd.DataFrame, label: str, base: float, path: Path) -> None:
+def plot_curve(table: pd.DataFrame, label: str, scale: str, base: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(4, 2.6), layout="constrained")
     heights = [table["scs"] - table["low"], table["high"] - table["scs"]]
     axes.errorbar(table["x"], table["scs"], yerr=heights, fmt="o-", capsize=3, lw=1)
     axes.axhline(base, color="grey", lw=0.8, ls=":", label=f"before: {base:.3f}")
-    axes.set(xlabel=label, ylabel="SCS, 95% interval", xscale="log")
+    axes.set(xlabel=label, ylabel="SCS, 95% interval", xscale=scale, ylim=(0, None))
     axes.set_xticks(table["x"], [f"{value:.0f}" for value in table["x"]])
     axes.minorticks_off()
     axes.legend(frameon=False)
@@ -208,14 +208,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         curves.to_csv(OUTPUT / "curves.csv", index=False)
         print("\n" + curves.to_string(index=False, float_format="%.3f"))
         base_score = float(table["scs"].iloc[0])
-        for kind, setting, most, label in (
-            ("rows", "train_rows", len(train_rows), "training rows"), ("rank", "lora_r", 16, "LoRA rank"),
+        for kind, setting, most, label, scale in (
+            ("rows", "train_rows", len(train_rows), "training rows", "linear"), ("rank", "lora_r", 16, "LoRA rank", "log"),
         ):  # fmt: skip
             if kind in curves_of:
                 values = pd.Series([cell.get(setting) for cell in cells.values()], dtype=float)
                 values[0] = most
                 part = curves.assign(x=values).dropna(subset="x").sort_values("x")
-                plot_curve(part, label, base_score, OUTPUT / f"curve_{kind}.png")
+                plot_curve(part, label, scale, base_score, OUTPUT / f"curve_{kind}.png")
     print(f"{time.monotonic() - started:.0f} s; results lie in {OUTPUT.relative_to(DEMO.parent)}")
 
 
