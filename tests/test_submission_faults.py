@@ -13,10 +13,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 from prompt_recovery import data, inputs, submission, submission_file
 
@@ -79,6 +81,9 @@ def start(folder, model, tokenizer, test, rng, kill):
     if pid == 0:
         os.dup2(log, 1)
         os.dup2(log, 2)
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own is shared by all forks: one that dies holding it would stop the others
         if at_hook:
             armed(rng)
         submission.answer_test(model, tokenizer, test, folder / "s.csv", **OPTIONS)
