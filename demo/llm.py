@@ -94,13 +94,8 @@ def score_lines(answers: dict[str, list[list[str]]], truths: list[str], encoder:
     for name, runs in answers.items():
         scores = np.mean([metric.sharpened_cosine(given, truths, encoder) for given in runs], axis=0)
         first = scores if first is None else first
-        low, high = metric.bootstrap_interval(scores)
-        gain, gain_low, gain_high = metric.paired_difference(scores, first)
         matches = np.mean([metric.exact_match(given, truths) for given in runs])
-        lines.append(
-            dict(answers=name, scs=scores.mean(), low=low, high=high, gain=gain, gain_low=gain_low,
-                 gain_high=gain_high, exact_match=matches)
-        )  # fmt: skip
+        lines.append(dict(answers=name) | metric.score_line(scores, first) | dict(exact_match=matches))
     return pd.DataFrame(lines)
 
 

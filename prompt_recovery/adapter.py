@@ -92,7 +92,7 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) 
         raise AdapterError(
             f"{folder} changes no logits: alpha {config.lora_alpha}, lora_B or lora_A zero everywhere; it is untrained."
         )
-    header = _read_header(folder)
+    header = read_header(folder)
     return {
         "base": config.base_model_name_or_path,
         "rank": config.r,
@@ -110,7 +110,7 @@ def load_adapter(model: PreTrainedModel, adapter_dir: str | Path, model_dir: str
     Raises AdapterError as `check_adapter` does, and where the adapter was trained on another base of the same shape.
     """
     check_adapter(adapter_dir, model_dir)
-    trained_on = json.loads(_read_header(Path(adapter_dir)).get(FINGERPRINT, "null"))
+    trained_on = json.loads(read_header(adapter_dir).get(FINGERPRINT, "null"))
     here = base_fingerprint(model)
     if trained_on is not None:
         distance = (torch.tensor(trained_on) - torch.tensor(here)).norm() / torch.tensor(here).norm()
@@ -198,8 +198,9 @@ def _read_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _read_header(folder: Path) -> dict[str, str]:
-    with safe_open(folder / WEIGHTS, "pt") as file:
+def read_header(adapter_dir: str | Path) -> dict[str, str]:
+    """What `save_adapter` wrote beside the tensors: the base's fingerprint and the rendering, as text; no tensor is read."""
+    with safe_open(Path(adapter_dir) / WEIGHTS, "pt") as file:
         return file.metadata() or {}
 
 

@@ -160,8 +160,9 @@ def run_cell(
              tokens=found.tokens)
         for position, answers in sorted(results) for number, found in enumerate(answers)
     ]  # fmt: skip
-    table = pd.DataFrame(lines).assign(seconds=round(time.monotonic() - started, 2))
-    table["adapter"] = adapter_dir.name if trained else ""
+    table = pd.DataFrame(lines).assign(
+        seconds=round(time.monotonic() - started, 2), adapter=adapter_dir.name if trained else ""
+    )
     if trained:
         answering.unload()
     training.write_atomically(table, answers_csv)
@@ -232,10 +233,8 @@ def result_table(
         given = [combine(each, cell["combine"], encoder=needed) for each in groups]
         scores = metric.sharpened_cosine(given, truths, encoder)
         reference = scores if not lines else reference
-        low, high = metric.bootstrap_interval(scores)
-        gain, gain_low, gain_high = metric.paired_difference(scores, reference)
         line: dict[str, Any] = {name: str(cell[name]) for name in varied}
-        line |= dict(scs=scores.mean(), low=low, high=high, gain=gain, gain_low=gain_low, gain_high=gain_high)
+        line |= metric.score_line(scores, reference)
         if mean_prompt:
             both = [combine(each, cell["combine"], mean_prompt=mean_prompt, encoder=needed) for each in groups]
             with_mean = metric.sharpened_cosine(both, truths, encoder)

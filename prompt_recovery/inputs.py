@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter
+from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter, read_header
 from prompt_recovery.model import check_model_dir, load_base
 from prompt_recovery.tokenizer import load_tokenizer
 
@@ -109,7 +109,7 @@ def rendering(adapter_dir: Path | None, style: str | None, system_placement: str
 
     Raises InputError for one that the adapter was not trained on: its answers would not parse, or would be worse.
     """
-    trained = check_adapter(adapter_dir) if adapter_dir else {}
+    trained = read_header(adapter_dir) if adapter_dir else {}
     result = {}
     for name, given, default in (("style", style, "plain"), ("system_placement", system_placement, "user")):
         if given and given != trained.get(name, given):

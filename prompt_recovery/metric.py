@@ -160,6 +160,14 @@ def paired_difference(
     return float((later - earlier).mean()), low, high
 
 
+def score_line(scores: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """scs, low and high of the 95% interval of its mean; gain over the reference's scores of the same rows, gain_low,
+    gain_high. Raises ValueError as paired_difference does."""
+    low, high = bootstrap_interval(scores)
+    gain, gain_low, gain_high = paired_difference(scores, reference)
+    return dict(scs=float(scores.mean()), low=low, high=high, gain=gain, gain_low=gain_low, gain_high=gain_high)
+
+
 def exact_match(predictions: Sequence[str], truths: Sequence[str]) -> float:
     """Share of predictions equal to their truth after data.normalise (case, punctuation, white space folded).
 

@@ -81,9 +81,8 @@ def start(folder, model, tokenizer, test, rng, kill):
     if pid == 0:
         os.dup2(log, 1)
         os.dup2(log, 2)
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its own is shared by all forks: one that dies holding it would stop the others
+        # tqdm's own is shared by all forks: one that dies holding it would stop the others
+        tqdm.set_lock(threading.RLock())
         if at_hook:
             armed(rng)
         submission.answer_test(model, tokenizer, test, folder / "s.csv", **OPTIONS)
