@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from prompt_recovery.decoding import Decoder, cache_columns
+from prompt_recovery.fast_layers import fast_layers
 from true_shape import device_rates
 
 from prompt_recovery import generation, model, nf4
 from prompt_recovery.adapter import merged
-from prompt_recovery.decoding import Decoder, cache_columns
-from prompt_recovery.fast_layers import fast_layers
 
 GIB = 2**30
 PROMPT, STEPS = 768, 32

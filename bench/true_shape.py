@@ -15,10 +15,9 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
+from prompt_recovery.nf4 import PROJECTIONS
 from torch import nn
 from transformers import MixtralConfig
-
-from prompt_recovery.nf4 import PROJECTIONS
 
 
 def write_checkpoint(folder: Path, layers: int = 32, **shape: int) -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prompt_recovery import comparison, metric, model, training
+from prompt_recovery import adapter, comparison, engine, metric, training
 from prompt_recovery.combine import LIMIT, combine
 from prompt_recovery.tokenizer import encode_text
 
@@ -38,7 +38,7 @@ MEAN_PROMPT = (
 )
 SETTINGS: dict[str, Any] = dict(
     lora_r=16, lora_alpha=32, lora_dropout=0.0, learning_rate=5e-4, batch_size=4, gradient_accumulation=1,
-    target_modules=[*model.ATTENTION, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
+    target_modules=[*adapter.ATTENTION, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
     temperature=0.6, top_p=1.0,  # sorting 262,144 tokens for a top_p takes a CPU longer than the model does
 )  # fmt: skip
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_rows, eval_rows = comparison.read_split([], DEMO / "natural_rows.csv", eval_fraction=0.25, seed=0)
     print(f"{len(train_rows)} rows to train on, {len(eval_rows)} held out by prompt groups", flush=True)
     steps = options.epochs * math.ceil(len(train_rows) / SETTINGS["batch_size"])
-    base = model.load_base(folder, four_bit=False)
+    base = engine.load_base(folder, four_bit=False)
 
     def runs(cell: dict[str, Any], seeds: int = options.seeds) -> list[pd.DataFrame]:
         cells = comparison.make_cells([cell | dict(seed=seed) for seed in range(seeds)], **SETTINGS)

@@ -45,8 +45,7 @@ def base_content(folder: Path) -> tuple[Content, dict[str, Any]]:
     paths = {path.name: path for path in pick(folder, BASE)}
     if "config.json" not in paths:
         raise UploadError(f"{folder} holds no config.json: give the folder that save_pretrained wrote.")
-    from prompt_recovery.experts import check_folder  # imports torch
-    from prompt_recovery.model import base_id
+    from prompt_recovery.engine import base_id, check_folder  # imports torch
 
     if not check_folder(folder):
         raise UploadError(

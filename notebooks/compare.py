@@ -51,7 +51,7 @@ from pathlib import Path
 
 from IPython.display import Image, display
 
-from prompt_recovery import comparison, metric, model, tokenizer
+from prompt_recovery import comparison, engine, metric, tokenizer
 
 output = Path(output_dir)
 output.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ encoder_dir = encoder_dir or metric.minilm_dir()
 # trains on a wording that is held out.
 
 # %%
-model.check_model_dir(model_dir)
+engine.check_model_dir(model_dir)
 cells = comparison.make_cells(grid, **shared)
 train_rows, eval_rows = comparison.read_split(cells, train_csv, eval_fraction, seed)
 for cell in cells:
@@ -77,7 +77,7 @@ print(f"{len(cells)} cells, {len(train_rows)} rows to train on, {len(eval_rows)}
 
 # %%
 tok = tokenizer.load_tokenizer(model_dir, pad="unk", side="left")
-base = model.load_base(model_dir, four_bit=four_bit)
+base = engine.load_base(model_dir, four_bit=four_bit)
 answers = [comparison.run_cell(cell, base, tok, train_rows, eval_rows, output, model_dir=model_dir) for cell in cells]
 
 # %% [markdown]

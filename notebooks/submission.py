@@ -57,7 +57,7 @@ if wheels:
     subprocess.run([*pip, *map(str, wheels)], check=True)
 
 # %%
-from prompt_recovery import data, inputs, metric, model, submission
+from prompt_recovery import base, data, inputs, metric, submission
 
 model_dir, adapter_dir, test_csv = inputs.find_inputs(model_dir, adapter_dir, test_csv, input_dir, allow_base)
 print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}")
@@ -75,7 +75,7 @@ settings = inputs.rendering(adapter_dir, style, system_placement) | dict(
     adapter_dir=adapter_dir,
     fallback_prompt=fallback_prompt,
     time_budget_hours=time_budget_hours,
-    max_tokens=min(4096, model.load_config(model_dir).max_position_embeddings),
+    max_tokens=min(4096, base.load_config(model_dir).max_position_embeddings),
     max_new_tokens=max_new_tokens,
     started=started,
 )

@@ -48,7 +48,7 @@ from pathlib import Path
 from accelerate import PartialState
 from IPython.display import Image, display
 
-from prompt_recovery import adapter, data, generation, metric, model, tokenizer, training
+from prompt_recovery import adapter, answers, data, engine, metric, tokenizer, training
 
 output = Path(output_dir)
 output.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ output.mkdir(parents=True, exist_ok=True)
 # would measure memory.
 
 # %%
-model.check_model_dir(model_dir)
+engine.check_model_dir(model_dir)
 rows, account = data.clean_rows(data.read_rows(train_csv))
 train_rows, eval_rows = data.split_rows(rows, eval_fraction, seed)
 print(data.describe(rows, account))
@@ -93,12 +93,12 @@ display(Image(str(output / "lengths.png")))
 
 # %%
 encoder = metric.load_encoder(encoder_dir)
-base = model.load_base(model_dir, four_bit=four_bit)
+base = engine.load_base(model_dir, four_bit=four_bit)
 answer_options = render | dict(
     max_new_tokens=math.ceil(1.5 * max(training.answer_length(example) for example in train_examples)),
     fallback_prompt="Please improve this text.",
 )
-before = generation.answer_table(base, tok, eval_rows, description="answers before", **answer_options)
+before = answers.answer_table(base, tok, eval_rows, description="answers before", **answer_options)
 
 # %% [markdown]
 # ## Fine-tune
@@ -109,8 +109,10 @@ before = generation.answer_table(base, tok, eval_rows, description="answers befo
 
 # %%
 scored = eval_rows.sample(min(64, len(eval_rows)), random_state=seed)  # not the first 64: files may be sorted
-model.resize_input_embeddings(base, len(tok))
-lora = model.add_lora(base, base=model.base_id(model_dir), r=lora_r, alpha=lora_alpha, dropout=lora_dropout, seed=seed)
+adapter.resize_input_embeddings(base, len(tok))
+lora = adapter.add_lora(
+    base, base=engine.base_id(model_dir), r=lora_r, alpha=lora_alpha, dropout=lora_dropout, seed=seed
+)
 lora.print_trainable_parameters()
 log = training.train(
     lora,
@@ -126,7 +128,7 @@ log = training.train(
     seed=seed,
     resume=resume,
     score=lambda: metric.sharpened_cosine(
-        generation.answer_table(lora, tok, scored, description=None, **answer_options)["answer"],
+        answers.answer_table(lora, tok, scored, description=None, **answer_options)["answer"],
         scored["rewrite_prompt"],
         encoder,
     ).mean(),
@@ -162,7 +164,7 @@ adapter.check_adapter(output / "adapter", model_dir)
 # bootstrap interval.
 
 # %%
-after = generation.answer_table(lora, tok, eval_rows, description="answers after", **answer_options)
+after = answers.answer_table(lora, tok, eval_rows, description="answers after", **answer_options)
 predictions = metric.score_table(eval_rows, before, after, encoder)
 predictions.to_csv(output / "predictions.csv", index=False)
 evaluation = metric.evaluation(predictions, metric.encoder_name(encoder_dir))

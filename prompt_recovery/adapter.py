@@ -1,25 +1,23 @@
-"""A LoRA adapter as exactly two files that work on the unmodified base: save, check, describe, load."""
+"""A LoRA adapter: put one on a base, save it as exactly two files that work on the unmodified base, check, load."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb_functional
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prompt_recovery.model import load_config
+from prompt_recovery.base import load_config
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FINGERPRINT = "base_fingerprint"
@@ -30,6 +28,48 @@ FINGERPRINT_TOLERANCE = 2.0**-7
 
 class AdapterError(ValueError):
     """An adapter folder that must not be published or loaded; the message says which file or tensor is wrong."""
+
+
+def resize_input_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Give the input embeddings at least `rows` rows (the new ones zero), in place; `lm_head` stays as it is.
+
+    A pad token is read but never predicted. `resize_token_embeddings` would give it a row of lm_head too, which takes
+    a share of every softmax: losses with `<pad>` and with `unk` would differ.
+    """
+    old = model.get_input_embeddings()
+    if rows <= old.num_embeddings:
+        return
+    new = nn.Embedding(rows, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[: old.num_embeddings] = old.weight
+    if hasattr(old, "_hf_hook"):  # accelerate's hook moves inputs when the layers stand on several GPUs
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)
+    model.set_input_embeddings(new.requires_grad_(False))
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    base: str,
+    r: int = 16,
+    alpha: int = 64,
+    dropout: float = 0.1,
+    target_modules: Sequence[str] = ATTENTION,
+    seed: int = 0,
+) -> PeftModel:
+    """A fresh trainable LoRA on the model, its weights in fp32 whatever the base's dtype (fp16 GradScaler needs that).
+
+    base: the base's public id, which goes into the adapter's config instead of a local path.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
+    )
+    model.name_or_path = base  # peft writes this name into the adapter's config
+    return get_peft_model(model, config)
 
 
 def save_adapter(model: PeftModel, adapter_dir: str | Path, **rendering: str) -> Path:
@@ -121,59 +161,6 @@ def load_adapter(model: PreTrainedModel, adapter_dir: str | Path, model_dir: str
             )
     model.name_or_path = LoraConfig.from_pretrained(str(adapter_dir)).base_model_name_or_path
     return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False).eval()
-
-
-@contextmanager
-def merged(model: Any) -> Iterator[Any]:
-    """Inside the with block, the base model with the active adapter merged into 16-bit (or 32-bit) weights of the layers
-    it adapts; afterwards the model is as it was, tensor for tensor. A model without an adapter is given back as it is.
-
-    4-bit layers are dequantised for it and never quantised again: at Mixtral's shape 2 GiB more, and no launches for the
-    adapter. Raises AdapterError if the logits move by more than the rounding of the dtype.
-    """
-    if not isinstance(model, PeftModel) or not model.peft_config:
-        yield model
-        return
-    base = model.get_base_model()
-    ids = torch.arange(3, 35, device=model.get_input_embeddings().weight.device)[None] % base.config.vocab_size
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    with torch.inference_mode():
-        expected = base(input_ids=ids, use_cache=False).logits.float()
-    try:
-        for name, layer in list(base.named_modules()):
-            if isinstance(layer, LoraLayer):
-                parent = base.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], _merged_linear(layer, base.dtype))
-                replaced.append((parent, name.rpartition(".")[2], layer))
-        with torch.inference_mode():
-            moved = base(input_ids=ids, use_cache=False).logits.float() - expected
-        # of the middle token: a single one can be so sharp a case that rounding moves it entirely (LOG.md)
-        difference = (moved.norm(dim=-1) / expected.norm(dim=-1)).median()
-        # roundings of both ways pile up over the layers. Measured (LOG.md): 5e-3 in bf16 at Mixtral's shape, 3e-6 in fp32
-        # with a LoRA as large as the weights; fp16 passed there, its figure was not kept
-        limit = max(16 * torch.finfo(base.dtype).eps, 1e-4)
-        if not difference <= limit:
-            raise AdapterError(
-                f"merging the adapter moved the logits by {difference:.1e} of their size (limit {limit:.1e}): its weights are"
-                " too large for the base's precision, or the base is damaged."
-            )
-        yield base
-    finally:
-        for parent, name, layer in replaced:
-            setattr(parent, name, layer)
-
-
-def _merged_linear(layer: LoraLayer, dtype: torch.dtype) -> nn.Linear:
-    stored = layer.get_base_layer()
-    state = getattr(stored.weight, "quant_state", None)
-    weight = stored.weight.detach() if state is None else bnb_functional.dequantize_4bit(stored.weight.data, state)
-    weight = weight.float()
-    for adapter in layer.active_adapters:
-        weight = weight + layer.get_delta_weight(adapter).detach().float()
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=stored.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    linear.bias = stored.bias
-    return linear
 
 
 def base_fingerprint(model: PreTrainedModel) -> list[float]:

@@ -19,8 +19,11 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prompt_recovery import adapter, data, generation, metric, model, training
+from prompt_recovery import adapter, data, metric, training
+from prompt_recovery.answers import answer_rows
+from prompt_recovery.base import config_hash
 from prompt_recovery.combine import agreements, combine, pick_threshold
+from prompt_recovery.engine import Sampling, base_id
 
 SETTINGS: dict[str, Any] = dict(
     style="plain",
@@ -32,7 +35,7 @@ SETTINGS: dict[str, Any] = dict(
     lora_r=16,
     lora_alpha=64,
     lora_dropout=0.1,
-    target_modules=list(model.ATTENTION),
+    target_modules=list(adapter.ATTENTION),
     supervise="answer",  # answer | text: all tokens, as the usual recipes do
     learning_rate=2e-5,
     epochs=5,
@@ -134,8 +137,8 @@ def run_cell(
             n: v for n, v in setting.items() if n in ANSWERING or n in ("style", "system_placement", "max_tokens")
         }
         setting["seed"] = cell["seed"]
-    base_name = model.base_id(model_dir)
-    loaded = [base_name, str(base.dtype), model.config_hash(model_dir), hasattr(base.config, "quantization_config")]
+    base_name = base_id(model_dir)
+    loaded = [base_name, str(base.dtype), config_hash(model_dir), hasattr(base.config, "quantization_config")]
     adapter_dir = Path(output_dir) / f"adapter-{_key(loaded, training_setting, rows)}"
     seen = rows if trained or cell["few_shot"] else rows.head(0)
     answers_csv = Path(output_dir) / f"answers-{_key(loaded, setting, seen, eval_rows)}.csv"
@@ -147,13 +150,13 @@ def run_cell(
     elif trained:
         answering = adapter.load_adapter(base, adapter_dir, model_dir)
     examples: list[Any] = rows.sample(cell["few_shot"], random_state=cell["seed"]).to_dict("records")
+    several = cell["answers_per_row"] > 1
+    sampling = Sampling(cell["answers_per_row"], cell["temperature"] if several else 0.0, cell["top_p"], cell["seed"])
     started = time.monotonic()
-    results = generation.answer_rows(
+    results = answer_rows(
         answering, tokenizer, eval_rows, style=cell["style"], system_placement=cell["system_placement"],
         max_tokens=cell["max_tokens"], max_new_tokens=cell["max_new_tokens"], fallback_prompt=fallback_prompt,
-        examples=examples, answers_per_row=cell["answers_per_row"], top_p=cell["top_p"], seed=cell["seed"],
-        temperature=cell["temperature"] if cell["answers_per_row"] > 1 else 0.0,
-        stop_at_object=False,  # else JSON would never be seen to end by EOS
+        examples=examples, sampling=sampling, stop_at_object=False,  # else JSON would never be seen to end by EOS
     )  # fmt: skip
     lines = [
         dict(id=eval_rows["id"].iloc[position], number=number, answer=found.prompt, how=found.how, stopped=found.stopped,
@@ -180,7 +183,7 @@ def _train(
     )
     if cell["supervise"] == "text":
         examples = [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in examples]
-    lora = model.add_lora(
+    lora = adapter.add_lora(
         base, base=base_name, r=cell["lora_r"], alpha=cell["lora_alpha"], dropout=cell["lora_dropout"],
         target_modules=cell["target_modules"], seed=cell["seed"],
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter, read_header
-from prompt_recovery.model import check_model_dir, load_base
+from prompt_recovery.engine import check_model_dir, load_base
 from prompt_recovery.tokenizer import load_tokenizer
 
 KAGGLE_INPUT = "/kaggle/input"

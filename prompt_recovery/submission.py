@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 
-from prompt_recovery.adapter import merged
+from prompt_recovery.answers import NOT_FINITE, Recovered, answer_prompts
 from prompt_recovery.combine import combine
-from prompt_recovery.generation import Progress, Recovered, answer_rows, spread_order
+from prompt_recovery.engine import Meter, Sampling, merged, spread_order
 from prompt_recovery.submission_file import (
     SubmissionError,
     append_journal,
@@ -30,7 +29,7 @@ from prompt_recovery.submission_file import (
 )
 from prompt_recovery.tokenizer import encode_row
 
-SLICE_ROWS = 128  # of one call of `answer_rows`: some batches of rows of like length
+SLICE_ROWS = 128  # of one call of `answer_prompts`: some batches of rows of like length
 SHORTEST = {"plain": 16, "json": 32, "reason_json": 128}  # tokens below which hardly any prompt fits into an answer
 RESERVE = 1.1  # estimates of the time left were up to a tenth too low
 GIVE_UP = 16  # rows that raise one after the other: the device or the model is broken, not the rows
@@ -41,17 +40,6 @@ class Plan(NamedTuple):
 
     answers: int
     new_tokens: int
-
-
-class Batch(NamedTuple):
-    """A measured batch: its plan, rows, tokens read, seconds of prefill and of decoding, tokens of the longest answer."""
-
-    plan: Plan
-    rows: int
-    tokens_in: int
-    prefill: float
-    decode: float
-    longest: int
 
 
 @dataclass
@@ -70,9 +58,8 @@ class _Run:
     found: dict[int, list[Recovered]]
     answers: list[str]
     reasons: dict[int, str] = field(default_factory=dict)  # of rows that were not answered
-    lengths: dict[int, int] = field(default_factory=dict)  # tokens of the rows' prompts
-    batches: list[Batch] = field(default_factory=list)
-    tokens: int = 0
+    prompts: dict[int, list[int]] = field(default_factory=dict)  # token ids of the rows as the model is asked
+    meters: dict[Plan, Meter] = field(default_factory=dict)
     ending: str = ""  # once it is clear that not all rows can be answered
     written: float = float("-inf")
     said: float = float("-inf")
@@ -84,13 +71,15 @@ class _Run:
 
     def pending(self) -> list[int]:
         """Positions still to be answered, the longest first."""
-        left = [i for i in self.lengths if i not in self.found and i not in self.reasons]
-        return sorted(left, key=lambda i: (-self.lengths[i], i))
+        return [i for i in self.longest_first() if i not in self.found and i not in self.reasons]
+
+    def longest_first(self) -> list[int]:
+        return sorted(self.prompts, key=lambda i: (-len(self.prompts[i]), i))
 
     def slices(self, rows: int) -> list[list[int]]:
         """What is pending, in slices of rows of like length that a restart cuts in the same places; in an order in which
         those that are done are like those to come, or the shortest first where not all can be answered."""
-        order = sorted(self.lengths, key=lambda i: (-self.lengths[i], i))
+        order = self.longest_first()
         pending = set(self.pending())
         parts = [order[n : n + rows] for n in range(0, len(order), rows)]
         parts = parts[::-1] if self.ending else spread_order(parts)
@@ -102,20 +91,16 @@ class _Run:
         if answer:
             self.answers[position] = answer
         else:
-            self.reasons[position] = "no prompt in the answer"
+            broken = any(each.stopped == NOT_FINITE for each in found)
+            self.reasons[position] = "logits not finite" if broken else "no prompt in the answer"
 
-    def record(self, rows: list[tuple[int, list[Recovered]]], measured: tuple[int, int, float, float]) -> None:
-        """Take the rows of a finished batch, and put them where a kill can't reach them."""
+    def record(self, rows: list[tuple[int, list[Recovered]]], meter: Meter) -> None:
+        """Take finished rows, and put them where a kill can't reach them."""
         started = time.monotonic()
         for position, found in rows:
             self.note(position, found)
-        combining = time.monotonic() - started  # with an encoder on the CPU it takes its time
-        tokens = [each.tokens for _, found in rows for each in found]
-        self.batches.append(
-            Batch(self.plan, measured[0], measured[1], measured[2], measured[3] + combining, max(tokens))
-        )
-        self.tokens += sum(tokens)
         now = time.monotonic()
+        meter.writing += now - started  # combining with an encoder on the CPU takes its time
         try:
             append_journal(self.journal, rows, now - self.noted)
         except OSError as error:
@@ -129,7 +114,8 @@ class _Run:
             self.say(f"{self.progress()}, about {self.needed(self.plan):.0f} s to go, {left:.0f} s left in the budget")
 
     def progress(self) -> str:
-        rate = self.tokens / max(sum(each.prefill + each.decode for each in self.batches), 1e-9)
+        tokens = sum(meter.tokens_out for meter in self.meters.values())
+        rate = tokens / max(sum(meter.seconds for meter in self.meters.values()), 1e-9)
         return f"{len(self.found)} of {len(self.test)} rows, {rate:.1f} tokens/s"
 
     def save(self) -> None:
@@ -141,15 +127,15 @@ class _Run:
             check_submission(self.test, self.path)
         self.written = time.monotonic()
 
-    def measure(self, tokenizer: Any) -> None:
-        """Encode each row, for its length and to find those that raise."""
+    def encode(self, tokenizer: Any) -> None:
+        """Encode each row, which also finds those that raise."""
         rows = self.test.to_dict("records")
         options = {name: self.settings[name] for name in ("style", "system_placement")}
         room = self.settings["max_tokens"] - self.settings["max_new_tokens"]
         encode_row(tokenizer, {"original_text": "", "rewritten_text": ""}, max_tokens=room, **options)
         for position, row in enumerate(rows):
             try:
-                self.lengths[position] = len(encode_row(tokenizer, row, max_tokens=room, **options)[0])
+                self.prompts[position] = encode_row(tokenizer, row, max_tokens=room, **options)[0]
             except Exception as error:  # whatever is wrong with one row must not cost the others
                 self.fail(position, error)
 
@@ -162,26 +148,28 @@ class _Run:
 
     def needed(self, plan: Plan) -> float:
         """Seconds that the pending rows take by this plan, from what reading a token and writing an answer took so far."""
-        same = [each for each in self.batches if each.plan.answers == plan.answers] or self.batches
-        batches = same[1:] or same  # the first one compiles
-        if not batches:
+        measured = {each: meter for each, meter in self.meters.items() if meter.batches}
+        same = {each: meter for each, meter in measured.items() if each.answers == plan.answers} or measured
+        if not same:
             return 0.0
         left = self.pending()
-        reading = sum(each.prefill for each in batches) / sum(each.tokens_in for each in batches)
+        rows = sum(meter.rows for meter in same.values())
+        reading = sum(meter.seconds_a_token_in() * meter.rows for meter in same.values()) / rows
         writing = sum(
-            each.decode * plan.answers / each.plan.answers * min(1.0, plan.new_tokens / each.longest)
-            for each in batches
-        ) / sum(each.rows for each in batches)
-        return reading * sum(self.lengths[i] for i in left) + writing * len(left)
+            meter.seconds_a_row() * meter.rows * plan.answers / each.answers
+            * min(1.0, plan.new_tokens / meter.longest)
+            for each, meter in same.items()
+        ) / rows  # fmt: skip
+        return reading * sum(len(self.prompts[i]) for i in left) + writing * len(left)
 
     def replan(self) -> bool:
         """Whether the rows to come now get less, since there is no time for more: first a single answer, then shorter
         ones; where that is too little, as many rows as can be."""
         left = max(0.0, self.deadline - time.monotonic())
         needed = self.needed(self.plan)
-        same = [each for each in self.batches if each.plan.answers == self.plan.answers]
+        same = [meter for plan, meter in self.meters.items() if plan.answers == self.plan.answers]
         # the first batch compiles: its measure alone is a poor one, unless it took a good part of the time
-        first = len(same) == 1 and same[0].prefill + same[0].decode < left / 10
+        first = sum(meter.batches for meter in same) == 1 and sum(meter.seconds for meter in same) < left / 10
         if self.ending or first or needed * RESERVE <= left:
             return False
         why = f"{len(self.pending())} rows would take {needed:.0f} s, {left:.0f} s are left"
@@ -206,30 +194,32 @@ class _Run:
         return True
 
     def in_time(self) -> bool:
-        slowest = max((each.prefill + each.decode for each in self.batches if each.plan == self.plan), default=0.0)
-        return time.monotonic() + slowest < self.deadline
+        return time.monotonic() + self.meters.get(self.plan, Meter()).slowest < self.deadline
 
     # -- answers
 
     def answer_slice(self, model: Any, tokenizer: Any, positions: list[int]) -> Exception | None:
         """Answer rows until they are done, the plan changes, or something raises, which is returned."""
-        settings = {k: self.settings[k] for k in ("style", "system_placement", "top_p", "seed")}
-        settings["temperature"] = self.settings["temperature"] if self.plan.answers > 1 else 0.0
-        room = self.settings["max_tokens"] - self.settings["max_new_tokens"]
-        progress = Progress()
-        results: Any = answer_rows(
-            model, tokenizer, self.test.iloc[positions], max_tokens=room + self.plan.new_tokens,
-            max_new_tokens=self.plan.new_tokens, answers_per_row=self.plan.answers, fallback_prompt="-",
-            numbers=positions, deadline=self.deadline, batch_tokens=self.batch_tokens, progress=progress,
-            description=None, **settings,
+        several = self.plan.answers > 1
+        temperature = self.settings["temperature"] if several else 0.0
+        sampling = Sampling(self.plan.answers, temperature, self.settings["top_p"], self.settings["seed"])
+        meter = self.meters.setdefault(self.plan, Meter())
+        results: Any = answer_prompts(
+            model, tokenizer, [self.prompts[i] for i in positions], style=self.settings["style"], fallback_prompt="-",
+            max_new_tokens=self.plan.new_tokens, sampling=sampling, numbers=positions, deadline=self.deadline,
+            batch_tokens=self.batch_tokens, meter=meter, description=None,
         )  # fmt: skip
+        counted = meter.rows
+        rows: list[tuple[int, list[Recovered]]] = []
         try:
-            for first in results:
-                rows, tokens_in, prefill, decode = progress.batches[-1]
-                batch = [first, *islice(results, rows - 1)]
-                self.record([(positions[i], found) for i, found in batch], (rows, tokens_in, prefill, decode))
-                if self.replan():
-                    return None
+            for position, found in results:
+                rows.append((positions[position], found))
+                counted += 1
+                if counted == meter.rows:  # all that is finished has been handed over
+                    self.record(rows, meter)
+                    rows = []
+                    if self.replan():
+                        return None
         except SubmissionError:
             raise
         except Exception as error:
@@ -319,7 +309,7 @@ def answer_test(
     the measured speed is too low, a row gets one answer instead of answers_per_row, then shorter ones, then the fallback.
     how, mean_prompt, encoder, threshold: see `combine`; answers over 128 sentence-t5 tokens lose their end. temperature,
     top_p: of all answers but the first, which is greedy. seed, batch_tokens: see `generate`. slice_rows, write_seconds:
-    rows of one call of `answer_rows`, and the least time between two writes of submission_csv.
+    rows of one call of `answer_prompts`, and the least time between two writes of submission_csv.
     Raises SubmissionError for a blank fallback, for several answers that nothing combines or the other way round, and where
     no whole file could be written; TokenizerError, TemplateError and ValueError for settings that fit no row. A row that
     raises keeps the fallback.
@@ -362,14 +352,14 @@ def answer_test(
         run.ending = "no model"
     elif len(found) < len(test):
         try:
-            run.measure(tokenizer)
+            run.encode(tokenizer)
             with merged(model) as fast:
                 run.answer(fast, tokenizer, slice_rows)
         finally:
             run.save()
     check_submission(test, submission_csv)
     report = run.report()
-    run.say(summary(report) + (f"; {run.progress()}" if run.batches else ""))
+    run.say(summary(report) + (f"; {run.progress()}" if run.meters else ""))
     return report
 
 

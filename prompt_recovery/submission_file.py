@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from prompt_recovery.adapter import CONFIG, WEIGHTS
+from prompt_recovery.answers import Recovered
 from prompt_recovery.combine import LIMIT, count_tokens
-from prompt_recovery.generation import Recovered
 
 SPECIALS = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]")
 

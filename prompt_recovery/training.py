@@ -25,9 +25,14 @@ from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from prompt_recovery import memory
-from prompt_recovery.memory import TooLittleMemory
-from prompt_recovery.nf4 import release_buffers
+from prompt_recovery.engine import (
+    TooLittleMemory,
+    TrainingPlan,
+    apply_plan,
+    processes,
+    release_buffers,
+    training_plan,
+)
 from prompt_recovery.templates import TemplateError, render_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
@@ -188,7 +193,7 @@ class _Trainer(Trainer):
                 "several processes, batch_size."
             ) from error
         if rows == 1:
-            memory.apply_plan(base, memory.Plan(1, 1, checkpointed=count))
+            apply_plan(base, TrainingPlan(1, 1, checkpointed=count))
             self.all_recomputed = True
         self.rows_at_a_time = max(1, rows // 2)
         recomputed = " and activations recomputed in every layer" if self.all_recomputed else ""
@@ -262,7 +267,7 @@ def train(
     Raises TrainingError where the checkpoints belong to other rows or settings, or the rows of a step can't be shared
     out evenly; TooLittleMemory where one row does not fit.
     """
-    state = memory.processes()
+    state = processes()
     check_supervised(train_examples, tokenizer.eos_token_id)
     steps_an_epoch = math.ceil(len(train_examples) / (batch_size * gradient_accumulation))
     total = max_steps if max_steps > 0 else math.ceil(epochs * steps_an_epoch)
@@ -293,7 +298,7 @@ def train(
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     model.config.use_cache = False
     plan = _plan(model, train_examples, batch_size, gradient_accumulation, activation_checkpointing, bf16)
-    memory.apply_plan(model, plan)
+    apply_plan(model, plan)
     state.print(plan)
     # rows without a label: accelerate would repeat the first rows where the last ones are too few for all processes
     filler = [{"input_ids": [tokenizer.eos_token_id], "labels": [IGNORED]}]
@@ -337,6 +342,9 @@ def train(
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
     )
+    # one process computes on one card: of several that it sees, Trainer would give each a batch and train on all rows
+    # of these, or copy the model to them
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -351,29 +359,28 @@ def train(
     trainer.rows_in_order = batch_size * gradient_accumulation
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.config.use_cache = True
-    release_buffers()
+    release_buffers(model)
     model.eval()
     return training_log(trainer.state.log_history)
 
 
 def _plan(
     model: PeftModel, examples: Sequence[Example], batch: int, accumulation: int, checkpointing: bool | None, bf16: bool
-) -> memory.Plan:
-    processes = memory.processes().num_processes
-    if batch * accumulation % processes:
+) -> TrainingPlan:
+    sharing = processes().num_processes
+    if batch * accumulation % sharing:
         raise TrainingError(
-            f"batch_size {batch} x gradient_accumulation {accumulation} rows can't be shared out to {processes} processes:"
+            f"batch_size {batch} x gradient_accumulation {accumulation} rows can't be shared out to {sharing} processes:"
             " make the product a multiple of their number."
         )
-    rows = batch * accumulation // processes
+    rows = batch * accumulation // sharing
     if torch.cuda.is_available() and checkpointing is None:
-        free = min(memory.free_memory().values()) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         longest = max(len(example["input_ids"]) for example in examples)
         answer = max(answer_length(example) for example in examples)
-        return memory.plan_training(model, free, longest, answer, rows, torch.bfloat16 if bf16 else torch.float16)
+        return training_plan(model, longest, answer, rows, torch.bfloat16 if bf16 else torch.float16)
     micro = math.gcd(rows, batch)
     layers = model.config.get_text_config().num_hidden_layers if checkpointing else 0
-    return memory.Plan(micro, rows // micro, checkpointed=layers)
+    return TrainingPlan(micro, rows // micro, checkpointed=layers)
 
 
 def last_checkpoint(checkpoints: str | Path) -> Path | None:

@@ -6,16 +6,17 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-from prompt_recovery import adapter, model
+from prompt_recovery import adapter
 from prompt_recovery.adapter import CONFIG, WEIGHTS, AdapterError
+from prompt_recovery.engine import loading
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """An adapter with random weights, saved from a model whose vocabulary was resized."""
-    base = model.load_base(TINY)
-    model.resize_input_embeddings(base, 2401)
-    lora = model.add_lora(base, base="tiny-mixtral", r=4)
+    base = loading.load_base(TINY)
+    adapter.resize_input_embeddings(base, 2401)
+    lora = adapter.add_lora(base, base="tiny-mixtral", r=4)
     torch.manual_seed(1)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
@@ -39,7 +40,7 @@ def test_two_files_that_give_the_same_logits_on_the_unmodified_base(saved):
     assert all("lora_" in name for name in tensors) and len(tensors) == 5 * 4 * 2
     assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == "tiny-mixtral"
     assert str(TINY.parent) not in (folder / CONFIG).read_text()
-    base = model.load_base(TINY)
+    base = loading.load_base(TINY)
     loaded = adapter.load_adapter(base, folder, TINY)
     assert base.get_input_embeddings().num_embeddings == 2400
     assert {p.dtype for n, p in loaded.named_parameters() if "lora_" in n} == {torch.float32}
@@ -125,14 +126,14 @@ def test_rank_is_checked_without_the_base(copy):
 
 
 def test_another_base_of_the_same_shape_is_refused(copy):
-    base = model.load_base(TINY)
+    base = loading.load_base(TINY)
     base.get_output_embeddings().weight.data += 0.1
     with pytest.raises(AdapterError, match="trained on another base"):
         adapter.load_adapter(base, copy, TINY)
 
 
 def test_a_diverged_adapter_is_not_saved_over_a_good_one(copy):
-    lora = model.add_lora(model.load_base(TINY), base="tiny-mixtral", r=4)
+    lora = adapter.add_lora(loading.load_base(TINY), base="tiny-mixtral", r=4)
     next(p for n, p in lora.named_parameters() if "lora_A" in n).data[0, 0] = torch.inf
     good = (copy / WEIGHTS).read_bytes()
     with pytest.raises(AdapterError, match="NaN or infinity"):
@@ -141,13 +142,13 @@ def test_a_diverged_adapter_is_not_saved_over_a_good_one(copy):
 
 
 def test_model_folders_are_checked_first(tmp_path):
-    with pytest.raises(model.ModelError, match="no config.json"):
-        model.load_base(tmp_path)
+    with pytest.raises(loading.ModelError, match="no config.json"):
+        loading.load_base(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(model.ModelError, match="pickle"):
-        model.load_base(tmp_path)
-    assert model.base_id(TINY) == "tiny-mixtral"
+    with pytest.raises(loading.ModelError, match="pickle"):
+        loading.load_base(tmp_path)
+    assert loading.base_id(TINY) == "tiny-mixtral"
 
 
 def test_the_fingerprint_of_a_head_of_mixtrals_size_stays_inside():

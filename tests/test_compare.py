@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT, TINY
 
 from prompt_recovery import comparison as c
-from prompt_recovery import data, metric, model, tokenizer
+from prompt_recovery import data, metric, tokenizer
+from prompt_recovery.engine import loading
 
 FEW = dict(max_steps=2, batch_size=2, gradient_accumulation=1, max_tokens=256, max_new_tokens=8)
 
@@ -63,7 +64,7 @@ def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
     torch.manual_seed(0)
     cells = c.make_cells([{"max_steps": 0}, {}, {"answers_per_row": 3}, {"combine": "join"}, {"lora_r": 1}], **FEW)
     train, held = c.read_split(cells, small_csv, 0.2, 0)
-    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), model.load_base(TINY, four_bit=False)
+    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
 
     def run(cell, rows=train, **others):
@@ -95,7 +96,7 @@ def test_examples_stand_before_the_row_and_text_is_supervised(tmp_path, small_cs
         [{"max_steps": 0}, {"max_steps": 0, "few_shot": 2}, {"supervise": "text"}], **FEW | {"max_tokens": 900}
     )
     train, held = c.read_split(cells, small_csv, 0.2, 0)
-    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), model.load_base(TINY, four_bit=False)
+    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
     found = [c.run_cell(cell, base, tok, train, held, tmp_path, model_dir=TINY) for cell in cells]
     assert found[0]["answer"].to_list() != found[1]["answer"].to_list()
     logs = [pd.read_csv(path) for path in tmp_path.glob("training-*/training_log.csv")]

@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
-from prompt_recovery import adapter, memory, metric, training
+from prompt_recovery import adapter, metric, training
+from prompt_recovery.engine import memory
 
 # without a GPU `--cpu` starts one process, whatever --num_processes says; `--multi_gpu` starts as many as it is told
 LAUNCH = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",

@@ -24,9 +24,8 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from prompt_recovery import adapter, experts, memory, model, moe_forward, nf4
-from prompt_recovery.experts import Nf4Error
-from prompt_recovery.model import ModelError
+from prompt_recovery import adapter
+from prompt_recovery.engine import ModelError, Nf4Error, forward, loading, memory, quantiser, storage
 
 COMMON = dict(
     vocab_size=320, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -63,8 +62,8 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(hub, tmp_path_factory):
-    base = model.load_base(hub, torch.bfloat16, four_bit=True)
-    return model.save_quantised(base, hub, tmp_path_factory.mktemp("saved") / "mixtral-nf4")
+    base = loading.load_base(hub, torch.bfloat16, four_bit=True)
+    return loading.save_quantised(base, hub, tmp_path_factory.mktemp("saved") / "mixtral-nf4")
 
 
 def logits(base, ids=IDS):
@@ -76,12 +75,23 @@ def distance(found, expected):
     return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
+# the 16 values of QLoRA's appendix E
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+
+
 def by_bitsandbytes(matrix):
-    """There and back again, by bitsandbytes' own functions: 4-bit bytes, 8-bit scales, values."""
+    """There and back again: bitsandbytes' 4-bit bytes and 8-bit scales, and the values by the formula."""
     packed, state = bnb_functional.quantize_4bit(
         matrix.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
     )
-    return packed, state.absmax, bnb_functional.dequantize_4bit(packed, state)
+    absmax = state.state2.code[state.absmax.long()] * state.state2.absmax.repeat_interleave(256)[: len(state.absmax)]
+    nibbles = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), -1).long()
+    values = NF4[nibbles].view(-1, 64) * (absmax + state.offset)[:, None]
+    return packed, state.absmax, values.view(matrix.shape).to(matrix.dtype)
 
 
 def dequantised(folder):
@@ -105,7 +115,7 @@ def test_a_hub_folder_becomes_what_bitsandbytes_makes_of_every_matrix(dtype, tmp
     tensors = checkpoint(folder)
     assert len(list(folder.glob("*.safetensors"))) > 3
     assert tensors["model.layers.2.block_sparse_moe.experts.3.w2.weight"].dtype == dtype
-    base = model.load_base(folder, dtype, four_bit=True)
+    base = loading.load_base(folder, dtype, four_bit=True)
     for number, layer in enumerate(base.model.layers):
         for expert in range(4):
             w1, w2, w3 = (
@@ -113,12 +123,12 @@ def test_a_hub_folder_becomes_what_bitsandbytes_makes_of_every_matrix(dtype, tmp
             )
             for projection, matrix in (("gate_up_proj", torch.cat((w1, w3))), ("down_proj", w2)):
                 packed, absmax, values = by_bitsandbytes(matrix)
-                pieces = {piece: getattr(layer.mlp.experts, f"{projection}_{piece}") for piece in nf4.PIECES}
+                pieces = {piece: getattr(layer.mlp.experts, f"{projection}_{piece}") for piece in storage.PIECES}
                 assert torch.equal(pieces["packed"][expert].flatten(), packed.flatten())
                 assert torch.equal(pieces["absmax"][expert], absmax)
-                assert torch.equal(nf4.dequantise(pieces, dtype)[expert], values)
-                assert torch.equal(nf4.expert_weight(layer.mlp.experts, projection, expert, dtype), values)
-        for name in model.ATTENTION:
+                assert torch.equal(storage.dequantise(pieces, dtype)[expert], values)
+                assert torch.equal(storage.expert_weight(layer.mlp.experts, projection, expert, dtype), values)
+        for name in adapter.ATTENTION:
             weight = getattr(layer.self_attn, name).weight
             values = bnb_functional.dequantize_4bit(weight.data, weight.quant_state)
             assert weight.quant_state.nested and weight.quant_state.blocksize == 64
@@ -136,7 +146,7 @@ def test_a_hub_folder_becomes_what_bitsandbytes_makes_of_every_matrix(dtype, tmp
 
 
 def test_the_dtype_asked_for_does_not_change_the_4_bit_values(hub):
-    states = [model.load_base(hub, dtype, four_bit=True).state_dict() for dtype in (torch.bfloat16, torch.float32)]
+    states = [loading.load_base(hub, dtype, four_bit=True).state_dict() for dtype in (torch.bfloat16, torch.float32)]
     assert states[0].keys() == states[1].keys()
     packed = [name for name in states[0] if "experts." in name]
     assert len(packed) == 3 * 2 * 4
@@ -145,7 +155,7 @@ def test_the_dtype_asked_for_does_not_change_the_4_bit_values(hub):
 
 
 def test_casting_the_model_leaves_the_4_bit_values(hub):
-    base = model.load_base(hub, torch.bfloat16, four_bit=True)
+    base = loading.load_base(hub, torch.bfloat16, four_bit=True)
     before = {name: value.clone() for name, value in base.model.layers[0].mlp.experts.state_dict().items()}
     base.to(torch.float16)
     assert all(torch.equal(value, before[k]) for k, value in base.model.layers[0].mlp.experts.state_dict().items())
@@ -160,7 +170,7 @@ def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypat
         seen = []
 
         def watched(weight, seen=seen):
-            pieces = nf4.quantise(weight)
+            pieces = storage.quantise(weight)
             alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta]
             # experts' matrices: [rows, columns] as read, [experts, rows, columns] merged
             matrices = {t.untyped_storage().data_ptr(): t for t in alive if t.dtype == torch.bfloat16 and t.dim() > 1}
@@ -168,8 +178,8 @@ def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypat
             seen.append(sum(t.untyped_storage().nbytes() for t in matrices.values() if tuple(t.shape[-2:]) in shapes))
             return pieces
 
-        monkeypatch.setattr(experts, "quantise", watched)
-        model.load_base(folder, torch.bfloat16, four_bit=True)
+        monkeypatch.setattr(quantiser, "quantise", watched)
+        loading.load_base(folder, torch.bfloat16, four_bit=True)
         assert len(seen) == 2 * layers
         peaks[layers] = max(seen)
     gate_up = 4 * 192 * 128 * 2
@@ -177,10 +187,10 @@ def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypat
 
 
 def test_summary_adds_up(hub, capsys):
-    base = model.load_base(hub, torch.bfloat16, four_bit=True)
+    base = loading.load_base(hub, torch.bfloat16, four_bit=True)
     printed = capsys.readouterr().out
     whole = AutoModelForCausalLM.from_config(MixtralConfig(**MIXTRAL))
-    parts = {(part.part, part.precision): part for part in experts.summary(base)}
+    parts = {(part.part, part.precision): part for part in quantiser.summary(base)}
     assert {name: precision for name, precision in parts} == {
         "experts": "nf4", "attention": "nf4", "router": "bfloat16", "norms": "bfloat16", "embeddings": "bfloat16",
         "lm_head": "bfloat16",
@@ -192,8 +202,8 @@ def test_summary_adds_up(hub, capsys):
     assert parts["experts", "nf4"].gib * 2**30 == 3 * 4 * 3 * 96 * 128 / 2 + blocks + 4 * nested + 4 * 3 * 4 * 2
     assert parts["lm_head", "bfloat16"].gib * 2**30 == 320 * 128 * 2
     assert "experts" in printed and "together" in printed and "nf4" in printed
-    lora = model.add_lora(base, base="m", r=4)
-    added = {(part.part, part.precision): part for part in experts.summary(lora)}
+    lora = adapter.add_lora(base, base="m", r=4)
+    added = {(part.part, part.precision): part for part in quantiser.summary(lora)}
     assert added.pop(("adapter", "float32")).parameters == lora.get_nb_trainable_parameters()[0]
     assert added == parts
 
@@ -206,19 +216,19 @@ def test_what_bitsandbytes_alone_leaves_in_16_bit_is_a_hard_error(hub):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         ),
     )  # fmt: skip
-    assert {part.precision for part in experts.summary(stock) if part.part == "experts"} == {"bfloat16"}
+    assert {part.precision for part in quantiser.summary(stock) if part.part == "experts"} == {"bfloat16"}
     with pytest.raises(Nf4Error, match=r"layers\.0\.mlp\.experts\.gate_up_proj.*four_bit=False"):
-        experts.check_quantised(stock)
+        quantiser.check_quantised(stock)
 
 
 def test_a_layer_left_in_16_bit_is_a_hard_error(hub, monkeypatch):
     """A later version of transformers might skip more than the head and the routers."""
-    stock = experts.Nf4Quantizer.get_modules_to_not_convert
+    stock = quantiser.Nf4Quantizer.get_modules_to_not_convert
     monkeypatch.setattr(
-        experts.Nf4Quantizer, "get_modules_to_not_convert", staticmethod(lambda *a, **k: [*stock(*a, **k), "o_proj"])
+        quantiser.Nf4Quantizer, "get_modules_to_not_convert", staticmethod(lambda *a, **k: [*stock(*a, **k), "o_proj"])
     )
     with pytest.raises(Nf4Error, match=r"layers\.0\.self_attn\.o_proj\.weight, .*layers\.2\.self_attn\.o_proj"):
-        model.load_base(hub, torch.bfloat16, four_bit=True)
+        loading.load_base(hub, torch.bfloat16, four_bit=True)
 
 
 @pytest.mark.parametrize(
@@ -237,41 +247,41 @@ def test_a_folder_that_lacks_tensors_is_refused(hub, tmp_path, missing):
     rewrite(folder, {name: tensor for name, tensor in checkpoint(hub).items() if missing not in name})
     for four_bit in (True, False):
         with pytest.raises((ModelError, Nf4Error, RuntimeError), match="lacks|conversion|mismatched"):
-            model.load_base(folder, torch.bfloat16, four_bit=four_bit)
+            loading.load_base(folder, torch.bfloat16, four_bit=four_bit)
 
 
 # --- saving and loading again -------------------------------------------------------------------------------
 
 
 def test_a_saved_folder_gives_the_same_logits_and_is_not_quantised_again(hub, saved, monkeypatch):
-    expected = logits(model.load_base(hub, torch.bfloat16, four_bit=True))
+    expected = logits(loading.load_base(hub, torch.bfloat16, four_bit=True))
     assert expected.std() > 0.1
 
     def refuse(*_, **__):
         raise AssertionError("quantised again")
 
-    monkeypatch.setattr(experts, "quantise", refuse)
+    monkeypatch.setattr(quantiser, "quantise", refuse)
     monkeypatch.setattr(bnb_functional, "quantize_4bit", refuse)
     monkeypatch.setattr(bnb_functional, "quantize_blockwise", refuse)
-    again = model.load_base(saved, torch.bfloat16, four_bit=True)
+    again = loading.load_base(saved, torch.bfloat16, four_bit=True)
     assert torch.equal(logits(again), expected)
-    assert again.config._experts_implementation == experts.METHOD
-    assert model.base_id(saved) == "mixtral"  # of the model it was made from
+    assert again.config._experts_implementation == quantiser.METHOD
+    assert loading.base_id(saved) == "mixtral"  # of the model it was made from
     with pytest.raises(RuntimeError, match="conversion"):  # the check above can fail
-        model.load_base(hub, torch.bfloat16, four_bit=True)
+        loading.load_base(hub, torch.bfloat16, four_bit=True)
 
 
 def test_a_saved_folder_is_small_and_can_be_saved_once_more(saved, hub, tmp_path):
-    again = model.save_quantised(model.load_base(saved, torch.bfloat16, four_bit=True), saved, tmp_path / "twice")
+    again = loading.save_quantised(loading.load_base(saved, torch.bfloat16, four_bit=True), saved, tmp_path / "twice")
     first, second = checkpoint(saved), checkpoint(again)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    found = experts.summary(model.load_base(saved, torch.bfloat16, four_bit=True))
-    assert found == experts.summary(model.load_base(hub, torch.bfloat16, four_bit=True))
+    found = quantiser.summary(loading.load_base(saved, torch.bfloat16, four_bit=True))
+    assert found == quantiser.summary(loading.load_base(hub, torch.bfloat16, four_bit=True))
     assert (again / "config.json").is_file() and not list(tmp_path.glob("*.partial"))
 
 
 def test_tokenizer_files_come_along(tmp_path):
-    folder = model.save_quantised(model.load_base(TINY, four_bit=True), TINY, tmp_path / "q")
+    folder = loading.save_quantised(loading.load_base(TINY, four_bit=True), TINY, tmp_path / "q")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (TINY / name).read_bytes()
 
@@ -288,8 +298,8 @@ def edit_config(folder, **quantisation):
         dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4"),  # transformers 4.57's
         dict(_load_in_4bit=True, load_in_4bit=True),
         dict(quant_method="gptq", bits=4),
-        dict(quant_method=experts.METHOD, layout="nf4-per-expert-0"),
-        dict(quant_method=experts.METHOD),
+        dict(quant_method=quantiser.METHOD, layout="nf4-per-expert-0"),
+        dict(quant_method=quantiser.METHOD),
     ],
 )
 @pytest.mark.parametrize("four_bit", [True, False, None])
@@ -297,19 +307,19 @@ def test_another_4_bit_layout_is_refused_with_the_remedy(hub, tmp_path, quantisa
     folder = shutil.copytree(hub, tmp_path / "m")
     edit_config(folder, **quantisation)
     with pytest.raises(Nf4Error, match=r"quantised already.*[Gg]ive the folder of the 16-bit model"):
-        model.load_base(folder, four_bit=four_bit)
+        loading.load_base(folder, four_bit=four_bit)
 
 
 def test_4_bit_folders_and_16_bit_models_are_not_mixed_up(hub, saved, tmp_path):
     with pytest.raises(ModelError, match=r"holds a 4-bit model.*four_bit=True"):
-        model.load_base(saved, four_bit=False)
-    assert experts.check_folder(saved) and not experts.check_folder(hub)
-    quantised = model.load_base(saved, torch.bfloat16, four_bit=True)
+        loading.load_base(saved, four_bit=False)
+    assert quantiser.check_folder(saved) and not quantiser.check_folder(hub)
+    quantised = loading.load_base(saved, torch.bfloat16, four_bit=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(ModelError, match="there already"):
-        model.save_quantised(quantised, saved, tmp_path / "there")
+        loading.save_quantised(quantised, saved, tmp_path / "there")
     with pytest.raises(Nf4Error):
-        model.save_quantised(model.load_base(hub, four_bit=False), hub, tmp_path / "new")
+        loading.save_quantised(loading.load_base(hub, four_bit=False), hub, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
@@ -320,17 +330,17 @@ def test_a_damaged_4_bit_folder_is_refused(saved, tmp_path):
         {name: t for name, t in checkpoint(saved).items() if not name.endswith("1.mlp.experts.down_proj_packed")},
     )
     with pytest.raises((ModelError, Nf4Error), match=r"layers\.1\.mlp\.experts\.down_proj_packed"):
-        model.load_base(folder, torch.bfloat16, four_bit=True)
+        loading.load_base(folder, torch.bfloat16, four_bit=True)
 
 
 def test_answers_leave_the_attention_weights_as_they_are(hub, tmp_path, monkeypatch):
     """On a CPU with AVX-512 BF16 bitsandbytes repacks a linear layer's weights the first time it answers."""
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
-    base = model.load_base(hub, torch.bfloat16, four_bit=True)
+    base = loading.load_base(hub, torch.bfloat16, four_bit=True)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     logits(base)
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
-    model.save_quantised(base, hub, tmp_path / "q")
+    loading.save_quantised(base, hub, tmp_path / "q")
 
 
 # --- other architectures ------------------------------------------------------------------------------------
@@ -344,26 +354,26 @@ OTHERS = {
         **COMMON, intermediate_size=64, moe_intermediate_size=96, head_dim=32, num_experts=6, num_experts_per_tok=3,
         tie_word_embeddings=True,
     ),
-    "llama": LlamaConfig(**COMMON, intermediate_size=96, tie_word_embeddings=True),
-    "mistral": MistralConfig(**COMMON, intermediate_size=96),
+    "llama": LlamaConfig(**COMMON, intermediate_size=192, tie_word_embeddings=True),
+    "mistral": MistralConfig(**COMMON, intermediate_size=192),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_moe_and_dense_models(name, tmp_path):
     folder = write(tmp_path / name, OTHERS[name])
-    base = model.load_base(folder, torch.float32, four_bit=True)
+    base = loading.load_base(folder, torch.float32, four_bit=True)
     sixteen = dequantised(folder)
-    parts = {(part.part, part.precision): part.parameters for part in experts.summary(base)}
+    parts = {(part.part, part.precision): part.parameters for part in quantiser.summary(base)}
     dense = name in ("llama", "mistral")
     assert ("experts", "nf4") in parts or dense
     assert ("experts", "float32") not in parts and ("other layers", "float32") not in parts
     assert sum(parts.values()) == sixteen.num_parameters()
     assert distance(logits(base), logits(sixteen)) < 1e-4
-    again = model.load_base(model.save_quantised(base, folder, tmp_path / "q"), torch.float32, four_bit=True)
+    again = loading.load_base(loading.save_quantised(base, folder, tmp_path / "q"), torch.float32, four_bit=True)
     assert torch.equal(logits(again), logits(base))
     # gradients reach an adapter below the experts
-    lora = model.add_lora(again, base="m", r=4, dropout=0.0)
+    lora = adapter.add_lora(again, base="m", r=4, dropout=0.0)
     lora(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in lora.parameters() if p.requires_grad)
 
@@ -371,30 +381,37 @@ def test_other_moe_and_dense_models(name, tmp_path):
 def test_experts_of_another_form_are_refused_before_they_load(tmp_path):
     config = GptOssConfig(**COMMON, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, head_dim=32)
     with pytest.raises(Nf4Error, match=r"is_transposed, has_bias.*four_bit=False"):
-        model.load_base(write(tmp_path / "oss", config), four_bit=True)
+        loading.load_base(write(tmp_path / "oss", config), four_bit=True)
     odd = MixtralConfig(**MIXTRAL | dict(hidden_size=40, head_dim=16, intermediate_size=6))
     with pytest.raises(Nf4Error, match=r"multiple of 64 weights.*four_bit=False"):
-        model.load_base(write(tmp_path / "odd", odd), four_bit=True)
+        loading.load_base(write(tmp_path / "odd", odd), four_bit=True)
 
 
 # --- computing ----------------------------------------------------------------------------------------------
 
 
-def make_experts(hidden=64, width=32, count=8, seed=0, act="silu"):
+def make_experts(hidden=64, width=96, count=8, seed=0, act="silu"):
     """A layer's experts in 4 bits, and their dequantised weights in fp32."""
     torch.manual_seed(seed)
     config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=count, hidden_act=act)
-    config._experts_implementation = experts.METHOD
-    experts.register()
+    config._experts_implementation = quantiser.METHOD
+    quantiser.register()
     layer = MixtralExperts(config)
     weights = {}
-    for projection in nf4.PROJECTIONS:
+    for projection in storage.PROJECTIONS:
         shape = getattr(layer, projection).shape
-        pieces = nf4.quantise(torch.randn(shape) / shape[-1] ** 0.5)
+        pieces = storage.quantise(torch.randn(shape) / shape[-1] ** 0.5)
         delattr(layer, projection)
         for piece, tensor in pieces.items():
             layer.register_parameter(f"{projection}_{piece}", torch.nn.Parameter(tensor, requires_grad=False))
-        weights[projection] = nf4.dequantise(pieces, torch.float32)
+        packed, absmax, nested, offset = (pieces[piece] for piece in storage.PIECES)
+        scale = (
+            bnb_functional.create_dynamic_map()[absmax.long()]
+            * nested.view(torch.float32).repeat_interleave(256, 1)[:, : absmax.shape[1]]
+        )
+        nibbles = torch.stack((packed >> 4, packed & 15), -1).long()
+        scale = scale + offset.view(torch.float32)[:, None]
+        weights[projection] = (NF4[nibbles].view(count, -1, 64) * scale[..., None]).view(shape)
     return layer, weights
 
 
@@ -483,33 +500,27 @@ def test_the_same_bits_every_time():
         out = layer(inputs, index, gates)
         out.float().square().sum().backward()
         results.append((out, inputs.grad, gates.grad))
-        nf4.release_buffers()
+        storage.release_buffers(layer)
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_the_ways_for_few_rows_and_for_little_memory_agree(dtype, monkeypatch):
-    """bitsandbytes' fused GEMM of every expert, and one expert's weights at a time, against the whole layer's."""
+def test_the_way_for_little_memory_gives_the_same(dtype, monkeypatch):
+    """One expert's weights at a time, against the whole layer's."""
     layer, weights = make_experts()
     index, chosen = random_routing(20, 8, 2)
     x = torch.randn(20, 64).to(dtype)
     with torch.no_grad():
         whole = layer(x, index, chosen.to(dtype))
-        every = moe_forward._every_expert(x, layer, index, chosen.to(dtype))
-        route = moe_forward.route
-        monkeypatch.setattr(moe_forward, "route", lambda *args, one_by_one: route(*args, one_by_one=True))
-        nf4.release_buffers()
+        route = forward.route
+        monkeypatch.setattr(forward, "route", lambda *args, one_by_one: route(*args, one_by_one=True))
+        storage.release_buffers(layer)
         single = layer(x, index, chosen.to(dtype))
-        assert not nf4._buffers  # no layer's weights were asked for
+        assert not storage.workspace(layer).buffers  # no layer's weights were asked for
     assert torch.equal(single, whole)
-    assert every.dtype == dtype
     expected = reference(weights, x.float(), index, chosen.to(dtype).float())
-    assert distance(every, expected) < BOUND[dtype] and distance(whole, expected) < BOUND[dtype]
-    # a token may name an expert twice
-    twice = torch.full_like(index, 3)
-    with torch.no_grad():
-        assert distance(moe_forward._every_expert(x, layer, twice, chosen.to(dtype)), layer(x, twice, chosen)) < 2e-2
+    assert distance(whole, expected) < BOUND[dtype]
 
 
 def test_buffers_never_hold_another_layer_s_weights():
@@ -556,7 +567,7 @@ def test_a_dequantisation_that_fails_leaves_nothing_that_looks_valid(monkeypatch
             out[0].zero_()
             raise torch.OutOfMemoryError("injected")
 
-        monkeypatch.setattr(nf4, "dequantise", half)
+        monkeypatch.setattr(storage, "dequantise", half)
         with pytest.raises(torch.OutOfMemoryError):
             second(x, index, chosen)
         monkeypatch.undo()
@@ -568,7 +579,7 @@ def test_a_dequantisation_that_fails_leaves_nothing_that_looks_valid(monkeypatch
 
 
 def trainable(hub, dtype=torch.float32, seed=0):
-    lora = model.add_lora(model.load_base(hub, dtype, four_bit=True), base="m", r=4, dropout=0.0, seed=seed)
+    lora = adapter.add_lora(loading.load_base(hub, dtype, four_bit=True), base="m", r=4, dropout=0.0, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
@@ -587,7 +598,7 @@ def gradients(lora):
 def test_checkpointing_changes_no_gradient_and_shares_a_dequantisation(hub, monkeypatch, autocast):
     lora = trainable(hub)
     calls = {"dequantise": 0, "gate_up": 0, "down": 0}
-    dequantise, matmul = nf4.dequantise, moe_forward._matmul
+    dequantise, matmul = storage.dequantise, forward._matmul
 
     def counted(*args, **kwargs):
         calls["dequantise"] += 1
@@ -597,12 +608,12 @@ def test_checkpointing_changes_no_gradient_and_shares_a_dequantisation(hub, monk
         calls[projection.removesuffix("_proj")] += transpose
         return matmul(rows, layer, projection, routing, transpose)
 
-    monkeypatch.setattr(nf4, "dequantise", counted)
-    monkeypatch.setattr(moe_forward, "_matmul", multiplied)
+    monkeypatch.setattr(storage, "dequantise", counted)
+    monkeypatch.setattr(forward, "_matmul", multiplied)
     losses, plain = set(), {}
     for checkpointed, kept in ((0, 0), (3, 0), (3, 3), (3, 1), (2, 1), (1, 0), (0, 0)):
-        memory.apply_plan(lora, memory.Plan(1, 1, checkpointed, kept))
-        nf4.release_buffers()
+        memory.apply_plan(lora, memory.TrainingPlan(1, 1, checkpointed, kept))
+        storage.release_buffers(lora)
         calls.update(dict.fromkeys(calls, 0))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss, grads = gradients(lora)
@@ -663,11 +674,11 @@ def test_several_adapters_and_peft_s_own_files(hub, tmp_path):
     lora.save_pretrained(tmp_path, save_embedding_layers=False)
     ours = adapter.save_adapter(lora, tmp_path / "ours")
     for folder, expected in ((tmp_path, first), (tmp_path / "second", second), (ours, first)):
-        fresh = model.load_base(hub, torch.float32, four_bit=True)
+        fresh = loading.load_base(hub, torch.float32, four_bit=True)
         assert torch.equal(logits(fresh), none)
         assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
         assert torch.equal(logits(PeftModel.from_pretrained(fresh, str(folder)).eval()), expected)
-    fresh = model.load_base(hub, torch.float32, four_bit=True)
+    fresh = loading.load_base(hub, torch.float32, four_bit=True)
     assert torch.equal(logits(adapter.load_adapter(fresh, ours, hub)), first)
 
 
@@ -682,8 +693,8 @@ def test_an_adapter_trained_on_4_bits_fits_the_16_bit_base(hub, tmp_path):
     four = logits(lora)
     with lora.disable_adapter():
         four_alone = logits(lora)
-    sixteen_alone = logits(model.load_base(hub, torch.float32, four_bit=False))
-    sixteen = PeftModel.from_pretrained(model.load_base(hub, torch.float32, four_bit=False), str(folder)).eval()
+    sixteen_alone = logits(loading.load_base(hub, torch.float32, four_bit=False))
+    sixteen = PeftModel.from_pretrained(loading.load_base(hub, torch.float32, four_bit=False), str(folder)).eval()
     assert distance(four, four_alone) > 0.2  # the adapter does something
     quantisation = distance(four_alone, sixteen_alone)
     assert 0 < quantisation < 0.5
@@ -692,7 +703,7 @@ def test_an_adapter_trained_on_4_bits_fits_the_16_bit_base(hub, tmp_path):
 
 def test_generation_gives_what_the_dequantised_model_gives(hub):
     """Prefill and decode steps with a cache, through transformers' own generate."""
-    base = model.load_base(hub, torch.float32, four_bit=True)
+    base = loading.load_base(hub, torch.float32, four_bit=True)
     sixteen = dequantised(hub)
     options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(IDS))
     sixteen.generation_config = base.generation_config

@@ -1,23 +1,21 @@
 """Answers by their effects: those of transformers' own `generate`, for any batch; what sampling, stopping, running out
-of memory or time, merging and several processes do to them."""
+of memory or time and merging do to them."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import NASTY, ROOT, TINY
+from conftest import NASTY, TINY
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
-from prompt_recovery import adapter, decoding, generation, model
-from prompt_recovery.adapter import AdapterError
-from prompt_recovery.generation import Answer, Progress, make_batches, spread_order
+from prompt_recovery import adapter
+from prompt_recovery.engine import MergeError, Meter, Sampling, decoding, generation, loading, merged
+from prompt_recovery.engine.generation import make_batches, spread_order
+from prompt_recovery.templates import json_object_closed
 from prompt_recovery.tokenizer import encode_row, load_tokenizer
 
 NEW = 12
@@ -36,7 +34,7 @@ def prompts(tok):
 
 def with_lora(base, seed=0, size=0.1):
     """A LoRA that changes most answers."""
-    lora = model.add_lora(base, base="tiny-mixtral", r=4, seed=seed)
+    lora = adapter.add_lora(base, base="tiny-mixtral", r=4, seed=seed)
     for name, weight in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, 0, size)
@@ -45,11 +43,19 @@ def with_lora(base, seed=0, size=0.1):
 
 @pytest.fixture(scope="module")
 def lora():
-    return with_lora(model.load_base(TINY))
+    return with_lora(loading.load_base(TINY))
+
+
+class Text(NamedTuple):
+    """An answer, decoded."""
+
+    text: str
+    tokens: int
+    stopped: str
 
 
 class Ids:
-    """What generate asks of a tokenizer, for the ids of a model that never saw text."""
+    """A tokenizer for the ids of a model that never saw text."""
 
     def __init__(self, eos=-1):
         self.eos_token_id = eos
@@ -81,8 +87,29 @@ def random_prompts(lengths, seed=0, shared=0):
     return [(prefix + [draw.randrange(3, 97) for _ in range(length)])[: max(1, length)] for length in lengths]
 
 
+def closes(tok):
+    return lambda ids: json_object_closed(tok.decode(ids, skip_special_tokens=True))
+
+
+def read(tok, answer):
+    ids, ended = answer
+    text = tok.decode(ids[: len(ids) - (ended == "eos")], skip_special_tokens=True)
+    return Text(text, len(ids), ended)
+
+
+def run(base, tok, prompts, max_new_tokens=NEW, stop_at_object=False, **options):
+    """`generate` as (position, texts), with the fields of Sampling among the options."""
+    fields = {"answers_per_row": "answers", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
+    sampling = Sampling(**{field: options.pop(name) for name, field in fields.items() if name in options})
+    options |= dict(stop=closes(tok)) if stop_at_object else {}
+    for position, found in generation.generate(
+        base, prompts, eos=tok.eos_token_id, max_new_tokens=max_new_tokens, sampling=sampling, **options
+    ):
+        yield position, [read(tok, answer) for answer in found]
+
+
 def answers(base, tok, prompts, max_new_tokens=NEW, **options):
-    found = list(generation.generate(base, tok, prompts, max_new_tokens=max_new_tokens, **options))
+    found = list(run(base, tok, prompts, max_new_tokens, **options))
     assert sorted(position for position, _ in found) == list(range(len(prompts)))  # every row once
     return [each for _, each in sorted(found)]
 
@@ -175,9 +202,9 @@ def test_other_models_answer_as_in_transformers():
 
 
 def test_a_four_bit_folder_answers_as_in_transformers(tmp_path, tok, prompts):
-    four_bit = model.load_base(TINY, four_bit=True)
-    folder = model.save_quantised(four_bit, TINY, tmp_path / "nf4")
-    base = model.load_base(folder)
+    four_bit = loading.load_base(TINY, four_bit=True)
+    folder = loading.save_quantised(four_bit, TINY, tmp_path / "nf4")
+    base = loading.load_base(folder)
     some = prompts[::3]
     want = [tok.decode(stock(base, prompt), skip_special_tokens=True) for prompt in some]
     assert [answer.text for answer in first(answers(base, tok, some))] == want
@@ -201,7 +228,7 @@ def test_long_prefills_go_in_parts(small):
     with Forwards(small) as shapes:
         found = decoder.answer(prompts, [[None]] * 5)
     assert shapes == [(1, 10), (2, 90), (2, 90), (1, 90), (5, 1)]
-    assert [each[0] for each in found] == [stock(small, prompt, 2, eos=-1) for prompt in prompts]
+    assert [each[0] for each in found] == [(stock(small, prompt, 2, eos=-1), False) for prompt in prompts]
 
 
 def test_finished_rows_leave_the_batch(small):
@@ -263,32 +290,36 @@ class Braces(Ids):
 
 def test_answers_stop_where_their_object_closes(small, monkeypatch):
     prompts = random_prompts([10] * 20)
-    read = Braces()
+    braces = Braces()
     want = []
     for ids in (stock(small, prompt, 30, eos=-1) for prompt in prompts):
         closed = next((n + 1 for n, token in enumerate(ids) if token % 7 == 0), None)
-        want.append(Answer(read.decode(ids[:closed]).rstrip(" "), closed or 30, "object" if closed else "length"))
+        want.append(Text(braces.decode(ids[:closed]).rstrip(" "), closed or 30, "stop" if closed else "length"))
     assert len({answer.tokens for answer in want}) > 5
     steps = []
     for check in (1, 3, 8, 100):
         monkeypatch.setattr(decoding, "CHECK", check)
         with Forwards(small) as shapes:
-            found = first(answers(small, read, prompts, 30, stop_at_object=True))
+            found = first(answers(small, braces, prompts, 30, stop_at_object=True))
         assert [a._replace(text=a.text.rstrip(" ")) for a in found] == want, check
         steps.append(sum(rows for rows, columns in shapes if columns == 1))
     assert steps == sorted(steps) and steps[0] < steps[-1]
-    assert {answer.stopped for answer in first(answers(small, read, prompts, 30))} == {"length"}
+    assert {answer.stopped for answer in first(answers(small, braces, prompts, 30))} == {"length"}
 
 
 def test_json_answers_are_cut_at_the_closing_brace(tok):
     text = '{"prompt": "say {this}"}'
     ids = tok(text, add_special_tokens=False)["input_ids"]
     more = tok(text + " and more", add_special_tokens=False)["input_ids"]
+
+    def cut(tokens, stop):
+        return read(tok, generation._answer(tokens, False, 2, stop))
+
     for tokens in (ids, more, [*ids, 2], [*more, 2]):
-        assert generation._answer(tok, tokens, True) == (text, len(ids), "object")
-    assert generation._answer(tok, [*ids, 2], False) == (text, len(ids) + 1, "eos")
-    assert generation._answer(tok, ids, False) == (text, len(ids), "length")
-    assert generation._answer(tok, [2], True) == ("", 1, "eos")
+        assert cut(tokens, closes(tok)) == (text, len(ids), "stop")
+    assert cut([*ids, 2], None) == (text, len(ids) + 1, "eos")
+    assert cut(ids, None) == (text, len(ids), "length")
+    assert cut([2], closes(tok)) == ("", 1, "eos")
 
 
 # --- batches, memory and time -------------------------------------------------------------------------------
@@ -342,7 +373,7 @@ def test_out_of_memory_while_decoding_keeps_what_is_finished(small):
             raise torch.OutOfMemoryError("injected")
 
     with Forwards(small, refuse):
-        for position, found in generation.generate(small, Ids(), prompts, max_new_tokens=NEW, batch_tokens=1000):
+        for position, found in run(small, Ids(), prompts, batch_tokens=1000):
             assert found == want.pop(position)
             yielded.append(position)
     assert not want and refused and len(yielded) == 16
@@ -367,26 +398,24 @@ class Clock:
 @pytest.mark.parametrize("costs", [(1e-3, 0, 0.05), (1e-4, 0.02, 0.0), (1e-3, 0.004, 0.02)])
 def test_the_time_left_is_right_within_a_fifth_after_a_tenth(small, monkeypatch, costs):
     lengths = np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 200), 5, 600).astype(int).tolist()
-    clock, progress, seen = Clock(monkeypatch, *costs), Progress(), []
+    clock, meter, seen = Clock(monkeypatch, *costs), Meter(), []
     with Forwards(small, clock.work):
-        for _ in generation.generate(
-            small, Ids(), random_prompts(lengths), max_new_tokens=8, batch_tokens=1500, progress=progress
-        ):
-            seen.append((clock.now, progress.left))
+        for _ in run(small, Ids(), random_prompts(lengths), 8, batch_tokens=1500, meter=meter):
+            seen.append((clock.now, meter.left))
     for now, left in seen:
         if 0.1 * clock.now <= now <= 0.9 * clock.now:
             assert abs(left / (clock.now - now) - 1) < 0.2, (now / clock.now, left, clock.now - now)
-    assert seen[-1][1] == 0 and progress.seconds == pytest.approx(clock.now)
-    assert (progress.rows, progress.tokens_in, progress.tokens_out) == (200, sum(lengths), 1600)
-    assert "200 rows" in str(progress) and f"{sum(lengths)} tokens read" in str(progress)
+    assert seen[-1][1] == 0 and meter.seconds == meter.wall == pytest.approx(clock.now)
+    assert (meter.rows, meter.tokens_in, meter.tokens_out) == (200, sum(lengths), 1600)
+    assert "200 rows" in str(meter) and f"{sum(lengths)} tokens read" in str(meter)
 
 
 def test_no_batch_ends_after_the_deadline(small, monkeypatch):
     prompts = random_prompts([50] * 40)
-    assert list(generation.generate(small, Ids(), prompts, max_new_tokens=4, deadline=0.0)) == []
+    assert list(run(small, Ids(), prompts, 4, deadline=0.0)) == []
     clock = Clock(monkeypatch, 0, 0, 1.0)
     with Forwards(small, clock.work):
-        found = dict(generation.generate(small, Ids(), prompts, max_new_tokens=4, batch_tokens=300, deadline=30.5))
+        found = dict(run(small, Ids(), prompts, 4, batch_tokens=300, deadline=30.5))
     assert 0 < len(found) < 40 and 26 < clock.now <= 30.5
 
 
@@ -400,97 +429,35 @@ def logits(base):
 
 @pytest.mark.parametrize(("dtype", "four_bit"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_merging_keeps_the_logits_and_is_undone_tensor_for_tensor(dtype, four_bit, tok, prompts):
-    base = model.load_base(TINY, dtype, four_bit)
+    base = loading.load_base(TINY, dtype, four_bit)
     bare = logits(base)
     lora = with_lora(base)
     before, modules = logits(lora), dict(base.named_modules())
-    with adapter.merged(lora) as fast:
+    with merged(lora) as fast:
         assert fast is base and not any("lora_" in name for name, _ in base.named_parameters())
         weight = fast.model.layers[0].self_attn.q_proj.weight
         assert weight.dtype == dtype and weight.shape == (fast.config.hidden_size,) * 2
-        merged = logits(fast)
-        assert (merged - before).norm() / before.norm() < 8 * torch.finfo(dtype).eps
-        assert (merged - bare).norm() / bare.norm() > 0.1
+        moved = logits(fast)
+        assert (moved - before).norm() / before.norm() < 8 * torch.finfo(dtype).eps
+        assert (moved - bare).norm() / bare.norm() > 0.1
     assert dict(base.named_modules()) == modules and torch.equal(logits(lora), before)
-    with pytest.raises(KeyError), adapter.merged(lora):
+    with pytest.raises(KeyError), merged(lora):
         raise KeyError
-    run = generation.generate(lora, tok, prompts, max_new_tokens=2, batch_tokens=1)
-    next(run)
-    run.close()  # as when the loop over it is left
+    left = run(lora, tok, prompts, 2, batch_tokens=1)
+    next(left)
+    left.close()  # as when the loop over it is left
     assert dict(base.named_modules()) == modules and torch.equal(logits(lora), before)
     lora.unload()
     assert torch.equal(logits(base), bare)
-    with adapter.merged(with_lora(base, seed=1)) as fast:  # another adapter
+    with merged(with_lora(base, seed=1)) as fast:  # another adapter
         assert (logits(fast) - before).norm() / before.norm() > 0.1
-    with adapter.merged(base.eval()) as same:
+    with merged(base.eval()) as same:
         assert same is base
 
 
 def test_a_merge_that_changes_the_logits_is_refused_and_undone():
-    lora = with_lora(model.load_base(TINY)).train()  # dropout: what it computes is not what the weights say
+    lora = with_lora(loading.load_base(TINY)).train()  # dropout: what it computes is not what the weights say
     modules = dict(lora.named_modules())
-    with pytest.raises(AdapterError, match="moved the logits by"), adapter.merged(lora):
+    with pytest.raises(MergeError, match="moved the logits by"), merged(lora):
         pytest.fail("it must not be used")
     assert dict(lora.named_modules()) == modules
-
-
-# --- several processes --------------------------------------------------------------------------------------
-
-WORKER = """
-import json, os, sys
-sys.path[:0] = {paths!r}
-from test_generation import Ids, generation, random_model, random_prompts
-from transformers import LlamaConfig
-folder, dying = sys.argv[1:]
-generate = generation.generate
-def dies(*args, **options):
-    for count, found in enumerate(generate(*args, **options)):
-        if count == 3 and os.environ["RANK"] == dying:
-            os._exit(9)
-        yield found
-generation.generate = dies
-found = generation.generate_shared(
-    random_model(LlamaConfig), Ids(), random_prompts(range(20, 43)), folder, max_new_tokens=5, batch_tokens=80,
-    answers_per_row=2, temperature=1.0,
-)
-with open(folder + "/result-" + os.environ["RANK"], "w") as file:
-    json.dump(list(found.items()), file)
-"""
-
-
-def test_two_processes_share_the_rows_and_a_killed_ones_are_not_lost(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    folder = tmp_path / "shared"
-
-    def launch(dying):
-        return subprocess.run(
-            # without a GPU --cpu starts one process, --multi_gpu as many as it is told
-            [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", script, folder, dying],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-
-    assert launch("1").returncode != 0
-    files = sorted(folder.glob("answers-*.jsonl"))
-    written = [json.loads(line) for path in files for line in path.read_text().split("\n") if line]
-    assert len(files) == 2 and 3 <= len(written) < 23
-    with files[1].open("a") as file:
-        file.write('[20, [["half a li')  # what a killed writer leaves
-    run = launch("none")
-    assert run.returncode == 0, run.stderr[-2000:]
-    lines = [line for path in files for line in path.read_text().split("\n") if line]
-    positions = [json.loads(line)[0] for line in lines if line.endswith("]]]")]
-    assert sorted(positions) == list(range(23)) and len(lines) == 24  # no row was answered twice
-    alone = answers(
-        random_model(LlamaConfig), Ids(), random_prompts(range(20, 43)), 5, answers_per_row=2, temperature=1.0
-    )
-    for rank in "01":
-        found = json.loads((folder / f"result-{rank}").read_text())
-        assert [(n, [Answer(*a) for a in each]) for n, each in found] == list(enumerate(alone))
-    assert [len(path.read_text()) > 200 for path in files] == [True, True]  # both worked
-    # files of other prompts are let be
-    base = random_model(LlamaConfig)
-    other = generation.generate_shared(base, Ids(), random_prompts([30, 31], seed=5), folder, max_new_tokens=5)
-    assert other == dict(enumerate(answers(base, Ids(), random_prompts([30, 31], seed=5), 5)))
-    assert generation.generate_shared(base, Ids(), random_prompts([9]), folder, max_new_tokens=5, deadline=0.0) == {}

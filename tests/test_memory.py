@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from prompt_recovery import experts, memory, model, nf4, training
-from prompt_recovery.memory import GIB, RESERVE, Plan, Sizes, TooLittleMemory
+from prompt_recovery import adapter, training
+from prompt_recovery.engine import TooLittleMemory, TrainingPlan, loading, memory, quantiser, storage
+from prompt_recovery.engine.memory import GIB, RESERVE, Sizes
 
 TRUE_SHAPE = MixtralConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -33,7 +34,7 @@ def true_shape(tmp_path_factory):
     TRUE_SHAPE.save_pretrained(hub)
     shutil.copytree(hub, saved)
     config = json.loads((saved / "config.json").read_text())
-    config["quantization_config"] = experts.Nf4Config().to_dict()
+    config["quantization_config"] = quantiser.Nf4Config().to_dict()
     (saved / "config.json").write_text(json.dumps(config))
     return hub, saved
 
@@ -142,8 +143,8 @@ def test_the_split_is_the_best_of_all(layers, before, behind, kv, free, workspac
 def test_sizes_are_those_of_the_loaded_model(name, four_bit, tmp_path):
     folder = write(tmp_path / name, MixtralConfig(**MIXTRAL) if name == "mixtral" else OTHERS[name])
     sizes = memory.sizes(folder, torch.bfloat16, four_bit)
-    base = model.load_base(folder, torch.bfloat16, four_bit=four_bit)
-    loaded = sum(part.gib for part in experts.summary(base)) * GIB
+    base = loading.load_base(folder, torch.bfloat16, four_bit=four_bit)
+    loaded = sum(part.gib for part in quantiser.summary(base)) * GIB
     # so small a model has many fp32 offsets and half-filled blocks of the double quantisation
     assert sizes.weights == pytest.approx(loaded, rel=0.02 if four_bit else 1e-9)
     places = memory.device_map(sizes, [2, 1], [0, 1])
@@ -151,7 +152,7 @@ def test_sizes_are_those_of_the_loaded_model(name, four_bit, tmp_path):
     tied = base.config.tie_word_embeddings
     assert places["lm_head"] == (0 if tied else 1) and places["model.embed_tokens"] == 0
     if four_bit:
-        saved = model.save_quantised(base, folder, tmp_path / "saved")
+        saved = loading.save_quantised(base, folder, tmp_path / "saved")
         assert memory.sizes(saved, torch.bfloat16, True).weights == sizes.weights
 
 
@@ -163,7 +164,7 @@ def test_too_little_memory_is_said_before_anything_loads(tmp_path, monkeypatch, 
     for path in folder.glob("model*.safetensors"):
         path.write_bytes(b"never read")
     with pytest.raises(TooLittleMemory, match=r"needs 0\.0 GiB.*free are \[0\.5, 1\.0\] GiB.*four_bit=True"):
-        model.load_base(folder, torch.float16)
+        loading.load_base(folder, torch.float16)
     sizes = memory.sizes(true_shape[0], torch.float16, four_bit=False)
     with pytest.raises(
         TooLittleMemory, match=r"needs 88\.0 GiB \(weights 87\.0, KV cache of 8192 tokens\).*free are \[14\.6"
@@ -209,7 +210,7 @@ class Alive(TorchDispatchMode):
 def lora(tmp_path_factory):
     # Mixtral's proportions
     folder = write(tmp_path_factory.mktemp("plan") / "m", MixtralConfig(**MIXTRAL | dict(intermediate_size=448)))
-    return model.add_lora(model.load_base(folder, torch.float32, four_bit=True), base="m", dropout=0.1).train()
+    return adapter.add_lora(loading.load_base(folder, torch.float32, four_bit=True), base="m", dropout=0.1).train()
 
 
 def step(lora, rows, tokens, answer, autocast=None):
@@ -234,7 +235,7 @@ def test_saved_bytes_are_what_stays_alive_after_a_forward_pass(lora, autocast):
     slope = memory.saved_bytes(lora, autocast)
     assert not lora.training
     lora.train()
-    memory.apply_plan(lora, Plan(1, 1))
+    memory.apply_plan(lora, TrainingPlan(1, 1))
     held = [step(lora, 1, tokens, 8, autocast)[0] for tokens in (100, 300)]
     assert (held[1] - held[0]) / 200 == pytest.approx(slope, rel=0.02)
 
@@ -249,7 +250,7 @@ def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autoc
     seen, costs = {}, []
     for room in (int(4e6 * 1.28**n) for n in range(14)):
         try:
-            plan = memory.plan_training(lora, RESERVE + room, longest=64, answer=8, rows=6, autocast=autocast)
+            plan = memory.training_plan(lora, 64, 8, 6, autocast, free=RESERVE + room)
         except TooLittleMemory as error:
             assert not costs  # more memory never takes a way away
             assert "one row of 64 tokens" in str(error) and "Lower max_tokens" in str(error)
@@ -266,14 +267,14 @@ def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autoc
     copied = 4 * 2 * 448 * 128 * (2 if autocast else 4)
     for plan in plans[:: max(1, len(plans) // 3)] + plans[-1:]:
         memory.apply_plan(lora, plan)
-        nf4.release_buffers()
+        storage.release_buffers(lora)
         peak = step(lora, plan.rows, 64, 8, autocast)[1]
         assert 0.5 * plan.peak < peak <= plan.peak + copied, plan
-    memory.apply_plan(lora, Plan(1, 1))
+    memory.apply_plan(lora, TrainingPlan(1, 1))
 
 
 def test_a_plan_says_what_it_does():
-    text = str(Plan(4, 2, checkpointed=20, kept=5, peak=30 * GIB))
+    text = str(TrainingPlan(4, 2, checkpointed=20, kept=5, peak=30 * GIB))
     assert "4 rows at a time x 2" in text and "20 layers" in text and "5 of them" in text and "30.0 GiB" in text
 
 
@@ -415,7 +416,7 @@ def test_a_run_goes_on_with_another_plan(undisturbed, tmp_path, monkeypatch):
 
     with pytest.raises(Killed):
         run(tmp_path, break_it=break_it, evaluations=4)
-    monkeypatch.setattr(training, "_plan", lambda *args: Plan(2, 4, checkpointed=3))
+    monkeypatch.setattr(training, "_plan", lambda *args: TrainingPlan(2, 4, checkpointed=3))
     same(run(tmp_path, resume=True, evaluations=4), undisturbed)
 
 
@@ -425,11 +426,11 @@ def test_a_4_bit_model_trains_and_resumes(tmp_path, capsys):
     tok, _ = build()
     saved = tmp_path / "4-bit"
     for number, folder in enumerate(("a", "b", "b")):
-        base = model.load_base(saved if number else "demo/tiny-mixtral", torch.float32, four_bit=True)
+        base = loading.load_base(saved if number else "demo/tiny-mixtral", torch.float32, four_bit=True)
         if not number:
-            model.save_quantised(base, "demo/tiny-mixtral", saved)
-        model.resize_input_embeddings(base, len(tok))
-        lora = model.add_lora(base, base="tiny-mixtral", dropout=0.1, seed=0)
+            loading.save_quantised(base, "demo/tiny-mixtral", saved)
+        adapter.resize_input_embeddings(base, len(tok))
+        lora = adapter.add_lora(base, base="tiny-mixtral", dropout=0.1, seed=0)
         before = {name: p.detach().clone() for name, p in lora.named_parameters() if "lora" not in name}
         examples = training.make_examples(tok, demo_rows(4), **SHORT)
         log = training.train(
@@ -443,5 +444,6 @@ def test_a_4_bit_model_trains_and_resumes(tmp_path, capsys):
     for log, state in zip(logs[1:], states[1:], strict=True):
         pd.testing.assert_frame_equal(log, logs[0], check_exact=True)
         assert all(torch.equal(state[name], states[0][name]) for name in state)
-    assert not nf4._buffers  # training gives the room of the dequantised weights back
+    experts = [module for module in lora.modules() if hasattr(module, "down_proj_packed")]
+    assert experts and not any(storage.workspace(each).buffers for each in experts)  # training gives the room back
     assert "5 layers" in capsys.readouterr().out

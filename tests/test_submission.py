@@ -22,14 +22,12 @@ from prompt_recovery import (
     adapter,
     combine,
     data,
-    decoding,
-    generation,
     inputs,
     metric,
-    model,
     submission,
     submission_file,
 )  # fmt: skip
+from prompt_recovery.engine import decoding, generation, loading
 from prompt_recovery.submission import SubmissionError, answer_test, clean_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
@@ -53,7 +51,7 @@ def lora_dir(tmp_path_factory):
 
 
 def make_adapter(folder, **rendering):
-    lora = get_peft_model(model.load_base(TINY), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    lora = get_peft_model(loading.load_base(TINY), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     lora.peft_config["default"].base_model_name_or_path = "tiny-mixtral"
     return adapter.save_adapter(lora, folder, **rendering)
 
@@ -133,7 +131,7 @@ def test_a_missing_or_broken_adapter_is_an_error_with_its_remedy_unless_base_is_
         assert inputs.usable_adapter(folder, TINY, allow_base=True) is None
         assert "base model alone" in capsys.readouterr().out
     # of another base of the same shape: seen once the base is loaded
-    other = model.load_base(TINY)
+    other = loading.load_base(TINY)
     other.get_output_embeddings().weight.data.mul_(-1)
     other.save_pretrained(tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):

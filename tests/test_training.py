@@ -13,7 +13,8 @@ from conftest import NASTY, ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_recovery import generation, model, training
+from prompt_recovery import adapter, answers, training
+from prompt_recovery.engine import loading
 from prompt_recovery.tokenizer import load_tokenizer
 from prompt_recovery.training import IGNORED, TrainingError, collate
 
@@ -29,9 +30,9 @@ def demo_rows(n):
 def build(pad="<pad>", dropout=0.0):
     torch.manual_seed(0)
     tok = load_tokenizer(TINY, pad=pad)
-    base = model.load_base(TINY)
-    model.resize_input_embeddings(base, len(tok))
-    return tok, model.add_lora(base, base="tiny-mixtral", dropout=dropout, seed=0)
+    base = loading.load_base(TINY)
+    adapter.resize_input_embeddings(base, len(tok))
+    return tok, adapter.add_lora(base, base="tiny-mixtral", dropout=dropout, seed=0)
 
 
 def lora_state(lora):
@@ -83,7 +84,7 @@ def test_nasty_rows_keep_answer_and_eos():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_adapter_is_fp32_on_any_base(dtype):
     """facts.md 17: fp16's GradScaler refuses gradients of 16-bit weights."""
-    lora = model.add_lora(model.load_base(TINY, dtype=dtype), base="tiny-mixtral")
+    lora = adapter.add_lora(loading.load_base(TINY, dtype=dtype), base="tiny-mixtral")
     kinds = {("lora_" in name, p.requires_grad, p.dtype) for name, p in lora.named_parameters()}
     assert kinds == {(True, True, torch.float32), (False, False, dtype)}
 
@@ -128,9 +129,9 @@ def test_masking_by_id_with_pad_eos_never_stops_and_ours_does():
             optimizer.step()
             optimizer.zero_grad()
         options = OPTIONS | dict(max_new_tokens=40, fallback_prompt="-", description=None)
-        answers = generation.answer_table(lora, tok, rows, **options)
-        assert answers["answer"].str.startswith("Make it rhyme.").all()  # both have learned the answer
-        stopped[way] = (answers["stopped"] == "eos").mean()
+        found = answers.answer_table(lora, tok, rows, **options)
+        assert found["answer"].str.startswith("Make it rhyme.").all()  # both have learned the answer
+        stopped[way] = (found["stopped"] == "eos").mean()
     assert stopped == {"by position": 1.0, "by id, pad = eos": 0.0}
 
 

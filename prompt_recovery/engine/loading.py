@@ -1,23 +1,21 @@
-"""Load a base model from a local folder and put a LoRA adapter on it."""
+"""Load a base model from a local folder, in 4 bits or 16, and save a 4-bit one."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import types
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from prompt_recovery import experts, memory
+from prompt_recovery.engine import memory, quantiser
+from prompt_recovery.engine.forward import check_kernels
+from prompt_recovery.engine.kernels import dispatch
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+CPU = torch.device("cpu")
 
 
 class ModelError(ValueError):
@@ -47,11 +45,6 @@ def base_id(model_dir: str | Path) -> str:
     return name if public else Path(model_dir).resolve().name
 
 
-def config_hash(model_dir: str | Path) -> str:
-    """12 hexadecimal digits of the folder's config.json."""
-    return hashlib.sha256((check_model_dir(model_dir) / "config.json").read_bytes()).hexdigest()[:12]
-
-
 def default_dtype() -> torch.dtype:
     """bf16 on GPUs that have it, fp16 on older ones (a T4), fp32 on the CPU."""
     if not torch.cuda.is_available():
@@ -59,18 +52,22 @@ def default_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit: bool | None = None) -> PreTrainedModel:
+def load_base(
+    model_dir: str | Path, dtype: torch.dtype | None = None, four_bit: bool | None = None, kernels: str | None = None
+) -> PreTrainedModel:
     """The base model with frozen weights in eval mode, on the GPUs if there are any (see `memory.place`).
 
     dtype: of the weights that stay 16 bit and of the computation; None takes `default_dtype()`.
     four_bit: linear layers and experts become NF4 while they are read, one layer's experts at a time; a folder that
     `save_quantised` wrote is in 4 bits already. None: on a GPU, or if the folder is in 4 bits. Prints what is kept in
     which precision.
+    kernels: of 4-bit experts, "triton" or "torch"; see `kernels.dispatch.choose`.
     Raises ModelError for a folder without config, safetensors or some tensors, or a 4-bit folder with four_bit=False;
-    Nf4Error for another 4-bit layout or where a part that should be 4-bit is not; TooLittleMemory before anything loads.
+    Nf4Error for another 4-bit layout or where a part that should be 4-bit is not; TooLittleMemory, and ValueError for
+    kernels that can't run here, before anything loads.
     """
     folder = check_model_dir(model_dir)
-    quantised = experts.check_folder(folder)
+    quantised = quantiser.check_folder(folder)
     four_bit = quantised or torch.cuda.is_available() if four_bit is None else four_bit
     if quantised and not four_bit:
         raise ModelError(f"model_dir {folder} holds a 4-bit model; set four_bit=True, or give the 16-bit folder.")
@@ -82,14 +79,16 @@ def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit:
         sizes = memory.sizes(folder, dtype, four_bit)
         placed = memory.device_map(sizes, memory.place(sizes, list(free.values())), list(free))
     if four_bit:
-        experts.register()
+        quantiser.register()
+        for device in [torch.device("cuda", number) for number in sorted(set(placed.values()))] if placed else [CPU]:
+            dispatch.choose(device, kernels)
     model, loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         output_loading_info=True,
         dtype=dtype,
         device_map=placed,
         local_files_only=True,
-        **({"quantization_config": experts.Nf4Config(base=base_id(folder))} if four_bit and not quantised else {}),
+        **({"quantization_config": quantiser.Nf4Config(base=base_id(folder))} if four_bit and not quantised else {}),
     )
     if loaded["missing_keys"]:  # transformers warns and takes random numbers instead
         names = sorted(loaded["missing_keys"])
@@ -97,8 +96,9 @@ def load_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit:
             f"model_dir {folder} lacks {len(names)} of the model's tensors, the first is {names[0]}; fetch it again."
         )
     if four_bit:
-        experts.check_quantised(model)
-        processes.print(experts.summary_text(model))
+        quantiser.check_quantised(model)
+        processes.print(quantiser.summary_text(model))
+        check_kernels(model)
     elif not torch.cuda.is_available():
         # transformers takes batched_mm for decoding, which copies the experts' weights for every token: 37 s a training
         # step of the demo on 2 cores, where eager takes 0.5 s
@@ -141,9 +141,9 @@ def save_quantised(model: PreTrainedModel, model_dir: str | Path, quantised_dir:
     Written beside the target and moved there when whole. Raises Nf4Error if the model is not in 4 bits, ModelError if
     quantised_dir is there already.
     """
-    experts.check_quantised(model)
+    quantiser.check_quantised(model)
     if not hasattr(model.config, "quantization_config"):
-        raise experts.Nf4Error("The model is not in 4 bits: load it with four_bit=True first.")
+        raise quantiser.Nf4Error("The model is not in 4 bits: load it with four_bit=True first.")
     target = Path(quantised_dir)
     if target.exists():
         raise ModelError(f"{target} is there already; give a new folder, or remove it.")
@@ -155,49 +155,3 @@ def save_quantised(model: PreTrainedModel, model_dir: str | Path, quantised_dir:
             shutil.copy2(path, staging / path.name)
     staging.rename(target)
     return target
-
-
-def load_config(model_dir: str | Path) -> Any:
-    return AutoConfig.from_pretrained(check_model_dir(model_dir), local_files_only=True)
-
-
-def resize_input_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Give the input embeddings at least `rows` rows (the new ones zero), in place; `lm_head` stays as it is.
-
-    A pad token is read but never predicted. `resize_token_embeddings` would give it a row of lm_head too, which takes
-    a share of every softmax: losses with `<pad>` and with `unk` would differ.
-    """
-    old = model.get_input_embeddings()
-    if rows <= old.num_embeddings:
-        return
-    new = nn.Embedding(rows, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
-    with torch.no_grad():
-        new.weight.zero_()
-        new.weight[: old.num_embeddings] = old.weight
-    if hasattr(old, "_hf_hook"):  # accelerate's hook moves inputs when the layers stand on several GPUs
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(new, old._hf_hook)
-    model.set_input_embeddings(new.requires_grad_(False))
-
-
-def add_lora(
-    model: PreTrainedModel,
-    *,
-    base: str,
-    r: int = 16,
-    alpha: int = 64,
-    dropout: float = 0.1,
-    target_modules: Sequence[str] = ATTENTION,
-    seed: int = 0,
-) -> PeftModel:
-    """A fresh trainable LoRA on the model, its weights in fp32 whatever the base's dtype (fp16 GradScaler needs that).
-
-    base: the base's public id, which goes into the adapter's config instead of a local path.
-    """
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules), task_type="CAUSAL_LM"
-    )
-    model.name_or_path = base  # peft writes this name into the adapter's config
-    return get_peft_model(model, config)

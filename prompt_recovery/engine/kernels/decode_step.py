@@ -1,4 +1,4 @@
-"""Triton kernels for the small work of a decode step (CUDA, sm80 and newer): what takes some twenty launches a layer in
+"""Triton kernels for the small work of a decode step: what takes some twenty launches a layer in
 transformers takes two. With a mask made once a step and the experts' launches tuned, a step at B1
 took 1.7 ms less on an H200 (LOG.md)."""
 
@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from prompt_recovery.engine.kernels.dispatch import launch_options
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def rotate_and_store(
     query = qkv.new_empty(rows, heads, size)
     _rotate_and_store[(rows, heads + 2 * key_heads)](
         qkv, cos, sin, column, query, keys, values, columns,
-        HEADS=heads, KEY_HEADS=key_heads, HALF=size // 2, num_warps=1,
+        HEADS=heads, KEY_HEADS=key_heads, HALF=size // 2, num_warps=1, **launch_options(qkv.device),
     )  # fmt: skip
     return query
 
@@ -101,64 +103,6 @@ def choose_experts(x: torch.Tensor, gate: torch.Tensor, top_k: int) -> tuple[tor
     _choose_experts[(tokens,)](
         x, gate, weights, index, x.shape[1], EXPERTS=experts, ROOM=triton.next_power_of_2(experts), TOP_K=top_k,
         BLOCK=2048, num_warps=8,  # one token is one program: long reads, few of them
+        **launch_options(x.device),
     )  # fmt: skip
     return weights, index
-
-
-SPLIT = 64  # columns of the cache that a program attends to: one token has few heads, and the GPU many processors
-
-
-@triton.jit
-def _attend(
-    query, keys, values, mask, parts, stats, columns, scale,
-    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    row, key_head = (tl.program_id(0) // KEY_HEADS).to(tl.int64), tl.program_id(0) % KEY_HEADS
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    g, d = tl.arange(0, 16), tl.arange(0, SIZE)  # 16: the least a tensor core takes
-    c = split * SPLIT + tl.arange(0, SPLIT)
-    head = row * HEADS + key_head * GROUP + g
-    q = tl.load(query + head[:, None] * SIZE + d[None, :], mask=(g < GROUP)[:, None], other=0.0)
-    cells = ((row * KEY_HEADS + key_head) * columns + c)[:, None] * SIZE + d[None, :]
-    k = tl.load(keys + cells)
-    v = tl.load(values + cells)
-    scores = tl.dot(q, tl.trans(k)) * scale + tl.load(mask + row * columns + c).to(tl.float32)[None, :]
-    most = tl.max(scores, 1)
-    most = tl.where(most == float("-inf"), 0.0, most)  # nothing is visible here: every weight is 0
-    weights = tl.exp(scores - most[:, None])
-    out = tl.dot(weights.to(v.dtype), v)
-    at = head * splits + split
-    tl.store(parts + at[:, None] * SIZE + d[None, :], out, mask=(g < GROUP)[:, None])
-    tl.store(stats + at * 2, most, mask=g < GROUP)
-    tl.store(stats + at * 2 + 1, tl.sum(weights, 1), mask=g < GROUP)
-
-
-@triton.jit
-def _join_parts(parts, stats, out, splits, SIZE: tl.constexpr, ROOM: tl.constexpr):
-    head = tl.program_id(0).to(tl.int64)
-    s, d = tl.arange(0, ROOM), tl.arange(0, SIZE)
-    at = head * splits + s
-    most = tl.load(stats + at * 2, mask=s < splits, other=float("-inf"))
-    total = tl.load(stats + at * 2 + 1, mask=s < splits, other=0.0)
-    share = tl.where(total > 0, tl.exp(most - tl.max(tl.where(total > 0, most, float("-inf")), 0)), 0.0)
-    part = tl.load(parts + at[:, None] * SIZE + d[None, :], mask=(s < splits)[:, None], other=0.0)
-    joined = tl.sum(part * share[:, None], 0) / tl.sum(total * share, 0)
-    tl.store(out + head * SIZE + d, joined.to(out.dtype.element_ty))
-
-
-def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attention of one token a row: query [R, heads, D], keys and values contiguous [R, key heads, columns, D] with
-    columns a multiple of 64, mask [R, columns] added to the scores. Gives [R, heads, D]."""
-    rows, key_heads, columns, size = keys.shape
-    heads, splits = query.shape[1], columns // SPLIT
-    parts = torch.empty(rows, heads, splits, size, dtype=torch.float32, device=query.device)
-    stats = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=query.device)
-    out = torch.empty_like(query)
-    _attend[(rows * key_heads, splits)](
-        query, keys, values, mask, parts, stats, columns, scale,
-        HEADS=heads, KEY_HEADS=key_heads, GROUP=heads // key_heads, SIZE=size, SPLIT=SPLIT, num_warps=4,
-    )  # fmt: skip
-    _join_parts[(rows * heads,)](parts, stats, out, splits, SIZE=size, ROOM=triton.next_power_of_2(splits), num_warps=4)
-    return out

@@ -1,4 +1,4 @@
-"""Experts of a decode step in Triton (CUDA, sm80 and newer): each packed NF4 weight is read once for up to BLOCK_M rows.
+"""Experts of a decode step in Triton: each packed NF4 weight is read once for the rows of a tile.
 
 Four launches, no host sync, no atomics: `_route` lists each expert's rows, `_project` (twice) multiplies them, `_combine`
 sums over the choices of a token. Reading the weights is the floor, so the arithmetic a weight costs is what counts:
@@ -15,30 +15,16 @@ sums over the choices of a token. Reading the weights is the floor, so the arith
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import nn
 
-from prompt_recovery import nf4
-
-GLOBAL, REGISTERS, SHARED = 0, 1, 2  # where a byte is looked up; GLOBAL is plain Triton, for its interpreter
-
-
-class Config(NamedTuple):
-    """Launch parameters of `_project`. A program works on warps * rows_per_warp rows of the weights (twice that with a
-    gate), blocks * 64 columns an iteration; split: parts of the columns, each summed by a program of its own."""
-
-    rows_per_warp: int
-    warps: int
-    blocks: int
-    stages: int
-    split: int = 1
-    registers: int | None = None
-    lookup: int = SHARED
-
+from prompt_recovery.engine import storage
+from prompt_recovery.engine.kernels import dispatch
+from prompt_recovery.engine.kernels.dispatch import Config
 
 # Fills the tables, 256 pairs (a copy a lane) and 256 absmax levels. $1: thread; $2, $3: their addresses; $4: threads.
 # The declarations stay outside the braces: later PTX of the kernel refers to them.
@@ -51,7 +37,7 @@ _FILL = tl.constexpr(
     + "and.b32 a, l, 112; add.u32 a, a, t; st.shared.v4.b32 [a], {v, v, v, v}; add.u32 l, l, 16; " * 8
     + "add.u32 i, i, $4; setp.lt.u32 more, i, 256; @more bra nf4_fill; bar.sync 0; mov.u32 $0, i; }"
 )
-_SHARED_LOOKUP = tl.constexpr(
+_PAIR_OF_BYTE = tl.constexpr(
     "{ .reg .b32 a, l, t; mov.u32 l, %laneid; mov.u32 t, nf4_pairs; mad.lo.u32 l, l, 4, t; "
     + " ".join(f"prmt.b32 a, $4, 0, {0x4440 + i}; mad.lo.u32 a, a, 128, l; ld.shared.b32 ${i}, [a];" for i in range(4))
     + " }"
@@ -61,31 +47,8 @@ _SHARED_LEVEL = tl.constexpr(
 )
 
 
-def register_lookup(dtype: torch.dtype) -> str:
-    """PTX that turns 4 packed bytes ($4) into 4 pairs of 16-bit values ($0 to $3), by byte permutations."""
-    bits = [value & 0xFFFF for value in _nf4_values().to(dtype).view(torch.int16).tolist()]
-
-    def table(shift: int, start: int) -> str:  # 8 entries' low or high bytes in two registers
-        words = (sum((bits[start + 4 * w + i] >> shift & 255) << 8 * i for i in range(4)) for w in range(2))
-        return ", ".join(str(word) for word in words)
-
-    text = "{ .reg .b32 s, t, a, b, l, h; and.b32 s, $4, 0x77777777; shr.u32 t, $4, 1; "
-    text += "lop3.b32 t, t, 0x44444444, 0x32103210, 0xea; "  # (t & 0x44..) | 0x3210..: picks by a nibble's top bit
-    for first in (0, 2):
-        if first:
-            text += "shr.u32 s, s, 16; shr.u32 t, t, 16; "
-        for name, shift in (("l", 0), ("h", 8)):
-            text += f"prmt.b32 a, {table(shift, 0)}, s; prmt.b32 b, {table(shift, 8)}, s; prmt.b32 {name}, a, b, t; "
-        text += f"prmt.b32 ${first}, l, h, 0x4051; prmt.b32 ${first + 1}, l, h, 0x6273; "
-    return text + "}"
-
-
 def _nf4_values() -> torch.Tensor:
-    return nf4._tables(torch.device("cpu"))[1]
-
-
-_REGISTER_LOOKUP_BF16 = tl.constexpr(register_lookup(torch.bfloat16))
-_REGISTER_LOOKUP_FP16 = tl.constexpr(register_lookup(torch.float16))
+    return storage._tables(torch.device("cpu"))[1]
 
 
 def pair_table(dtype: torch.dtype) -> torch.Tensor:
@@ -98,7 +61,7 @@ def pair_table(dtype: torch.dtype) -> torch.Tensor:
 @functools.cache
 def _tables(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
-        return pair_table(dtype).to(device), nf4._tables(device)[0]
+        return pair_table(dtype).to(device), storage._tables(device)[0]
 
 
 @triton.jit(do_not_specialize=["rows", "m"])
@@ -124,33 +87,25 @@ def _route(index, order, tiles, rows, m, ROWS: tl.constexpr, EXPERTS: tl.constex
 
 
 @triton.jit
-def _tile_weights(byte, pairs, kind: tl.constexpr, LOOKUP: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
+def _tile_weights(byte, pairs, kind: tl.constexpr, INTERPRETED: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
     """Packed tile [WARPS * ROWS, 32] -> NF4 values [WARPS, ROWS, 64] of `kind`, unscaled."""
     # (the interpreter's dot takes no bf16, hence fp32 there)
-    if LOOKUP == 0:
+    if INTERPRETED:
         pair = tl.load(pairs + byte.to(tl.int32))
-    elif LOOKUP == 2:
-        pair = tl.inline_asm_elementwise(
-            _SHARED_LOOKUP, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4
-        )
-    elif kind == tl.bfloat16:
-        pair = tl.inline_asm_elementwise(
-            _REGISTER_LOOKUP_BF16, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4
-        )
     else:
         pair = tl.inline_asm_elementwise(
-            _REGISTER_LOOKUP_FP16, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4
+            _PAIR_OF_BYTE, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4
         )
     even = pair.to(tl.int16).to(kind, bitcast=True)
     odd = (pair >> 16).to(tl.int16).to(kind, bitcast=True)
     weight = tl.reshape(tl.join(even, odd), (WARPS, ROWS, 64))
-    return weight.to(tl.float32) if LOOKUP == 0 else weight
+    return weight.to(tl.float32) if INTERPRETED else weight
 
 
 @triton.jit
-def _load_levels(absmax, at, BLOCKS: tl.constexpr, LOOKUP: tl.constexpr):
+def _load_levels(absmax, at, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr):
     """The 8-bit absmax of BLOCKS neighbours as one int32."""
-    if LOOKUP == 0:
+    if INTERPRETED:
         levels = tl.load(absmax + at).to(tl.int32)
         for i in tl.static_range(1, BLOCKS):
             levels |= tl.load(absmax + at + i).to(tl.int32) << 8 * i
@@ -165,8 +120,8 @@ def _load_levels(absmax, at, BLOCKS: tl.constexpr, LOOKUP: tl.constexpr):
 
 
 @triton.jit
-def _load_nested(nested, block, LOOKUP: tl.constexpr):
-    if LOOKUP == 0:
+def _load_nested(nested, block, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
         bits = tl.load(nested + (block >> 8))
     else:
         address = (nested + (block >> 8)).to(tl.int64)
@@ -175,9 +130,9 @@ def _load_nested(nested, block, LOOKUP: tl.constexpr):
 
 
 @triton.jit
-def _scale(levels, i: tl.constexpr, second, offset, table, LOOKUP: tl.constexpr):
+def _scale(levels, i: tl.constexpr, second, offset, table, INTERPRETED: tl.constexpr):
     """fp32 absmax of the i-th of the blocks in `levels`."""
-    if LOOKUP == 0:
+    if INTERPRETED:
         level = tl.load(table + ((levels >> 8 * i) & 255))
     else:
         level = tl.inline_asm_elementwise(_SHARED_LEVEL, "=r,r,r", [levels, 8 * i], tl.float32, True, 1)
@@ -188,7 +143,7 @@ def _scale(levels, i: tl.constexpr, second, offset, table, LOOKUP: tl.constexpr)
 def _project(
     x, packed, absmax, nested, offset, order, tiles, routing, out, pairs, table, rows,
     K: tl.constexpr, N: tl.constexpr, X_PER_ROW: tl.constexpr, GATE: tl.constexpr, M: tl.constexpr,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, LOOKUP: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """GATE: out [rows, N] = silu(x gate) * (x up) * routing weight, with gate and up of packed [E, 2N, K / 2] and row r
     of x at r // X_PER_ROW. Else out fp32 [SPLIT, rows, N] = part of x [rows, K] times packed [E, N, K / 2]."""
@@ -196,7 +151,7 @@ def _project(
     count = tl.load(tile + 2)
     if count == 0:
         return
-    if LOOKUP != 0:
+    if not INTERPRETED:
         tl.inline_asm_elementwise(
             _FILL, "=r,r,l,l,r", [tl.arange(0, WARPS * 32), pairs.to(tl.int64), table.to(tl.int64), WARPS * 32],
             dtype=tl.int32, is_pure=False, pack=1,
@@ -222,31 +177,31 @@ def _project(
     second = tl.zeros((WARPS, ROWS, M), tl.float32)
     begin = tl.program_id(2) * STEPS
     # absmax bytes are loaded an iteration ahead
-    levels = _load_levels(absmax, by_warp + begin * BLOCKS, BLOCKS, LOOKUP)
+    levels = _load_levels(absmax, by_warp + begin * BLOCKS, BLOCKS, INTERPRETED)
     if GATE:
-        up_levels = _load_levels(absmax, by_warp + N * PER_ROW + begin * BLOCKS, BLOCKS, LOOKUP)
+        up_levels = _load_levels(absmax, by_warp + N * PER_ROW + begin * BLOCKS, BLOCKS, INTERPRETED)
     for step in range(begin, begin + STEPS):
         block = by_warp + step * BLOCKS
         following = by_warp + tl.minimum(step + 1, begin + STEPS - 1) * BLOCKS
-        nested_scale = _load_nested(nested, block, LOOKUP)
-        next_levels = _load_levels(absmax, following, BLOCKS, LOOKUP)
+        nested_scale = _load_nested(nested, block, INTERPRETED)
+        next_levels = _load_levels(absmax, following, BLOCKS, INTERPRETED)
         if GATE:
-            up_nested_scale = _load_nested(nested, block + N * PER_ROW, LOOKUP)
-            next_up_levels = _load_levels(absmax, following + N * PER_ROW, BLOCKS, LOOKUP)
+            up_nested_scale = _load_nested(nested, block + N * PER_ROW, INTERPRETED)
+            next_up_levels = _load_levels(absmax, following + N * PER_ROW, BLOCKS, INTERPRETED)
         for i in tl.static_range(BLOCKS):
             column = step * BLOCKS + i
             k = column * 64 + tl.arange(0, 64)
             values = tl.load(x_row + k[:, None], mask=(m < count)[None, :], other=0.0)
-            if LOOKUP == 0:
+            if INTERPRETED:
                 values = values.to(tl.float32)
             values = tl.broadcast_to(values[None, :, :], (WARPS, 64, M))
-            weight = _tile_weights(tl.load(bytes_of + column * 32), pairs, kind, LOOKUP, WARPS, ROWS)
-            scale = _scale(levels, i, nested_scale, shift, table, LOOKUP)
+            weight = _tile_weights(tl.load(bytes_of + column * 32), pairs, kind, INTERPRETED, WARPS, ROWS)
+            scale = _scale(levels, i, nested_scale, shift, table, INTERPRETED)
             first += tl.dot(weight, values) * scale[:, :, None]
             if GATE:
                 byte = tl.load(bytes_of + N * (K // 2) + column * 32)
-                weight = _tile_weights(byte, pairs, kind, LOOKUP, WARPS, ROWS)
-                scale = _scale(up_levels, i, up_nested_scale, shift, table, LOOKUP)
+                weight = _tile_weights(byte, pairs, kind, INTERPRETED, WARPS, ROWS)
+                scale = _scale(up_levels, i, up_nested_scale, shift, table, INTERPRETED)
                 second += tl.dot(weight, values) * scale[:, :, None]
         levels = next_levels
         if GATE:
@@ -273,31 +228,6 @@ def _combine(partial, out, rows, N, TOP_K: tl.constexpr, SPLIT: tl.constexpr, BL
     tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=at < N)
 
 
-# Triton asks the driver for more than 48 KiB of shared memory only where its own part alone is more, and does not count
-# the tables of 33 KiB; a kernel too small or too large for that looks bytes up in registers
-_SMALL, _TABLES = 48 * 1024, 33 * 1024
-_lookups: dict[tuple, int] = {}
-
-
-@functools.cache
-def _most_shared(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _TABLES
-
-
-def block_m(tokens: int, rows: int, experts: int) -> int:
-    """Rows of a tile: an expert has at most `tokens` rows, and on average rows / experts."""
-    return max(8, min(64, triton.next_power_of_2(min(tokens, max(16, 2 * rows // experts)))))
-
-
-def _configs(m: int) -> tuple[Config, Config]:
-    """The fastest of bench/decode_kernel.py on an H200, for the two projections, by rows of a tile."""
-    if m <= 8:
-        return Config(32, 4, 2, 4), Config(16, 8, 4, 4, split=4, registers=128)
-    if m <= 16:
-        return Config(16, 4, 2, 6), Config(16, 8, 4, 4, split=4, registers=128)
-    return Config(16, 4, 2, 6), Config(32, 4, 2, 6, split=4)
-
-
 def _route_rows(top_k_index: torch.Tensor, experts: int, m: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """order int32 [R], tiles int32 [.., 3] and how many tiles there can be at most."""
     rows = top_k_index.numel()
@@ -308,6 +238,7 @@ def _route_rows(top_k_index: torch.Tensor, experts: int, m: int) -> tuple[torch.
     _route[(1,)](
         top_k_index, order, tiles, rows, m, ROWS=max(64, triton.next_power_of_2(rows)),
         EXPERTS=triton.next_power_of_2(experts), TILES=room, num_warps=4,
+        **dispatch.launch_options(top_k_index.device),
     )  # fmt: skip
     return order, tiles, most
 
@@ -323,7 +254,14 @@ def _launch_project(
     per_row: int,
     config: Config,
 ) -> torch.Tensor:
-    """`_project` with a gate where there are routing weights; [R, N] in the dtype of x, or fp32 [split, R, N]."""
+    """`_project` with a gate where there are routing weights; [R, N] in the dtype of x, or fp32 [split, R, N].
+
+    Raises ValueError for config.blocks other than 1, 2 or 4: the absmax bytes of an iteration are read as one word.
+    """
+    if config.blocks not in (1, 2, 4):
+        raise ValueError(
+            f"Config.blocks is {config.blocks}; an iteration reads 1, 2 or 4 blocks of absmax as one word."
+        )
     packed, rows, gate = pieces["packed"], order.numel(), routing is not None
     columns = packed.shape[2] * 2
     size = packed.shape[1] // 2 if gate else packed.shape[1]
@@ -339,19 +277,31 @@ def _launch_project(
     arguments = (
         x, packed, pieces["absmax"], pieces["nested"], pieces["offset"], order, tiles, routing, out, pairs, table, rows,
     )  # fmt: skip
-    options = {
+    options: dict[str, Any] = {
         "K": columns, "N": size, "X_PER_ROW": per_row, "GATE": gate, "M": m, "ROWS": config.rows_per_warp,
-        "WARPS": config.warps, "BLOCKS": blocks, "SPLIT": split, "LOOKUP": config.lookup,
-        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers,
+        "WARPS": config.warps, "BLOCKS": blocks, "SPLIT": split, "INTERPRETED": dispatch.interpreted(),
+        "num_warps": config.warps, "maxnreg": config.registers,
     }  # fmt: skip
-    if config.lookup == SHARED:
-        key = (x.device, x.dtype, *options.values())
-        if key not in _lookups:
-            kernel = _project.warmup(*arguments, grid=grid, **options)
-            _lookups[key] = SHARED if _SMALL < kernel.metadata.shared <= _most_shared(x.device) else REGISTERS
-        options["LOOKUP"] = _lookups[key]
-    _project[grid](*arguments, **options)
+    options["num_stages"] = _stages(arguments, grid, options, config.stages, x.device, x.dtype)
+    _project[grid](*arguments, **dispatch.launch_options(x.device) | options)
     return out
+
+
+_fitting: dict[tuple, int] = {}
+
+
+def _stages(
+    arguments: tuple, grid: tuple, options: dict[str, Any], stages: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """The stages asked for, or one where a small shape's shared memory can't be launched with them."""
+    if dispatch.interpreted():
+        return stages
+    key = (device, dtype, stages, *options.values())
+    if key not in _fitting:
+        more = dispatch.launch_options(device) | options | {"num_stages": stages}
+        shared = _project.warmup(*arguments, grid=grid, **more).metadata.shared
+        _fitting[key] = stages if dispatch.fits(dispatch.card(device), shared) else 1
+    return _fitting[key]
 
 
 def few_rows(
@@ -360,25 +310,30 @@ def few_rows(
     top_k_weights: torch.Tensor,
     experts: nn.Module,
     configs: tuple[Config, Config] | None = None,
+    rows: int | None = None,
 ) -> torch.Tensor | None:
     """The experts' output [T, H] for x [T, H] of 16 bit, top_k_index int [T, K] and top_k_weights [T, K] of 16 or 32 bit.
-    experts: module with the NF4 pieces of `nf4.py`. configs: launch parameters of the two projections, to tune them.
+    experts: module with the NF4 pieces of `storage`. configs, rows of a tile: other ones than dispatch's, to tune them.
 
     Can be captured in a CUDA graph. None where the shape does not fit (hidden or expert size no multiple of 64).
     """
-    gate_up, down = ({piece: getattr(experts, f"{name}_{piece}") for piece in nf4.PIECES} for name in nf4.PROJECTIONS)
+    gate_up, down = (
+        {piece: getattr(experts, f"{name}_{piece}") for piece in storage.PIECES} for name in storage.PROJECTIONS
+    )
     count, hidden = gate_up["packed"].shape[0], x.shape[1]
     if hidden % 64 or down["packed"].shape[2] % 32:
         return None
     tokens, top_k = top_k_index.shape
-    m = block_m(tokens, tokens * top_k, count)
-    first, second = configs or _configs(m)
+    card = dispatch.card(x.device)
+    m = rows or dispatch.tile_rows(card, tokens)
+    first, second = configs or dispatch.configs(card, m)
     order, tiles, most = _route_rows(top_k_index.contiguous(), count, m)
     inner = _launch_project(x.contiguous(), gate_up, order, tiles, most, top_k_weights.contiguous(), m, top_k, first)
     partial = _launch_project(inner, down, order, tiles, most, None, m, 1, second)
     out = x.new_empty(tokens, hidden)
     block = min(1024, triton.next_power_of_2(hidden))
     _combine[(tokens, triton.cdiv(hidden, block))](
-        partial, out, tokens * top_k, hidden, TOP_K=top_k, SPLIT=partial.shape[0], BLOCK=block, num_warps=4
-    )
+        partial, out, tokens * top_k, hidden, TOP_K=top_k, SPLIT=partial.shape[0], BLOCK=block, num_warps=4,
+        **dispatch.launch_options(x.device),
+    )  # fmt: skip
     return out

@@ -1,20 +1,21 @@
 """The storage of 4-bit experts: NF4 pieces of a 3-D projection, bit for bit bitsandbytes', and their way back to 16 bit.
 
 Each expert's matrix is quantised on its own: blocks of 64, their absmax in 8 bit in blocks of 256 (double quantisation).
-Dequantised weights go into one buffer a device and projection that remembers whose weights it holds, so that a layer's
+Dequantised weights go into a buffer of the model's workspace that remembers whose weights it holds, so that a layer's
 recomputation (activation checkpointing) and its backward share one dequantisation.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import weakref
 from typing import Any
 
 import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
+
+from prompt_recovery.engine.kernels.dispatch import on, training_kernels
 
 BLOCK, NESTED_BLOCK = 64, 256
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -57,17 +58,12 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return code, nf4
 
 
-@functools.cache
-def fast_kernels(device: torch.device) -> Any:
-    """The Triton kernels, or None where there is no CUDA device of sm80 or newer. PROMPT_RECOVERY_TRITON=0 in the
-    environment switches them off, which is how the path of older GPUs is tested on a new one."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or torch.version.hip:
-        return None
-    if os.environ.get("PROMPT_RECOVERY_TRITON") == "0":
-        return None
-    from prompt_recovery import kernels
-
-    return kernels
+def by_formula(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """NF4 values [N] of packed bytes [N / 2] in any shape, scale fp32 [N / 64]. For CPUs, where bitsandbytes 0.50.2 takes
+    wrong scales if there is AVX512 and a row is no multiple of the block: off by 0.12 where weights are up to 1."""
+    nf4 = _tables(packed.device)[1]
+    nibbles = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), -1)
+    return (nf4[nibbles.long()].view(-1, BLOCK) * scale[:, None]).flatten().to(dtype)
 
 
 def dequantise(pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,13 +72,17 @@ def dequantise(pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.T
     nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
     shape = (*packed.shape[:2], packed.shape[2] * 2)
     code, nf4 = _tables(packed.device)
-    triton_kernels = fast_kernels(packed.device)
-    if triton_kernels is not None:
+    kernels = training_kernels(packed.device)
+    if kernels is not None:
         out = packed.new_empty(shape, dtype=dtype) if out is None else out
-        triton_kernels.dequantise(packed, absmax, nested, offset, code, nf4, out)
+        with on(packed.device):
+            kernels.dequantise(packed, absmax, nested, offset, code, nf4, out)
         return out
     second = nested.repeat_interleave(NESTED_BLOCK, dim=1)[:, : absmax.shape[1]]
     scale = (code[absmax.int()] * second + offset[:, None]).reshape(-1)
+    if packed.device.type == "cpu" and shape[-1] % BLOCK:
+        result = by_formula(packed, scale, dtype).view(shape)
+        return result if out is None else out.copy_(result)
     bits = packed.reshape(-1, 1)
     if out is None or packed.device.type == "cpu":
         result = torch.ops.bitsandbytes.dequantize_4bit(bits, scale, BLOCK, "nf4", list(shape), dtype)
@@ -99,19 +99,47 @@ class _Buffer:
     key: tuple = ()
 
 
-_buffers: dict[tuple, _Buffer] = {}
+class Workspace:
+    """The 16-bit weights of one layer's experts, a buffer for each device, projection and dtype. All experts of a model
+    share one, which is freed with the model or by `release_buffers`."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple, _Buffer] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        return memo.setdefault(id(self), Workspace())
+
+    def held(self, device: torch.device) -> int:
+        """Bytes that the buffers on a device take now."""
+        rooms = [buffer.room for (where, *_), buffer in self.buffers.items() if where == device]
+        return sum(room.numel() * room.element_size() for room in rooms if room is not None)
 
 
-def release_buffers() -> None:
-    """Give back the memory of the dequantised weights (one layer's experts in 16 bit a device)."""
-    _buffers.clear()
+def workspace(experts: nn.Module) -> Workspace:
+    """The workspace of an experts module; one without gets one of its own."""
+    return experts.__dict__.setdefault("workspace", Workspace())
+
+
+def share_workspace(model: nn.Module) -> None:
+    """Let all 4-bit experts of a model use one workspace."""
+    shared = Workspace()
+    for module in model.modules():
+        if hasattr(module, "down_proj_packed"):
+            module.__dict__["workspace"] = shared
+
+
+def release_buffers(model: nn.Module) -> None:
+    """Give back the memory of a model's dequantised weights (one layer's experts in 16 bit a device)."""
+    for module in model.modules():
+        if hasattr(module, "down_proj_packed"):
+            workspace(module).buffers.clear()
 
 
 def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Tensor:
     """A projection's weights [E, N, K] in `dtype`, valid until the same projection of another layer is asked for."""
     pieces = {piece: getattr(experts, f"{projection}_{piece}").detach() for piece in PIECES}
     packed = getattr(experts, f"{projection}_packed")
-    buffer = _buffers.setdefault((packed.device, projection, dtype), _Buffer())
+    buffer = workspace(experts).buffers.setdefault((packed.device, projection, dtype), _Buffer())
     key = (packed.data_ptr(), None if packed.is_inference() else packed._version, packed.shape)
     room = buffer.room
     if room is None or room.numel() != packed.numel() * 2:
@@ -130,13 +158,3 @@ def expert_weight(experts: nn.Module, projection: str, expert: int, dtype: torch
     """One expert's weight [N, K] in `dtype`, in memory of its own."""
     pieces = {piece: getattr(experts, f"{projection}_{piece}").detach()[expert : expert + 1] for piece in PIECES}
     return dequantise(pieces, dtype)[0]
-
-
-def gemm(x: torch.Tensor, experts: nn.Module, projection: str, expert: int) -> torch.Tensor:
-    """x [T, K] times one expert's weight transposed -> [T, N], by bitsandbytes' fused 4-bit GEMM."""
-    packed, absmax, nested, offset = (getattr(experts, f"{projection}_{piece}")[expert] for piece in PIECES)
-    code, _ = _tables(x.device)
-    return torch.ops.bitsandbytes.gemm_4bit(
-        x, packed.view(-1, 1), [packed.shape[0], packed.shape[1] * 2], nested.view(torch.float32), BLOCK, "nf4",
-        absmax_8bit=absmax, absmax_code=code, absmax_offset=offset.view(torch.float32),
-    )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prompt_recovery.memory import kv_shape
+from prompt_recovery.engine.memory import kv_shape
 
 # rows that a batch shrinks to: so few shapes that their graphs serve many batches
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -124,7 +124,7 @@ class Decoder:
         self.padding = torch.zeros(rows, 1, **whole)
         self.column, self.number = torch.zeros(1, **whole), torch.zeros(1, **whole)
         self.out = torch.zeros(rows, max_new_tokens, **whole)
-        self.done = torch.zeros(rows, device=self.device, dtype=torch.bool)
+        self.done, self.bad = (torch.zeros(rows, device=self.device, dtype=torch.bool) for _ in range(2))
         self.draws = torch.zeros(rows, max_new_tokens, device=self.device, dtype=torch.float64)
         self.prefix_kv: list[list[torch.Tensor]] | None = None
 
@@ -134,8 +134,9 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[Sequence[Sequence[int] | None]],
         finished: Callable[[list[int]], bool] | None = None,
-    ) -> list[list[list[int]]]:
-        """Token ids of the answers to each prompt, each up to and with EOS, or max_new_tokens long.
+    ) -> list[list[tuple[list[int], bool]]]:
+        """(token ids, whether logits were not finite) of the answers to each prompt, each up to and with EOS, or
+        max_new_tokens long. An answer ends where its logits are not finite, and those ids are none.
 
         prompts: ids that begin with the prefix. seeds: for each prompt its answers' seeds, None for a greedy one; the
         same number for each. finished: whether an answer without EOS may end, judged from its ids.
@@ -165,7 +166,7 @@ class Decoder:
         self.positions[:rows] = len(self.prefix) + width - padding
         self.column.fill_(len(self.prefix) + width)
         self.number.zero_()
-        self.done[:rows] = False
+        self.done[:rows] = self.bad[:rows] = False
         self._choose(logits, rows)
         return self._decode(rows, count, share, finished)
 
@@ -220,6 +221,9 @@ class Decoder:
     def _choose(self, logits: torch.Tensor, rows: int) -> None:
         """Write the next token of each row, and move on. logits: fp32 [rows, vocabulary]."""
         done = self.done[:rows]
+        # one that is not finite would be chosen, or, drawn from, the vocabulary's last; a row that is done has no say
+        self.bad[:rows] |= ~done & ~logits.isfinite().all(-1)
+        done |= self.bad[:rows]
         tokens = logits.argmax(-1)
         if self.sampled:
             draws = self.draws[:rows].index_select(1, self.number)[:, 0]
@@ -271,19 +275,21 @@ class Decoder:
         else:
             self.graphs[key] = graph
 
-    def _decode(self, rows: int, count: int, share: int, finished: Callable | None) -> list[list[list[int]]]:
-        answers: dict[int, list[int]] = {}
+    def _decode(
+        self, rows: int, count: int, share: int, finished: Callable | None
+    ) -> list[list[tuple[list[int], bool]]]:
+        answers: dict[int, tuple[list[int], bool]] = {}
         live: list[int | None] = list(range(rows))  # which answer each row of the batch is, None for one that fills it
         for number in range(1, self.max_new + 1):
             if number % CHECK == 0 or number == self.max_new:
-                over = self.done[: len(live)].tolist()
+                over, bad = self.done[: len(live)].tolist(), self.bad[: len(live)].tolist()
                 written = self.out[: len(live), :number].tolist()
                 for row, (which, ids) in enumerate(zip(live, written, strict=True)):
                     if which is None:
                         continue
                     over[row] = over[row] or number == self.max_new or (finished is not None and finished(ids))
                     if over[row]:
-                        answers[which] = ids[: ids.index(self.eos) + 1] if self.eos in ids else ids
+                        answers[which] = ids[: ids.index(self.eos) + 1] if self.eos in ids else ids, bad[row]
                         live[row] = None
                 if not any(which is not None for which in live):
                     break
@@ -304,7 +310,7 @@ class Decoder:
         kept = left + fill[: rows - len(left)]
         index = torch.tensor(kept, device=self.device)
         self.cache.select(index, rows)
-        for state in (self.ids, self.positions, self.padding, self.out, self.done, self.draws):
+        for state in (self.ids, self.positions, self.padding, self.out, self.done, self.bad, self.draws):
             state[:rows] = state.index_select(0, index)
         return [live[row] for row in kept]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -27,8 +28,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from prompt_recovery.moe_forward import experts_forward
-from prompt_recovery.nf4 import BLOCK, PIECES, PROJECTIONS, meta_pieces, quantise
+from prompt_recovery.engine.forward import experts_forward
+from prompt_recovery.engine.storage import (
+    BLOCK,
+    PIECES,
+    PROJECTIONS,
+    by_formula,
+    meta_pieces,
+    quantise,
+    share_workspace,
+)
 
 METHOD = "prompt_recovery_nf4"
 GATE = "gate"  # how the names of routers and of shared experts' gates end
@@ -159,6 +168,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
                     parameter.data = parameter.data.to(dtype)
         if any(fused_experts(module) for module in model.modules()):
             model.set_experts_implementation(METHOD)
+            share_workspace(model)
         return model
 
     def param_needs_quantization(self, model, param_name, **kwargs):
@@ -263,6 +273,16 @@ def summary_text(model: PreTrainedModel) -> str:
     return "\n".join([*lines, f"{total}{sum(part.gib for part in parts):7.2f} GiB"])
 
 
+def _computes_right(weight: bnb.nn.Params4bit) -> bool:
+    """Whether bitsandbytes gives the values of a linear layer's 4-bit weight: see `by_formula`."""
+    state = weight.quant_state
+    if weight.device.type != "cpu" or state.shape[-1] % BLOCK == 0:
+        return True
+    scale = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    values = bnb_functional.dequantize_4bit(weight.data, state)
+    return torch.equal(values.flatten(), by_formula(weight.data, scale, values.dtype))
+
+
 def check_quantised(model: PreTrainedModel) -> None:
     """Raises Nf4Error, naming them, if any experts or linear layers that should be 4-bit are not."""
     wrong = []
@@ -276,6 +296,11 @@ def check_quantised(model: PreTrainedModel) -> None:
             state = getattr(module.weight, "quant_state", None)
             if state is None or state.quant_type != "nf4" or not state.nested or module.weight.dtype != torch.uint8:
                 wrong.append(f"{name}.weight")
+            elif not _computes_right(module.weight):
+                raise Nf4Error(
+                    f"{name} has rows of {module.in_features} weights, no multiple of {BLOCK}, which bitsandbytes"
+                    f" {bnb.__version__} computes wrongly on this CPU. Load with four_bit=False, or on a GPU."
+                )
         elif becomes_four_bit(name, module, model.get_output_embeddings()):
             wrong.append(f"{name}.weight")
     if wrong:

@@ -13,9 +13,10 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prompt_recovery.experts import becomes_four_bit, fused_experts
-from prompt_recovery.moe_forward import keep_gate_up
-from prompt_recovery.nf4 import BLOCK, NESTED_BLOCK, PROJECTIONS, fast_kernels
+from prompt_recovery.engine.forward import keep_gate_up
+from prompt_recovery.engine.kernels.dispatch import uses_triton
+from prompt_recovery.engine.quantiser import becomes_four_bit, fused_experts
+from prompt_recovery.engine.storage import BLOCK, NESTED_BLOCK, PROJECTIONS
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)  # a parameter, with double quantisation: 0.516
@@ -205,7 +206,7 @@ WORKING_LAYERS = 1.5
 WORKING_LAYERS_WITHOUT_TRITON = 5.5
 
 
-class Plan(NamedTuple):
+class TrainingPlan(NamedTuple):
     """How a batch is trained on: rows at a time, how often that is repeated before a step, how many layers recompute
     their activations, and how many of those keep their gate and up rows; expected peak in bytes (0: not reckoned)."""
 
@@ -251,19 +252,22 @@ def saved_bytes(model: Any, autocast: torch.dtype | None = None) -> float:
     return slope
 
 
-def plan_training(
-    model: Any, free: int, longest: int, answer: int, rows: int, autocast: torch.dtype | None = None
-) -> Plan:
+def training_plan(
+    model: Any, longest: int, answer: int, rows: int, autocast: torch.dtype | None = None, free: int | None = None
+) -> TrainingPlan:
     """The fastest way, by the constants above, to train on `rows` rows a step within `free` bytes beyond what is
-    allocated now. longest, answer: tokens of the longest example and of the longest answer, the worst case.
+    allocated now; None: what the emptiest GPU has, with what torch holds and does not use. longest, answer: tokens of
+    the longest example and of the longest answer, the worst case.
 
     Raises TooLittleMemory if not even one row with every layer checkpointed fits.
     """
+    if free is None:
+        free = min(free_memory().values()) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     config = model.config.get_text_config()
     count = config.num_hidden_layers
     wide = 2 if autocast is not None else 4
-    apply_plan(model, Plan(rows, 1))  # an earlier plan's checkpointing would hide what the layers save
-    fast = fast_kernels(model.get_input_embeddings().weight.device) is not None
+    apply_plan(model, TrainingPlan(rows, 1))  # an earlier plan's checkpointing would hide what the layers save
+    fast = uses_triton(model.get_input_embeddings().weight.device)
     working = WORKING_LAYERS if fast else WORKING_LAYERS_WITHOUT_TRITON
     layer = saved_bytes(model, autocast) / count
     border = config.hidden_size * next(model.parameters()).element_size()
@@ -275,7 +279,7 @@ def plan_training(
         gate_up = getattr(config, "num_experts_per_tok", 0) * width * wide
         buffers = sum(getattr(experts[0], f"{name}_packed").numel() * 2 * wide for name in PROJECTIONS)
     logits = config.vocab_size * (wide + 8)  # 16 bit, then fp32 and its gradient
-    best: tuple[float, Plan] | None = None
+    best: tuple[float, TrainingPlan] | None = None
     for micro in (n for n in range(rows, 0, -1) if rows % n == 0):
         tokens = micro * longest
         fixed = RESERVE + buffers + micro * answer * logits + working * layer * tokens
@@ -289,7 +293,7 @@ def plan_training(
             cost = (1 + again) * tokens * (rows // micro) + OVERHEAD_TOKENS * (rows // micro)
             if best is None or cost < best[0]:
                 peak = fixed - RESERVE + tokens * (whole * layer + recomputed * border + kept * gate_up)
-                best = cost, Plan(micro, rows // micro, recomputed, kept, round(peak))
+                best = cost, TrainingPlan(micro, rows // micro, recomputed, kept, round(peak))
     if best is None:
         need = RESERVE + buffers + answer * logits + longest * (working * layer + count * border)
         raise TooLittleMemory(
@@ -299,7 +303,7 @@ def plan_training(
     return best[1]
 
 
-def apply_plan(model: Any, plan: Plan) -> None:
+def apply_plan(model: Any, plan: TrainingPlan) -> None:
     """Switch activation checkpointing on in the first plan.checkpointed layers of a model with an adapter, off in the
     others, and let the last plan.kept of those keep their gate and up rows."""
     base = model.get_base_model()

@@ -1,5 +1,5 @@
-"""Layers of a transformers model as the decoder runs them: attention that copies no keys, and for one token a row on a GPU
-the small work of a Mixtral layer in a few launches. In force inside `fast_layers` only; other models run their own."""
+"""Layers of a transformers model as the decoder runs them: attention that copies no keys, and for one token a row the
+small work of a Mixtral layer in a few launches. In force inside `fast_layers` only; other models run their own."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prompt_recovery.moe_forward import FEW_TOKENS
-from prompt_recovery.nf4 import fast_kernels
+from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, uses_triton
 
 ATTENTION = "prompt_recovery_decode"
-SPLIT_ROWS = 4  # up to which SDPA, a program a row and key head, leaves most of the GPU idle
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -41,7 +39,7 @@ def _decode_attention(self, hidden_states, position_embeddings, attention_mask=N
             self, hidden_states, position_embeddings, attention_mask=attention_mask, past_key_values=past_key_values,
             **kwargs,
         )  # fmt: skip
-    from prompt_recovery import kernels_step
+    from prompt_recovery.engine.kernels import decode_step
 
     x = hidden_states[:, 0]
     if self.joined is None:
@@ -50,11 +48,9 @@ def _decode_attention(self, hidden_states, position_embeddings, attention_mask=N
         qkv = nn.functional.linear(x, self.joined)
     cos, sin = (part.expand(len(x), 1, -1)[:, 0].contiguous() for part in position_embeddings)
     keys, values = past_key_values.layer(self.layer_idx)
-    query = kernels_step.rotate_and_store(qkv, cos, sin, at, keys, values)
-    if len(x) <= SPLIT_ROWS and keys.shape[2] % kernels_step.SPLIT == 0 and query.shape[1] <= 16 * keys.shape[1]:
-        out = kernels_step.attend(query, keys, values, attention_mask[:, 0, 0].contiguous(), self.scaling)
-    else:
-        out, _ = _attention(self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling)
+    with on(x.device):
+        query = decode_step.rotate_and_store(qkv, cos, sin, at, keys, values)
+    out, _ = _attention(self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling)
     return self.o_proj(out.reshape(len(x), 1, -1)), None
 
 
@@ -62,9 +58,10 @@ def _decode_router(self, hidden_states):
     """MixtralTopKRouter for few tokens without gradients; the logits, which nobody asks for, are None."""
     if torch.is_grad_enabled() or hidden_states.shape[0] > FEW_TOKENS or hidden_states.dtype != self.weight.dtype:
         return type(self).forward(self, hidden_states)
-    from prompt_recovery import kernels_step
+    from prompt_recovery.engine.kernels import decode_step
 
-    return None, *kernels_step.choose_experts(hidden_states.contiguous(), self.weight, self.top_k)
+    with on(hidden_states.device):
+        return None, *decode_step.choose_experts(hidden_states.contiguous(), self.weight, self.top_k)
 
 
 def _join(attention: nn.Module) -> torch.Tensor | None:
@@ -81,14 +78,14 @@ def _join(attention: nn.Module) -> torch.Tensor | None:
 
 @contextmanager
 def fast_layers(model: Any) -> Iterator[None]:
-    """Let the model's attention, and on one GPU of sm80 or newer Mixtral's layers, be those of this module inside."""
+    """Let the model's attention, and Mixtral's layers on one device with Triton, be those of this module inside."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
     before = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
     changed: list[nn.Module] = []
     try:
         devices = {parameter.device for parameter in model.parameters()}
-        if len(devices) == 1 and fast_kernels(devices.pop()) is not None and model.dtype.itemsize == 2:
+        if len(devices) == 1 and uses_triton(devices.pop()) and model.dtype.itemsize == 2:
             for module in model.modules():
                 kind = type(module).__name__
                 if "forward" in vars(module) or kind not in ("MixtralAttention", "MixtralTopKRouter"):

@@ -1,7 +1,7 @@
-"""Triton kernels of the 4-bit experts (CUDA, sm80 and newer): dequantisation, routing gather and sum, SwiGLU.
+"""Triton kernels of the 4-bit experts for many rows: dequantisation, routing gather and sum, SwiGLU.
 
-Imported only where such a GPU is; `experts.py` has the same in plain torch. No kernel uses atomics, so results do
-not vary between runs.
+Imported only where Triton runs; `storage` and `forward` have the same in plain torch. No kernel uses atomics, so results
+do not vary between runs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from prompt_recovery.engine.kernels.dispatch import launch_options
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def dequantise(
     # no fused multiply-add: bitsandbytes rounds the product before it adds the offset
     _dequantise[(triton.cdiv(per_expert, blocks), experts)](
         packed, absmax, nested, offset, code, table, out, per_expert, nested.shape[1],
-        BLOCKS=blocks, num_warps=warps, enable_fp_fusion=False,
+        BLOCKS=blocks, num_warps=warps, enable_fp_fusion=False, **launch_options(packed.device),
     )  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def gather(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
     """Rows of x [T, H] in expert order: row r is x[order[r] // top_k]. Gives [T * top_k, H]."""
     out = x.new_empty(order.numel(), x.shape[1])
     block = min(4096, triton.next_power_of_2(x.shape[1]))
-    _gather[(order.numel(),)](x, order, out, x.shape[1], K=top_k, BLOCK=block, num_warps=4)
+    _gather[(order.numel(),)](x, order, out, x.shape[1], K=top_k, BLOCK=block, num_warps=4, **launch_options(x.device))
     return out
 
 
@@ -89,7 +91,7 @@ def combine(rows: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tens
     out = rows.new_empty(inverse.numel() // top_k, rows.shape[1])
     block = min(2048, triton.next_power_of_2(rows.shape[1]))
     grid = (out.shape[0], triton.cdiv(rows.shape[1], block))
-    _combine[grid](rows, inverse, out, rows.shape[1], K=top_k, BLOCK=block, num_warps=4)
+    _combine[grid](rows, inverse, out, rows.shape[1], K=top_k, BLOCK=block, num_warps=4, **launch_options(rows.device))
     return out
 
 
@@ -111,8 +113,9 @@ def swiglu(gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, in
     out = gate_up[:, :width] if in_place else gate_up.new_empty(gate_up.shape[0], width)
     block = min(2048, triton.next_power_of_2(width))
     _swiglu[(gate_up.shape[0], triton.cdiv(width, block))](
-        gate_up, weights, order, out, width, out.stride(0), BLOCK=block, num_warps=4
-    )
+        gate_up, weights, order, out, width, out.stride(0), BLOCK=block, num_warps=4,
+        **launch_options(gate_up.device),
+    )  # fmt: skip
     return out
 
 
@@ -148,6 +151,7 @@ def swiglu_backward(
     grad_gate_up, grad_weights = torch.empty_like(gate_up), torch.empty_like(weights)
     block = min(2048, triton.next_power_of_2(width))
     _swiglu_backward[(gate_up.shape[0],)](
-        gate_up, weights, order, grad, grad_gate_up, grad_weights, width, BLOCK=block, num_warps=8
-    )
+        gate_up, weights, order, grad, grad_gate_up, grad_weights, width, BLOCK=block, num_warps=8,
+        **launch_options(gate_up.device),
+    )  # fmt: skip
     return grad_gate_up, grad_weights

@@ -7,17 +7,16 @@ without the down-projection. Grouped GEMM without host syncs on sm90 and sm100, 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.integrations import moe
 
-from prompt_recovery.nf4 import expert_weight, fast_kernels, gemm, weights
-
-# up to this many tokens (a decode step) the rows are few: a kernel that reads the packed weights once beats dequantising
-FEW_TOKENS = 64
-FEW_TOKENS_WITHOUT_TRITON = 32  # where bitsandbytes' fused GEMM runs every expert on every row
+from prompt_recovery.engine.kernels import dispatch
+from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
+from prompt_recovery.engine.storage import expert_weight, weights, workspace
 
 
 class Routing(NamedTuple):
@@ -73,41 +72,17 @@ def _matmul(rows: torch.Tensor, experts: nn.Module, projection: str, routing: Ro
     return out
 
 
-def _every_expert(
-    x: torch.Tensor, experts: nn.Module, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Few rows without Triton: bitsandbytes' fused 4-bit GEMM of every expert on every row, with weight 0 where the
-    router did not choose it. No host sync, so that a decode step can be a CUDA graph. x [T, H] -> [T, H]."""
-    chosen = torch.zeros(x.shape[0], experts.num_experts, device=x.device, dtype=torch.float32)
-    chosen.scatter_add_(1, top_k_index, top_k_weights.float())
-    out = torch.zeros(x.shape, device=x.device, dtype=torch.float32)
-    for expert in range(experts.num_experts):
-        rows = experts._apply_gate(gemm(x, experts, "gate_up_proj", expert))
-        out += gemm(rows, experts, "down_proj", expert).float() * chosen[:, expert, None]
-    return out.to(x.dtype)
-
-
 def _few_rows(
     x: torch.Tensor, experts: nn.Module, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor | None:
-    """The output [T, H] where x has few rows and a kernel for them is there, else None. No gradients."""
-    if torch.is_grad_enabled() or x.device.type != "cuda" or not 0 < x.shape[0] <= FEW_TOKENS:
+    """The output [T, H] where x has few rows and Triton's kernel for them is there, else None. No gradients."""
+    if torch.is_grad_enabled() or not 0 < x.shape[0] <= FEW_TOKENS or not uses_triton(x.device):
         return None
     if x.dtype not in (torch.float16, torch.bfloat16) or not _plain_swiglu(experts):
         return None
-    if fast_kernels(x.device) is not None:
-        from prompt_recovery import kernels_decode
+    from prompt_recovery.engine.kernels import experts_decode
 
-        return kernels_decode.few_rows(x, top_k_index, top_k_weights, experts)
-    return _every_expert(x, experts, top_k_index, top_k_weights) if x.shape[0] <= FEW_TOKENS_WITHOUT_TRITON else None
-
-
-def few_tokens(model: nn.Module) -> int:
-    """Up to how many tokens a forward of the model counts as few: without limit where it has no 4-bit experts on a GPU."""
-    packed = next((m.gate_up_proj_packed for m in model.modules() if hasattr(m, "gate_up_proj_packed")), None)
-    if packed is None or packed.device.type != "cuda":
-        return 2**31
-    return FEW_TOKENS if fast_kernels(packed.device) is not None else FEW_TOKENS_WITHOUT_TRITON
+    return experts_decode.few_rows(x, top_k_index, top_k_weights, experts)
 
 
 def _plain_swiglu(experts: nn.Module) -> bool:
@@ -116,16 +91,16 @@ def _plain_swiglu(experts: nn.Module) -> bool:
 
 
 def _gather(x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    triton_kernels = fast_kernels(x.device)
-    if triton_kernels is not None and x.shape[0]:
-        return triton_kernels.gather(x.contiguous(), routing.order, routing.top_k)
+    kernels = training_kernels(x.device)
+    if kernels is not None and x.shape[0]:
+        return kernels.gather(x.contiguous(), routing.order, routing.top_k)
     return x.index_select(0, routing.order // routing.top_k)
 
 
 def _combine(rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-    triton_kernels = fast_kernels(rows.device)
-    if triton_kernels is not None and rows.shape[0]:
-        return triton_kernels.combine(rows, routing.inverse, routing.top_k)
+    kernels = training_kernels(rows.device)
+    if kernels is not None and rows.shape[0]:
+        return kernels.combine(rows, routing.inverse, routing.top_k)
     tokens = rows.index_select(0, routing.inverse).view(-1, routing.top_k, rows.shape[1])
     return tokens.sum(1, dtype=torch.float32).to(rows.dtype)
 
@@ -159,9 +134,9 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx, gate_up, top_k_weights, order, in_place):
         ctx.order = order
         ctx.save_for_backward(gate_up, top_k_weights)
-        triton_kernels = fast_kernels(gate_up.device)
-        if triton_kernels is not None and gate_up.shape[0]:
-            return triton_kernels.swiglu(gate_up, top_k_weights.contiguous(), order, in_place)
+        kernels = training_kernels(gate_up.device)
+        if kernels is not None and gate_up.shape[0]:
+            return kernels.swiglu(gate_up, top_k_weights.contiguous(), order, in_place)
         gate, up = gate_up.float().chunk(2, dim=-1)
         weight = top_k_weights.reshape(-1)[order, None].float()
         return (nn.functional.silu(gate) * up * weight).to(gate_up.dtype)
@@ -169,10 +144,10 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate_up, top_k_weights = ctx.saved_tensors
-        triton_kernels = fast_kernels(gate_up.device)
-        if triton_kernels is not None and gate_up.shape[0]:
+        kernels = training_kernels(gate_up.device)
+        if kernels is not None and gate_up.shape[0]:
             weight, grad = top_k_weights.contiguous(), grad.contiguous()
-            return *triton_kernels.swiglu_backward(gate_up, weight, ctx.order, grad), None, None
+            return *kernels.swiglu_backward(gate_up, weight, ctx.order, grad), None, None
         gate, up = gate_up.float().chunk(2, dim=-1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
@@ -211,7 +186,7 @@ def experts_forward(
     """
     kind = hidden_states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(kind, enabled=False), on(hidden_states.device):
         few = _few_rows(hidden_states.to(dtype), self, top_k_index, top_k_weights)
         if few is not None:
             return few.to(hidden_states.dtype)
@@ -234,3 +209,43 @@ def keep_gate_up(model: nn.Module, checkpointed: int, kept: int) -> None:
     for number, experts in enumerate(found):
         experts.__dict__.pop("_kept_gate_up", None)
         experts.keep_gate_up = checkpointed - kept <= number < checkpointed
+
+
+def check_kernels(model: nn.Module) -> None:
+    """Compare Triton's kernels with plain torch on one layer's experts, once a device. Where they differ by more than
+    rounding or can't run, plain torch computes there from then on, which is printed."""
+    for module in model.modules():
+        packed = getattr(module, "gate_up_proj_packed", None)
+        if packed is None or packed.device in _checked or not uses_triton(packed.device):
+            continue
+        _checked.add(packed.device)
+        dtype = next(model.parameters()).dtype
+        try:
+            error = _kernels_error(module, dtype)
+        except Exception as problem:  # a compiler's or a driver's; plain torch goes on, and says why
+            dispatch.refuse(packed.device, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}")
+            continue
+        limit = 4 * torch.finfo(dtype).eps  # rounding gives 3e-3 to 5e-3 in bf16, 5e-4 in fp16
+        if not error <= limit:
+            dispatch.refuse(packed.device, f"off by {error:.1e}, at most {limit:.1e}")
+
+
+_checked: set[torch.device] = set()
+
+
+@torch.no_grad()
+def _kernels_error(experts: nn.Module, dtype: torch.dtype) -> float:
+    """The larger relative error of Triton's two ways, for few rows and for many, against plain torch."""
+    device, count = experts.gate_up_proj_packed.device, experts.num_experts
+    generator = torch.Generator(device).manual_seed(0)
+    errors = [0.0]
+    for tokens in (5, FEW_TOKENS + 1):
+        x = torch.randn(tokens, experts.gate_up_proj_packed.shape[2] * 2, generator=generator, device=device).to(dtype)
+        chosen, index = torch.rand(tokens, count, generator=generator, device=device).topk(min(2, count))
+        with dispatch.using(device, "torch"):
+            expected = experts_forward(experts, x, index, chosen.to(dtype)).float()
+        workspace(experts).buffers.clear()  # else Triton would be spared the dequantisation
+        found = experts_forward(experts, x, index, chosen.to(dtype)).float()
+        workspace(experts).buffers.clear()
+        errors.append(((found - expected).norm() / expected.norm()).item())
+    return max(errors) if all(math.isfinite(error) for error in errors) else math.nan

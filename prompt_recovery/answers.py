@@ -1,0 +1,127 @@
+"""Rows -> the prompts that a model's answers hold: encoded once, answered by the engine, decoded and parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from prompt_recovery.engine import GREEDY, Answer, Meter, Sampling, generate
+from prompt_recovery.templates import json_object_closed, parse_answer
+from prompt_recovery.tokenizer import encode_row
+
+NOT_FINITE = "not finite"
+
+
+class Recovered(NamedTuple):
+    """A recovered prompt, never blank; how it was found (the parser's word, or "fallback"); why the answer ended (eos,
+    object, length, or "not finite": the model's logits, which then say nothing); its length in tokens."""
+
+    prompt: str
+    how: str
+    stopped: str
+    tokens: int
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, **rendering: Any
+) -> list[list[int]]:
+    """Token ids of each row as the model is asked, at most max_tokens. rendering: see `encode_row`."""
+    return [encode_row(tokenizer, row, max_tokens=max_tokens, **rendering)[0] for row in rows.to_dict("records")]
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    *,
+    style: str,
+    fallback_prompt: str,
+    sampling: Sampling = GREEDY,
+    stop_at_object: bool | None = None,
+    meter: Meter | None = None,
+    description: str | None = "answers",
+    **options: Any,
+) -> Iterator[tuple[int, list[Recovered]]]:
+    """Yield (position in prompts, its recovered prompts) as batches finish.
+
+    Args:
+        prompts: token ids, of `encode_rows`.
+        stop_at_object: end an answer where its JSON object closes; None: unless the style is plain.
+        description: the progress bar's, which also shows the rate; None shows no bar.
+        options: passed to `generate`.
+    """
+    meter = Meter() if meter is None else meter
+    broken = 0
+
+    def closed(ids: list[int]) -> bool:
+        return json_object_closed(tokenizer.decode(ids, skip_special_tokens=True))
+
+    stop = closed if (style != "plain" if stop_at_object is None else stop_at_object) else None
+    with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar:
+        for position, answers in generate(
+            model, prompts, eos=tokenizer.eos_token_id, sampling=sampling, stop=stop, meter=meter, **options
+        ):
+            bar.update()
+            rate = meter.tokens_out / max(meter.seconds, 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s, {meter.left:.0f} s left", refresh=False)
+            broken += sum(answer.ended == NOT_FINITE for answer in answers)
+            yield position, [_recover(tokenizer, answer, style, fallback_prompt) for answer in answers]
+    if broken:
+        print(
+            f"{broken} answers are none, since their logits were not finite: the weights are damaged, or too large for"
+            f" {str(model.dtype).removeprefix('torch.')}."
+        )
+
+
+def _recover(tokenizer: PreTrainedTokenizerFast, answer: Answer, style: str, fallback_prompt: str) -> Recovered:
+    ids, ended = answer
+    text = tokenizer.decode(ids[:-1] if ended == "eos" else ids, skip_special_tokens=True)
+    stopped = "object" if ended == "stop" else ended
+    parsed = parse_answer(text, style)
+    if parsed.prompt is None or ended == NOT_FINITE:
+        return Recovered(fallback_prompt, "fallback", stopped, len(ids))
+    return Recovered(parsed.prompt, parsed.how, stopped, len(ids))
+
+
+def answer_rows(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: pd.DataFrame,
+    *,
+    style: str,
+    system_placement: str,
+    max_tokens: int,
+    max_new_tokens: int,
+    fallback_prompt: str,
+    examples: Sequence[Mapping[str, Any]] = (),
+    **options: Any,
+) -> Iterator[tuple[int, list[Recovered]]]:
+    """`answer_prompts` of a table: yield (row position, its recovered prompts).
+
+    max_tokens: limit of prompt and answer together, so prompts get max_tokens - max_new_tokens.
+    """
+    prompts = encode_rows(
+        tokenizer, rows, max_tokens=max_tokens - max_new_tokens, style=style, system_placement=system_placement,
+        examples=examples,
+    )  # fmt: skip
+    return answer_prompts(
+        model,
+        tokenizer,
+        prompts,
+        style=style,
+        fallback_prompt=fallback_prompt,
+        max_new_tokens=max_new_tokens,
+        **options,
+    )
+
+
+def answer_table(model: Any, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, **options: Any) -> pd.DataFrame:
+    """The first answer of each row in the rows' order, as a table: id, answer, how, stopped."""
+    results = sorted(answer_rows(model, tokenizer, rows, **options))
+    table = pd.DataFrame([answers[0][:3] for _, answers in results], columns=["answer", "how", "stopped"])
+    table.insert(0, "id", rows["id"].to_list())
+    return table

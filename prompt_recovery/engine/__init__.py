@@ -1,0 +1,36 @@
+"""4-bit mixtures of experts for transformers: load, train on, answer with, save. Knows no prompts, CSV or Kaggle.
+
+Outside code uses what is named here, and nothing below. The engine imports nothing of prompt_recovery outside itself.
+"""
+
+from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Meter, Sampling, generate, spread_order
+from prompt_recovery.engine.loading import ModelError, base_id, check_model_dir, load_base, save_quantised
+from prompt_recovery.engine.memory import TooLittleMemory, TrainingPlan, apply_plan, processes, training_plan
+from prompt_recovery.engine.merging import MergeError, merged
+from prompt_recovery.engine.quantiser import Nf4Error, check_folder
+from prompt_recovery.engine.storage import release_buffers
+
+__all__ = [
+    "GREEDY",
+    "Answer",
+    "Finished",
+    "MergeError",
+    "Meter",
+    "ModelError",
+    "Nf4Error",
+    "Sampling",
+    "TooLittleMemory",
+    "TrainingPlan",
+    "apply_plan",
+    "base_id",
+    "check_folder",
+    "check_model_dir",
+    "generate",
+    "load_base",
+    "merged",
+    "processes",
+    "release_buffers",
+    "save_quantised",
+    "spread_order",
+    "training_plan",
+]

@@ -1,0 +1,191 @@
+"""Which kernels run on a device, and with which launch parameters.
+
+Triton's run on NVIDIA cards of compute capability 7.5 and newer (on 7.5 by the lowering of `sm75`), plain torch
+everywhere else: right, and slow. There is no third path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+KERNELS = ("triton", "torch")
+VARIABLE = "PROMPT_RECOVERY_KERNELS"
+OLDEST = 75
+KIB = 1024
+# Static shared memory of the experts' decode kernel: a table of 256 pairs for each lane, and 256 absmax levels
+TABLES = 33 * KIB
+# A program gets this much shared memory unasked. Triton 3.6 asks the driver for more only where its own, dynamic part
+# alone is larger, and then for all that there is.
+UNASKED = 48 * KIB
+# Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on an H100 at 256
+# tokens: 52.7 ms in bf16, where the way of many rows takes 74 ms (docs/MEASURED.md).
+FEW_TOKENS = 256
+
+
+class Card(NamedTuple):
+    """What launch parameters depend on. capability: 75 for 7.5; shared: bytes of shared memory that a program may
+    have, static arrays included."""
+
+    capability: int
+    shared: int
+
+    @property
+    def lowered(self) -> bool:
+        return self.capability < 80
+
+
+class Config(NamedTuple):
+    """Launch parameters of the decode kernel's `_project`. A program works on warps * rows_per_warp rows of the weights
+    (twice that with a gate), blocks * 64 columns an iteration. split: parts of the columns, each summed by a program
+    of its own. registers: the most that a thread may have; None leaves it to the compiler."""
+
+    rows_per_warp: int
+    warps: int
+    blocks: int
+    stages: int
+    split: int = 1
+    registers: int | None = None
+
+
+_chosen: dict[torch.device, str] = {}
+_failed: set[torch.device] = set()  # whose check failed
+_cards: dict[torch.device, Card] = {}
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(device: torch.device, kernels: str | None = None) -> str:
+    """Decide which kernels run on a device from now on, for all models there, and print it. "triton" or "torch".
+
+    kernels: the choice; None takes that of PROMPT_RECOVERY_KERNELS in the environment, and without one Triton's
+    wherever they run.
+    Raises ValueError for another word, and for "triton" on a device that can't run it.
+    """
+    wanted = kernels or os.environ.get(VARIABLE)
+    if wanted not in (None, *KERNELS):
+        raise ValueError(
+            f"kernels={wanted!r}: choose one of {', '.join(KERNELS)} (also {VARIABLE} in the environment)."
+        )
+    why = _unable(device)
+    if wanted == "triton" and why:
+        raise ValueError(f"kernels='triton' can't run on {device}: {why}. Leave it at None, or take 'torch'.")
+    if device in _failed:
+        return "torch"  # which was said then
+    before = _chosen.get(device)
+    _chosen[device] = "torch" if why else wanted or "triton"
+    if _chosen[device] == before:
+        return before
+    if _chosen[device] == "triton":
+        how = " in its interpreter" if interpreted() else ", lowered to sm_75" if card(device).lowered else ""
+        print(f"kernels on {device}: triton{how}")
+    elif device.type == "cuda":
+        print(f"kernels on {device}: torch, which is right and slow ({why or 'as asked for'})")
+    return _chosen[device]
+
+
+def refuse(device: torch.device, why: str) -> None:
+    """Let plain torch compute on a device whose Triton kernels failed, and say so in one line."""
+    _failed.add(device)
+    _chosen[device] = "torch"
+    print(f"kernels on {device}: torch, which is right and slow: triton's failed their check ({why})")
+
+
+@contextmanager
+def using(device: torch.device, kernels: str) -> Iterator[None]:
+    """Let these kernels run on a device inside the block, and what was chosen before it afterwards."""
+    before = uses_triton(device)
+    _chosen[device] = kernels
+    try:
+        yield
+    finally:
+        _chosen[device] = "triton" if before else "torch"
+
+
+def _unable(device: torch.device) -> str:
+    """Why Triton's kernels can't run on a device; "" where they can."""
+    if device.type == "cpu":
+        return "" if interpreted() else "a CPU needs TRITON_INTERPRET=1"
+    if device.type != "cuda" or torch.version.hip:
+        return "it is no NVIDIA card"
+    if card(device).capability < OLDEST:
+        return f"compute capability {card(device).capability / 10} is below 7.5"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    if card(device).lowered:
+        from prompt_recovery.engine.kernels import sm75
+
+        return sm75.install()
+    return ""
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device; the first question for a device decides it."""
+    return (_chosen.get(device) or choose(device)) == "triton"
+
+
+def training_kernels(device: torch.device) -> ModuleType | None:
+    """The module `experts_training` where Triton runs, else None."""
+    if not uses_triton(device):
+        return None
+    from prompt_recovery.engine.kernels import experts_training
+
+    return experts_training
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one for the while: Triton launches on that, whichever card its tensors lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def card(device: torch.device) -> Card:
+    if device not in _cards:
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            major, minor = properties.major, properties.minor
+            _cards[device] = Card(10 * major + minor, properties.shared_memory_per_block_optin)
+        else:
+            _cards[device] = Card(90, 227 * KIB)
+    return _cards[device]
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Options of every launch on a device: on sm_75 the code of sm_80 without pipelining, which `sm75` lowers."""
+    return {"arch": "sm80", "num_stages": 1} if card(device).lowered else {}
+
+
+# --- the experts' decode kernel -----------------------------------------------------------------------------
+
+
+def tile_rows(card: Card, tokens: int) -> int:
+    """Rows of a tile for so many tokens, measured on an H100 at Mixtral's shape (docs/MEASURED.md)."""
+    if tokens <= 24:
+        return 8
+    return 16 if tokens <= 48 or card.lowered else 32
+
+
+def configs(card: Card, rows: int) -> tuple[Config, Config]:
+    """Launch parameters of the gate and up, and of the down projection, by rows of a tile."""
+    if card.lowered:
+        return Config(32, 4, 2, 1) if rows <= 8 else Config(16, 8, 2, 1), Config(16, 8, 4, 1, split=4)
+    if rows <= 8:
+        return Config(32, 4, 2, 4), Config(16, 8, 4, 4, split=4, registers=128)
+    if rows <= 16:
+        return Config(16, 4, 2, 6), Config(16, 8, 4, 4, split=4, registers=128)
+    return Config(16, 4, 2, 6), Config(32, 4, 2, 6, split=4)
+
+
+def fits(card: Card, dynamic: int) -> bool:
+    """Whether a kernel with the tables and so much dynamic shared memory can be launched: in all no more than a program
+    gets unasked, or so much that Triton asks."""
+    return dynamic <= UNASKED - TABLES or UNASKED < dynamic <= card.shared - TABLES

@@ -1,0 +1,274 @@
+"""Every Triton kernel compiled ahead of time for each card, without a GPU.
+
+The project's own launchers run at Mixtral's shape on tensors without data, with a stand-in for
+Triton's driver that names the card. So what is compiled is what they would launch there: the same
+configuration, options and specialisation. An architecture takes 4 to 6 s on one core.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="pip install triton==3.6.0 to run these without CUDA")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import PTXASError
+from triton.runtime.jit import JITFunction
+
+from prompt_recovery.engine import storage
+from prompt_recovery.engine.kernels import (
+    decode_step,
+    dispatch,
+    experts_decode,
+    experts_training,
+    sm75,
+)
+from prompt_recovery.engine.kernels.dispatch import KIB, Card
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+META = torch.device("meta")
+EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 4096, 14336  # Mixtral 8x7B
+HEADS, KEY_HEADS, HEAD_SIZE = 32, 8, 128
+# Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide)
+SHARED = {75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 120: 99 * KIB}
+CARDS = {capability: Card(capability, shared) for capability, shared in SHARED.items()}
+# Functions that kernels call; every other one of these modules is a kernel.
+HELPERS = {"_tile_weights", "_load_levels", "_load_nested", "_scale"}
+KERNELS = {
+    (module.__name__.rsplit(".", 1)[-1], name)
+    for module in (decode_step, experts_decode, experts_training)
+    for name, function in vars(module).items()
+    if isinstance(function, JITFunction) and name not in HELPERS
+}
+
+
+class Compiled(NamedTuple):
+    """One kernel as launched, and what its machine code takes.
+
+    static, dynamic: bytes of shared memory; spilled: bytes of a thread's stack, which these kernels
+    need for nothing but spilled registers."""
+
+    module: str
+    name: str
+    arguments: dict
+    kernel: triton.compiler.CompiledKernel
+    registers: int
+    spilled: int
+    static: int
+
+    @property
+    def dynamic(self) -> int:
+        return self.kernel.metadata.shared
+
+    @property
+    def ptx(self) -> str:
+        return self.kernel.asm["ptx"]
+
+    def __str__(self) -> str:
+        chosen = {name: value for name, value in self.arguments.items() if isinstance(value, int)}
+        return (
+            f"{self.module}.{self.name} {chosen}: {self.registers} registers, "
+            f"{self.spilled} bytes spilled, {self.static} + {self.dynamic} bytes of shared memory"
+        )
+
+
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, stack and static shared memory. LOCAL of -res-usage stays 0 even with spills.
+
+    On sm_90 and sm_120 cuobjdump adds the KiB a program that CUDA keeps for itself: these checks
+    are a KiB too strict there."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+class Driver:
+    """What Triton asks of a driver in order to compile: a card that isn't there."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> str:  # Triton keeps compiled kernels by this
+        return f"no sm_{self.capability}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """Call it with a card: from then on launches compile for that card and run nothing. It returns
+    a dict that receives what they compile."""
+    functions, compiled = set(), {}
+    plain = JITFunction.run
+
+    def run(self, *args, grid, warmup, **options):
+        kernel = plain(self, *args, grid=grid, warmup=True, **options)
+        functions.add(self)
+        if kernel.hash not in compiled:
+            names = self.__module__.rsplit(".", 1)[-1], self.__name__
+            arguments = dict(zip(self.arg_names, args, strict=False)) | options
+            taken = resources(kernel.asm["cubin"])
+            compiled[kernel.hash] = Compiled(*names, arguments, kernel, *taken)
+        return kernel
+
+    def become(card: Card, lower: bool = True) -> dict[str, Compiled]:
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(card.capability))
+        monkeypatch.setitem(dispatch._cards, META, card)
+        if card.lowered and lower:
+            assert sm75.install() == ""
+        return compiled
+
+    with knobs.runtime.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook = None  # an earlier test's would lower, too
+        knobs.cache.dir = str(tmp_path)
+        monkeypatch.setattr(experts_decode, "_fitting", {})
+        monkeypatch.setattr(JITFunction, "run", run)
+        yield become
+    for function in functions:
+        for capability in CARDS:
+            function.device_caches.pop(f"no sm_{capability}", None)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def pieces(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """The pieces of `storage` of one matrix [rows, columns] an expert."""
+    blocks = rows * columns // storage.BLOCK
+    return {
+        "packed": empty(EXPERTS, rows, columns // 2, dtype=torch.uint8),
+        "absmax": empty(EXPERTS, blocks, dtype=torch.uint8),
+        "nested": empty(EXPERTS, -(-blocks // storage.NESTED_BLOCK), dtype=torch.int32),
+        "offset": empty(EXPERTS, dtype=torch.int32),
+    }
+
+
+def few_rows(tokens: int, dtype: torch.dtype, **others) -> None:
+    """The experts' launches for so many tokens of a decode step."""
+    gate_up, down = pieces(2 * INNER, HIDDEN), pieces(HIDDEN, INNER)
+    experts = SimpleNamespace(
+        **{f"gate_up_proj_{piece}": tensor for piece, tensor in gate_up.items()},
+        **{f"down_proj_{piece}": tensor for piece, tensor in down.items()},
+    )
+    x, index = empty(tokens, HIDDEN, dtype=dtype), empty(tokens, TOP_K, dtype=torch.int64)
+    weights = empty(tokens, TOP_K, dtype=torch.float32)
+    out = experts_decode.few_rows(x, index, weights, experts, **others)
+    assert out is not None and out.shape == (tokens, HIDDEN)
+
+
+def many_rows(dtype: torch.dtype, tokens: int = 512) -> None:
+    """The launches of experts_training: prefill and training."""
+    rows = tokens * TOP_K
+    code, table = empty(256, dtype=torch.float32), empty(16, dtype=torch.float32)
+    for size, columns in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
+        packed, absmax, nested, offset = pieces(size, columns).values()
+        out = empty(EXPERTS, size, columns, dtype=dtype)
+        nested, offset = nested.view(torch.float32), offset.view(torch.float32)
+        experts_training.dequantise(packed, absmax, nested, offset, code, table, out)
+    order, weights = empty(rows, dtype=torch.int64), empty(tokens, TOP_K, dtype=torch.float32)
+    gate_up = empty(rows, 2 * INNER, dtype=dtype)
+    experts_training.gather(empty(tokens, HIDDEN, dtype=dtype), order, TOP_K)
+    experts_training.combine(empty(rows, HIDDEN, dtype=dtype), order, TOP_K)
+    for in_place in (False, True):
+        experts_training.swiglu(gate_up, weights, order, in_place)
+    experts_training.swiglu_backward(gate_up, weights, order, empty(rows, INNER, dtype=dtype))
+
+
+def decode_attention(dtype: torch.dtype, rows: int = 31, columns: int = 1024) -> None:
+    """The launches of decode_step: rotary embedding with the cache, and the router."""
+    qkv = empty(rows, (HEADS + 2 * KEY_HEADS) * HEAD_SIZE, dtype=dtype)
+    angle, column = empty(rows, HEAD_SIZE, dtype=dtype), empty(1, dtype=torch.int64)
+    cache = empty(rows, KEY_HEADS, columns, HEAD_SIZE, dtype=dtype)
+    decode_step.rotate_and_store(qkv, angle, angle, column, cache, cache)
+    x, gate = empty(rows, HIDDEN, dtype=dtype), empty(EXPERTS, HIDDEN, dtype=dtype)
+    decode_step.choose_experts(x, gate, TOP_K)
+
+
+def as_dispatched(card: Card) -> set[tuple]:
+    """Rows of a tile, gate and Config of every projection that dispatch can choose on a card."""
+    tiles = {dispatch.tile_rows(card, tokens) for tokens in range(1, dispatch.FEW_TOKENS + 1)}
+    both = {m: dispatch.configs(card, m) for m in tiles}
+    return {(m, gate, *both[m][0 if gate else 1]) for m in tiles for gate in (True, False)}
+
+
+def none(compiled, wrong) -> None:
+    """Fails with a line for each kernel of which something is wrong."""
+    found = [str(each) for each in compiled if wrong(each)]
+    assert not found, f"{len(found)} of {len(compiled)}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_every_kernel_compiles_and_fits(pretend, capability):
+    card = CARDS[capability]
+    dtype, letters = (torch.float16, "f16") if card.lowered else (torch.bfloat16, "bf16")
+    launches = pretend(card)
+    for tokens in range(1, dispatch.FEW_TOKENS + 1):
+        few_rows(tokens, dtype)
+    many_rows(dtype)
+    decode_attention(dtype)
+    compiled = [*launches.values()]
+    projections = [each for each in compiled if each.name == "_project"]
+
+    assert {(each.module, each.name) for each in compiled} == KERNELS
+    names = ("M", "GATE", "ROWS", "WARPS", "BLOCKS", "num_stages", "SPLIT", "maxnreg")
+    launched = {tuple(each.arguments[name] for name in names) for each in projections}
+    # (one stage in place of more, where those don't fit, is compiled beside them)
+    assert as_dispatched(card) <= launched
+
+    # A T4 has 64 KiB, but Triton asks for none beyond 48
+    most = dispatch.UNASKED if card.lowered else card.shared
+    none(compiled, lambda each: each.static + each.dynamic > most)
+    none(projections, lambda each: each.static < dispatch.TABLES)
+    none(projections, lambda each: not dispatch.fits(card, each.dynamic))
+    none(projections, lambda each: each.spilled > 0)
+
+    target = re.compile(rf"^\.target sm_{capability}a?$", re.MULTILINE)
+    none(compiled, lambda each: not target.search(each.ptx))
+    # Tensor cores, with operands straight from the tile
+    shape = "m16n8k8" if card.lowered else "m16n8k16"
+    mma = f"mma.sync.aligned.{shape}.row.col.f32.{letters}.{letters}.f32"
+    none(projections, lambda each: mma not in each.ptx)
+    none(compiled, lambda each: re.search(r"wgmma|tcgen05", each.ptx))
+    if card.lowered:
+        none(compiled, lambda each: re.search(r"m16n8k16|cp\.async|bf16", each.ptx))
+    else:
+        pipelined = [each for each in projections if each.arguments["num_stages"] > 1]
+        none(pipelined, lambda each: "cp.async" not in each.ptx)
+
+
+def test_without_the_lowering_sm75_refuses(pretend, capfd):
+    pretend(CARDS[75], lower=False)
+    with pytest.raises(PTXASError, match=r"m16n8k16.*requires.*sm_80"):
+        few_rows(1, torch.float16)
+    capfd.readouterr()  # Triton prints the whole PTX
+
+
+def test_spilled_registers_are_seen(pretend):
+    launches = pretend(CARDS[86])
+    tight = tuple(each._replace(registers=40) for each in dispatch.configs(CARDS[86], 8))
+    few_rows(1, torch.bfloat16, configs=tight)
+    projections = [each for each in launches.values() if each.name == "_project"]
+    assert {each.arguments["GATE"] for each in projections} == {True, False}
+    none(projections, lambda each: each.spilled == 0)
