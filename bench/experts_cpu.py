@@ -17,8 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from prompt_recovery import experts as four_bit
-from prompt_recovery import nf4
+from prompt_recovery.engine import quantiser, storage
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.manual_seed(0)
-    four_bit.register()
+    quantiser.register()
     config = MixtralConfig(
         hidden_size=args.hidden, intermediate_size=args.inner, num_local_experts=args.experts, num_experts_per_tok=2
     )
@@ -41,10 +40,10 @@ def main() -> None:
 
     ours, parametrised = copy.deepcopy(stock), copy.deepcopy(stock)
     ours.config = copy.deepcopy(config)
-    ours.config._experts_implementation = four_bit.METHOD
-    for name in nf4.PROJECTIONS:
+    ours.config._experts_implementation = quantiser.METHOD
+    for name in storage.PROJECTIONS:
         weight = getattr(stock, name).data
-        for piece, tensor in nf4.quantise(weight).items():
+        for piece, tensor in storage.quantise(weight).items():
             ours.register_parameter(f"{name}_{piece}", nn.Parameter(tensor, requires_grad=False))
         delattr(ours, name)
         packed, state = bnb_functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -52,7 +51,7 @@ def main() -> None:
         parametrize.register_parametrization(parametrised, name, Bnb4bitParametrization(state), unsafe=True)
         _register_parametrization_hooks(parametrised, name)
         getattr(stock, name).data = torch.stack(
-            [nf4.expert_weight(ours, name, e, torch.float32) for e in range(args.experts)]
+            [storage.expert_weight(ours, name, e, torch.float32) for e in range(args.experts)]
         )
 
     print(f"{args.tokens} tokens, {args.experts} experts of {args.hidden} x {args.inner}, fp32")

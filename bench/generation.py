@@ -2,27 +2,27 @@
 
 python bench/generation.py --model DIR [--job] [--stock] [--t4]
 
-DIR: a folder of model.save_quantised (bench/training.py leaves /tmp/bench-training/nf4). EOS is disabled, so that every
-answer takes all its tokens. --t4 repeats decoding and a part of the job with fp16 and Triton off.
+DIR: a folder of save_quantised (bench/true_shape.py writes one). EOS is disabled, so that every answer takes all its tokens.
+--t4: in fp16, kernels lowered to sm_75, instead of bf16. The logits of 128 steps are compared with fp32, also with weights
+scaled like real ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from prompt_recovery.decoding import Decoder, cache_columns
-from prompt_recovery.fast_layers import fast_layers
-from true_shape import device_rates
+from reference import Trace, reference
+from true_shape import device_rates, imitate_t4, scale_like_real
 
-from prompt_recovery import generation, model, nf4
-from prompt_recovery.adapter import merged
+from prompt_recovery.adapter import add_lora
+from prompt_recovery.engine import Meter, generate, load_base, merged
+from prompt_recovery.engine.decoding import Decoder, cache_columns
+from prompt_recovery.engine.layers import fast_layers
 
 GIB = 2**30
 PROMPT, STEPS = 768, 32
@@ -33,15 +33,6 @@ table: list[str] = []
 def report(line: str) -> None:
     table.append(line)
     print(line, flush=True)
-
-
-class NoStop:
-    """What generate asks of a tokenizer, for ids that are never text and answers that never end."""
-
-    eos_token_id = -1
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return " ".join(map(str, ids))
 
 
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -74,46 +65,43 @@ def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> No
     prefill, peak = rows * PROMPT / decoder.prefill_seconds, torch.cuda.max_memory_allocated() / GIB
     how = "graph" if decoder.graphs else "eager"
     report(
-        f"{name:<22} B{rows:<3} decode {step * 1e3:7.2f} ms/step ({floor / step:4.0%} of the floor {floor * 1e3:.1f}, {how}),"
-        f" prefill {prefill:7.0f} tok/s, peak {peak:.1f} GiB"
+        f"{name:<22} B{rows:<3} decode {step * 1e3:7.2f} ms/step ({floor / step:4.0%} of the floor {floor * 1e3:.1f}, {how},"
+        f" {distinct_experts(fast, prompts):.1f} experts a layer), prefill {prefill:7.0f} tok/s, peak {peak:.1f} GiB"
     )
 
 
-class Trace(NamedTuple):
-    """Of the places that give the tokens of an answer: logits [steps, vocabulary], the hidden state after each layer
-    [layers, steps, hidden]; fp32."""
+def distinct_experts(fast: Any, prompts: list[list[int]]) -> float:
+    """How many experts of a layer a decode step of these rows reads, on average."""
+    counts: list[int] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(
+            lambda _m, args, out: counts.append(len(out[2].unique())) if len(args[0]) == len(prompts) else None
+        )
+        for layer in fast.get_decoder().layers
+    ]
+    cells = len(prompts) * cache_columns(len(prompts[0]), 2)
+    decoder = Decoder(fast, [], rows=len(prompts), cells=cells, max_new_tokens=2, eos=-1, pad=0, graphs=False)
+    decoder.answer(prompts, [[None]] * len(prompts))
+    for hook in hooks:
+        hook.remove()
+    return float(np.mean(counts))
 
-    logits: torch.Tensor
-    hidden: torch.Tensor
 
+class Step(NamedTuple):
+    """One prompt and what was answered. few: logits of the decode steps [steps, vocabulary]; many: the same places and
+    the hidden states by the way of many rows, teacher-forced."""
 
-Step = tuple[list[int], list[int], torch.Tensor, Trace]
+    text: list[int]
+    places: slice
+    few: torch.Tensor
+    many: Trace
 
 
 @torch.inference_mode()
-def trace(model: Any, prompt: list[int], answer: list[int], steps: int) -> Trace:
-    """Of the first `steps` steps, teacher-forced all at once: the path of many rows, which dequantises."""
-    places = slice(len(prompt) - 1, len(prompt) - 1 + steps)
-    hidden: list[torch.Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda _m, _i, out: hidden.append(out[0, places].float()))
-        for layer in model.get_decoder().layers
-    ]
-    try:
-        ids = torch.tensor([prompt + answer], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, places].float()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Trace(logits, torch.stack(hidden))
-
-
 def greedy_steps(fast: Any) -> list[Step]:
-    """(prompt, answer of the graph path, logits of its steps without graphs, their trace by `trace`), four times."""
-    prompts = random_prompts([60, 200, 333, 768], seed=1)
-    found = dict(generation.generate(fast, NoStop(), prompts, max_new_tokens=STEPS))
+    """The greedy answers to four prompts, one at a time and without graphs."""
     steps = []
-    for position, prompt in enumerate(prompts):
+    for prompt in random_prompts([60, 200, 333, 768], seed=1):
         decoder = Decoder(
             fast, [], rows=1, cells=cache_columns(len(prompt), STEPS), max_new_tokens=STEPS, eos=-1, pad=0, graphs=False
         )
@@ -125,43 +113,40 @@ def greedy_steps(fast: Any) -> list[Step]:
             choose(logits, rows)
 
         decoder._choose = keep  # type: ignore[method-assign]
-        alone = decoder.answer([prompt], [[None]])[0][0]
-        answer = [int(word) for word in found[position][0].text.split()]
-        # batched and alone, near ties may fall otherwise: then the texts go apart, and logits compare up to there
-        same = next((i for i in range(STEPS) if alone[i] != answer[i]), STEPS - 1) + 1
-        steps.append((prompt, answer, torch.cat(kept)[:same], trace(fast, prompt, answer, same)))
+        answer = decoder.answer([prompt], [[None]])[0][0][0]
+        text, places = prompt + answer[:-1], slice(len(prompt) - 1, len(prompt) + STEPS - 1)
+        hidden: list[torch.Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda _m, _i, out: hidden.append(out[0, places].float()))  # noqa: B023
+            for layer in fast.get_decoder().layers
+        ]
+        # padded to the way of many rows
+        ids = torch.tensor([text + [5] * max(0, 400 - len(text))], device=fast.device)
+        logits = fast(input_ids=ids, use_cache=False).logits[0, places].float()
+        for hook in hooks:
+            hook.remove()
+        steps.append(Step(text, places, torch.cat(kept), Trace(logits, torch.stack(hidden))))
     return steps
 
 
-def check(lora: Any, steps: list[Step]) -> None:
-    """Compare with the unmerged model, teacher-forced on its many-rows path: logits, and greedy tokens that differ."""
-    gaps = []
-    errors: dict[str, list[torch.Tensor]] = {"few rows against many rows": [], "many rows, merged against unmerged": []}
-    for number, (prompt, answer, mine, many) in enumerate(steps):
-        full = trace(lora, prompt, answer, len(mine))
-        for logits, token in zip(full.logits, answer, strict=False):
-            if logits.argmax().item() != token:
-                gaps.append(((logits.max() - logits[token]) / logits.std()).item())
-        for name, a, b in zip(errors, (mine, many.logits), (many.logits, full.logits), strict=True):
-            errors[name].append((a - b).norm(dim=-1) / b.norm(dim=-1))
-        for step in (errors["many rows, merged against unmerged"][-1] > 0.1).nonzero()[:, 0].tolist():
-            # the unmerged model itself on the same text without what follows: only the rounding of its sums is another
-            cut = trace(lora, prompt, answer[:step], step + 1)
-            true = full.hidden[:4, step]
-            off = [(run.hidden[:4, step] - true).norm(dim=-1) / true.norm(dim=-1) for run in (many, cut)]
-            here, alone = (", ".join(f"{share:.1%}" for share in each.tolist()) for each in off)
-            report(
-                f"prompt {number}, step {step}: hidden states after layers 0 to 3 are off by {here};"
-                f" those of the unmerged model without the tokens behind by {alone}"
-            )
-    for name, parts in errors.items():
-        found = torch.cat(parts)
+def check(lora: Any, steps: list[Step], name: str) -> None:
+    """Relative errors against fp32 with the adapter merged in fp32: of the logits, and of the hidden states."""
+    exact = reference(lora, [step.text for step in steps], [step.places for step in steps])
+
+    def show(what: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        found = torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in pairs])
         median, most, worst = (found.quantile(q).item() for q in (0.5, 0.9, 1.0))
-        report(
-            f"logits of {len(found)} steps, {name}: relative error {median:.1e} median, {most:.1e} 90%, {worst:.1e} worst"
-        )
-    apart = ", ".join(f"{gap:.2f}" for gap in sorted(gaps))
-    report(f"greedy tokens that differ: {len(gaps)} ({apart} standard deviations between the two tokens)")
+        report(f"{name}, {what}: {median:.1e} median, {most:.1e} 90%, {worst:.1e} worst of {len(found)}")
+
+    pairs = list(zip(steps, exact, strict=True))
+    layers = exact[0].hidden.shape[0]
+    for number in sorted({n for n in (0, 1, 3, 7, 15) if n < layers} | {layers - 1}):
+        show(f"hidden state after layer {number}", [(s.many.hidden[number], e.hidden[number]) for s, e in pairs])
+    show("logits, many rows against fp32", [(s.many.logits, e.logits) for s, e in pairs])
+    show("logits, few rows against fp32", [(s.few, e.logits) for s, e in pairs])
+    show("logits, few rows against many rows", [(s.few, s.many.logits) for s, _ in pairs])
+    differ = sum((s.few.argmax(-1) != e.logits.argmax(-1)).sum().item() for s, e in pairs)
+    report(f"{name}, greedy tokens that differ from fp32: {differ}")
 
 
 def natural_lengths(count: int, seed: int = 0) -> list[int]:
@@ -170,22 +155,18 @@ def natural_lengths(count: int, seed: int = 0) -> list[int]:
     return np.clip(drawn, 100, 3000).astype(int).tolist()
 
 
-def job(fast: Any, rows: int, of: int, name: str, rate: float) -> None:
-    lengths = natural_lengths(of)[:: max(1, of // rows)]
-    prompts = random_prompts(lengths, seed=2)
-    progress = generation.Progress()
-    start = time.monotonic()
+def job(fast: Any, rows: int, name: str, rate: float) -> None:
+    prompts = random_prompts(natural_lengths(rows), seed=2)
+    meter, start = Meter(), time.monotonic()
     early = None
-    for _ in generation.generate(fast, NoStop(), prompts, max_new_tokens=64, progress=progress):
-        if early is None and progress.rows >= len(prompts) / 10:
-            early = (time.monotonic() - start, progress.left)
+    for _ in generate(fast, prompts, eos=-1, max_new_tokens=64, meter=meter):
+        if early is None and meter.rows >= rows / 10:
+            early = (time.monotonic() - start, meter.left)
     spent = time.monotonic() - start
-    whole = f", {of / len(prompts) * spent:.0f} s for {of} by extrapolation" if len(prompts) < of else ""
-    share = progress.tokens_in * 12.75e9 * 2 / (rate * 1e12) / spent
-    report(
-        f"{name}: {len(prompts)} rows, {progress.tokens_in} tokens in, {progress.tokens_out} out: {spent:.0f} s{whole}"
-    )
-    report(f"  the prefill's multiplications at the matrix rate would be {share:.0%} of that")
+    share = meter.tokens_in * 12.75e9 * 2 / (rate * 1e12) / spent
+    report(f"{name}: {rows} rows, {meter.tokens_in} tokens in, {meter.tokens_out} out: {spent:.0f} s")
+    report(f"  reading {meter.reading:.0f} s, writing {meter.writing:.0f} s in {meter.batches} batches;"
+           f" the prefill's multiplications at the matrix rate would be {share:.0%}")  # fmt: skip
     if early:
         report(f"  after a tenth: {early[1]:.0f} s left by its estimate, {spent - early[0]:.0f} s in truth")
 
@@ -243,33 +224,33 @@ def main() -> None:
     report(
         f"{torch.cuda.get_device_name()}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s, prompts of {PROMPT} tokens"
     )
-    for dtype in (torch.bfloat16, torch.float16) if args.t4 else (torch.bfloat16,):
-        base = model.load_base(args.model, dtype, four_bit=True)
-        args.layers = base.config.num_hidden_layers
-        lora = model.add_lora(base, base="bench")
-        for name, weight in lora.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, 0, 0.01)
-        lora.eval()
-        if dtype == torch.float16:
-            os.environ["PROMPT_RECOVERY_TRITON"] = "0"
-            nf4.fast_kernels.cache_clear()
-        start = time.monotonic()
-        with merged(lora) as fast, fast_layers(fast):
-            report(f"adapter merged and checked in {time.monotonic() - start:.1f} s")
-            name = "ours" if dtype == torch.bfloat16 else "ours, fp16, no Triton"
-            for rows in (1, 16, 64) if dtype == torch.bfloat16 else (1, 16, 32):
-                decode(fast, rows, bandwidth, args.layers, name)
-            steps = greedy_steps(fast) if dtype == torch.bfloat16 else []
-            if args.job:
-                job(fast, 1300 if dtype == torch.bfloat16 else 100, 1300, f"{name}, whole job", rate)
-        if steps:
-            check(lora, steps)
-        del fast, lora, base, steps
-        nf4.release_buffers()
-        gc.collect()
-        torch.cuda.empty_cache()
+    dtype, name = torch.bfloat16, "bf16"
+    if args.t4:
+        imitate_t4()
+        dtype, name = torch.float16, "fp16, lowered to sm_75"
+    base = load_base(args.model, dtype, four_bit=True)
+    args.layers = base.config.num_hidden_layers
+    lora = add_lora(base, base="bench")
+    for key, weight in lora.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, 0, 0.01)
+    lora.eval()
+    start = time.monotonic()
+    with merged(lora) as fast, fast_layers(fast):
+        report(f"adapter merged and checked in {time.monotonic() - start:.1f} s")
+        for rows in (1, 16, 32, 64):
+            decode(fast, rows, bandwidth, args.layers, name)
+        steps = greedy_steps(fast)
+        if args.job:
+            job(fast, 1300, f"{name}, whole job", rate)
+    check(lora, steps, name)
+    scale_like_real(lora)
+    with merged(lora) as fast, fast_layers(fast):
+        steps = greedy_steps(fast)
+    check(lora, steps, f"{name}, scaled like real weights")
     if args.stock:
+        del fast, lora, base, steps
+        torch.cuda.empty_cache()
         stock(args)
     print("\n== table")
     print("\n".join(table))

@@ -21,7 +21,9 @@ from torch import nn
 from torch.nn import functional
 from true_shape import device_rates, fill, write_checkpoint
 
-from prompt_recovery import memory, model, moe_forward, nf4, training
+from prompt_recovery import training
+from prompt_recovery.adapter import add_lora
+from prompt_recovery.engine import forward, load_base, memory, release_buffers, save_quantised, storage
 
 GIB = 2**30
 LENGTH, LABELS = 512, 64
@@ -64,8 +66,8 @@ def row(name: str, tokens: int, spent: float, peak: float, floor_flops: float, r
 def check_experts(experts: nn.Module) -> None:
     """Forward and input gradient against the dequantised weights in fp32, at the true shape of one layer."""
     hidden = experts.hidden_dim
-    pieces = [{piece: getattr(experts, f"{name}_{piece}") for piece in nf4.PIECES} for name in nf4.PROJECTIONS]
-    gate_up, down = (nf4.dequantise(each, torch.float32) for each in pieces)
+    pieces = [{piece: getattr(experts, f"{name}_{piece}") for piece in storage.PIECES} for name in storage.PROJECTIONS]
+    gate_up, down = (storage.dequantise(each, torch.float32) for each in pieces)
     for dtype in (torch.bfloat16, torch.float16):
         for tokens in (1, 77, 8192):
             for routing in ("random", "two experts only"):
@@ -74,7 +76,7 @@ def check_experts(experts: nn.Module) -> None:
                 index = index if routing == "random" else index * 0 + torch.tensor([1, 6], device="cuda")
                 weights = torch.rand(tokens, 2, device="cuda", dtype=dtype)
                 grad = torch.randn(tokens, hidden, device="cuda", dtype=dtype)
-                out = moe_forward.experts_forward(experts, x, index, weights)
+                out = forward.experts_forward(experts, x, index, weights)
                 out.backward(grad)
                 exact = x.detach().float().requires_grad_()
                 want = torch.zeros_like(exact)
@@ -90,13 +92,13 @@ def check_experts(experts: nn.Module) -> None:
                 print(
                     f"experts {dtype} {tokens} tokens, {routing}: relative errors {errors[0]:.1e} {errors[1]:.1e} {verdict}"
                 )
-    nf4.release_buffers()
+    storage.workspace(experts).buffers.clear()
 
 
 def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> None:
     torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()
-    base = model.load_base(folder, four_bit=True)
+    base = load_base(folder, four_bit=True)
     torch.cuda.synchronize()
     fresh = time.monotonic() - start
     peak, resident = torch.cuda.max_memory_allocated() / GIB, torch.cuda.memory_allocated() / GIB
@@ -111,7 +113,7 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     fill(base)
     check_experts(base.model.layers[0].mlp.experts)
     start = time.monotonic()
-    model.save_quantised(base, folder, args.work / "nf4")
+    save_quantised(base, folder, args.work / "nf4")
     saved = time.monotonic() - start
     ids = torch.randint(5, 32000, (2, 64), device="cuda")
     with torch.inference_mode():
@@ -120,7 +122,7 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     gc.collect()
     torch.cuda.empty_cache()
     start = time.monotonic()
-    base = model.load_base(args.work / "nf4", four_bit=True)
+    base = load_base(args.work / "nf4", four_bit=True)
     torch.cuda.synchronize()
     again = time.monotonic() - start
     with torch.inference_mode():
@@ -129,7 +131,7 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
         f"saved 4-bit folder: written in {saved:.0f} s, loaded in {again:.0f} s, logits bit for bit the same: {same}"
     )
 
-    lora = model.add_lora(base, base="bench", dropout=0.1)
+    lora = add_lora(base, base="bench", dropout=0.1)
     optimiser = bnb.optim.PagedAdamW8bit([p for p in lora.parameters() if p.requires_grad], lr=1e-5)
 
     def step(ids: torch.Tensor, labels: torch.Tensor) -> None:
@@ -146,7 +148,7 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     saved_per_token = memory.saved_bytes(lora, torch.bfloat16)
     report(f"activations saved for the backward pass: {saved_per_token / args.layers / 1024:.0f} KiB a token and layer")
     total = torch.cuda.get_device_properties(0).total_memory
-    plans = [("B8, every layer checkpointed", memory.Plan(8, 1, args.layers, 0))]
+    plans = [("B8, every layer checkpointed", memory.TrainingPlan(8, 1, args.layers, 0))]
     for name, rows, budget in (
         ("B8 within 32 GiB", 8, 32 * GIB),
         ("plan within 40 GiB, batch of 16", 16, 40 * GIB),
@@ -155,10 +157,10 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
         ("plan for the card, batch of 64", 64, total),
     ):
         free = min(budget, total) - torch.cuda.memory_allocated()
-        plans.append((name, memory.plan_training(lora, free, LENGTH, LABELS, rows, torch.bfloat16)))
-    for name, plan in plans:
+        plans.append((name, memory.training_plan(lora, LENGTH, LABELS, rows, torch.bfloat16, free)))
+    for name, plan in plans[: args.plans]:
         memory.apply_plan(lora, plan)
-        nf4.release_buffers()
+        release_buffers(lora)
         gc.collect()
         torch.cuda.empty_cache()
         allocated = torch.cuda.memory_allocated()
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench-training"))
     parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument("--plans", type=int, help="only so many of them, the first is B8 with every layer checkpointed")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     torch.manual_seed(0)
@@ -232,7 +235,6 @@ def main() -> None:
     scale = args.layers / 32
     ours(folder, args, rate, scale)
     gc.collect()
-    nf4.release_buffers()
     torch.cuda.empty_cache()
     if not args.no_stock:
         stock(args, rate, scale)

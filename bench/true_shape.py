@@ -1,6 +1,6 @@
 """Mixtral-8x7B's true shape without its weights: a checkpoint folder of holes, and random weights put into a 4-bit model.
 
-python bench/true_shape.py DIR    makes DIR/nf4, a 24 GB folder with random weights that model.load_base(four_bit=True) reads
+python bench/true_shape.py DIR    makes DIR/nf4, a 24 GB folder with random weights that load_base(four_bit=True) reads
 
 The folder has the hub's names and shapes and takes no room: its files are sparse and read as zeros. Speed is never
 measured on zeros (a matrix product of zeros draws less power and runs faster), so `fill` comes after loading.
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from prompt_recovery.nf4 import PROJECTIONS
 from torch import nn
 from transformers import MixtralConfig
+
+from prompt_recovery.engine.kernels import dispatch, sm75
+from prompt_recovery.engine.storage import PROJECTIONS, quantise
 
 
 def write_checkpoint(folder: Path, layers: int = 32, **shape: int) -> None:
@@ -61,6 +63,56 @@ def write_checkpoint(folder: Path, layers: int = 32, **shape: int) -> None:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def imitate_t4() -> None:
+    """Let the first card's kernels be those of a T4: lowered to sm_75, whose PTX every newer card runs, and attention
+    without flash and cuDNN. Memory and speed stay the card's own. Before the first launch."""
+    trouble = sm75.install()
+    assert not trouble, trouble
+    dispatch._cards[torch.device("cuda", 0)] = dispatch.Card(75, 64 * dispatch.KIB)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@torch.no_grad()
+def scale_like_real(model: nn.Module, seed: int = 1) -> None:
+    """Normal weights, quantised, of a size at which a layer changes the residual stream a little, as in trained models:
+    spread 0.02, embeddings 4, and what attention and experts add divided by twice the number of layers.
+
+    A model of `fill` is chaotic: each layer's output is as large as the stream, and equally likely codes have a mean, so
+    that one direction grows from layer to layer.
+    """
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    share = 1 / (2 * model.config.num_hidden_layers)
+
+    def normal(shape: torch.Size, spread: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * spread
+
+    model.get_input_embeddings().weight.normal_(0, 4, generator=generator)
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            spread = 0.02 * (share if "o_proj" in name else 1)
+            packed, made = bnb.functional.quantize_4bit(
+                normal(state.shape, spread), blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+            module.weight.data.copy_(packed.view_as(module.weight.data))
+            state.absmax.copy_(made.absmax)
+            state.state2.absmax.copy_(made.state2.absmax)
+            state.offset.copy_(made.offset)
+        elif hasattr(module, "down_proj_packed"):
+            for projection in PROJECTIONS:
+                packed = getattr(module, f"{projection}_packed")
+                spread = 0.02 * (share if projection == "down_proj" else 1)
+                for expert in range(len(packed)):
+                    made = quantise(normal(torch.Size((1, packed.shape[1], packed.shape[2] * 2)), spread))
+                    for piece, value in made.items():
+                        getattr(module, f"{projection}_{piece}")[expert].copy_(value[0])
+        elif "o_proj" in name and "lora_B" in name:
+            for weight in module.parameters(recurse=False):
+                weight.mul_(share)
 
 
 @torch.no_grad()
@@ -119,10 +171,10 @@ def seconds(call, repeats: int = 10, warm: int = 3) -> float:
 
 
 if __name__ == "__main__":
-    from prompt_recovery import model
+    from prompt_recovery.engine import load_base, save_quantised
 
     work = Path(sys.argv[1])
     write_checkpoint(work / "zeros")
-    base = model.load_base(work / "zeros", four_bit=True)
+    base = load_base(work / "zeros", four_bit=True)
     fill(base)
-    print(model.save_quantised(base, work / "zeros", work / "nf4"))
+    print(save_quantised(base, work / "zeros", work / "nf4"))

@@ -96,7 +96,7 @@ def test_a_process_that_was_launched_with_others_never_trains_alone(monkeypatch)
 
 
 def test_rows_that_cannot_be_shared_out_are_refused(monkeypatch):
-    monkeypatch.setattr(memory, "processes", lambda: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(training, "processes", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(training.TrainingError, match="8 x gradient_accumulation 2.*3 processes"):
         training._plan(None, [], 8, 2, None, False)
     assert training._plan(None, [], 8, 3, None, False)[:2] == (8, 1)

@@ -33,7 +33,14 @@ FEW_ROWS = {
 }
 EXACT = ("dequantise float32", "dequantise float16", "gather", "few rows twice")
 PLAIN = ("combine", "swiglu", "swiglu in place", "swiglu backward", "swiglu backward of the weights")
-STEP = ("rotated query", "keys in the cache", "values in the cache", "router", "a whole model", "a whole model by torch")
+STEP = (
+    "rotated query",
+    "keys in the cache",
+    "values in the cache",
+    "router",
+    "a whole model",
+    "a whole model by torch",
+)
 
 
 def random_experts(experts: int, hidden: int, inner: int) -> SimpleNamespace:

@@ -35,7 +35,7 @@ from prompt_recovery.engine.kernels import (
     experts_training,
     sm75,
 )
-from prompt_recovery.engine.kernels.dispatch import KIB, Card
+from prompt_recovery.engine.kernels.dispatch import KIB, Card, Config
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 META = torch.device("meta")
@@ -223,6 +223,9 @@ def none(compiled, wrong) -> None:
 def test_every_kernel_compiles_and_fits(pretend, capability):
     card = CARDS[capability]
     dtype, letters = (torch.float16, "f16") if card.lowered else (torch.bfloat16, "bf16")
+    asked = as_dispatched(card)
+    # sm_75 has no cp.async: LLVM ends the process over more than one stage
+    assert not card.lowered or {Config(*chosen).stages for _, _, *chosen in asked} == {1}
     launches = pretend(card)
     for tokens in range(1, dispatch.FEW_TOKENS + 1):
         few_rows(tokens, dtype)
@@ -235,7 +238,7 @@ def test_every_kernel_compiles_and_fits(pretend, capability):
     names = ("M", "GATE", "ROWS", "WARPS", "BLOCKS", "num_stages", "SPLIT", "maxnreg")
     launched = {tuple(each.arguments[name] for name in names) for each in projections}
     # (one stage in place of more, where those don't fit, is compiled beside them)
-    assert as_dispatched(card) <= launched
+    assert asked <= launched
 
     # A T4 has 64 KiB, but Triton asks for none beyond 48
     most = dispatch.UNASKED if card.lowered else card.shared

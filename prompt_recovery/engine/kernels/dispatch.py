@@ -23,9 +23,9 @@ TABLES = 33 * KIB
 # A program gets this much shared memory unasked. Triton 3.6 asks the driver for more only where its own, dynamic part
 # alone is larger, and then for all that there is.
 UNASKED = 48 * KIB
-# Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on an H100 at 256
-# tokens: 52.7 ms in bf16, where the way of many rows takes 74 ms (docs/MEASURED.md).
-FEW_TOKENS = 256
+# Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on an H100 at 384
+# tokens: 57 ms in bf16 and 99 lowered to sm_75, where the way of many rows takes 74 or more (docs/MEASURED.md).
+FEW_TOKENS = 384
 
 
 class Card(NamedTuple):
@@ -168,21 +168,32 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 
 
 def tile_rows(card: Card, tokens: int) -> int:
-    """Rows of a tile for so many tokens, measured on an H100 at Mixtral's shape (docs/MEASURED.md)."""
-    if tokens <= 24:
+    """Rows of a tile for so many tokens, by what a model's step takes on an H100 (docs/MEASURED.md).
+
+    With uniform routing tiles of 8 are as fast up to 24 tokens. Where the router prefers some experts, more of those
+    have over 8 rows, and each tile reads the weights again: 16 tokens take 13.3 ms with tiles of 8, 11.8 with 16.
+    """
+    if tokens <= 8:
         return 8
     return 16 if tokens <= 48 or card.lowered else 32
 
 
 def configs(card: Card, rows: int) -> tuple[Config, Config]:
-    """Launch parameters of the gate and up, and of the down projection, by rows of a tile."""
+    """Launch parameters of the gate and up, and of the down projection, by rows of a tile: the fastest on an H100 of
+    those that do not spill and have room on the card.
+
+    A T4 has room for one program a multiprocessor, hence 8 warps in each, which cost up to 7% on an H100.
+    """
     if card.lowered:
-        return Config(32, 4, 2, 1) if rows <= 8 else Config(16, 8, 2, 1), Config(16, 8, 4, 1, split=4)
+        if rows <= 8:
+            return Config(32, 8, 2, 1), Config(16, 8, 2, 1, split=4)
+        return Config(16, 8, 4, 1), Config(16, 8, 4, 1, split=4)
     if rows <= 8:
         return Config(32, 4, 2, 4), Config(16, 8, 4, 4, split=4, registers=128)
     if rows <= 16:
-        return Config(16, 4, 2, 6), Config(16, 8, 4, 4, split=4, registers=128)
-    return Config(16, 4, 2, 6), Config(32, 4, 2, 6, split=4)
+        return Config(16, 4, 2, 6), Config(32, 8, 2, 4, split=4, registers=128)
+    stages = 6 if card.shared >= 128 * KIB else 5  # 6 take 113 KiB with the tables, and sm_86, 89 and 120 have 99
+    return Config(16, 4, 2, stages), Config(32, 4, 2, stages, split=4)
 
 
 def fits(card: Card, dynamic: int) -> bool:

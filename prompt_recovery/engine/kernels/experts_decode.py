@@ -294,8 +294,8 @@ def _stages(
     arguments: tuple, grid: tuple, options: dict[str, Any], stages: int, device: torch.device, dtype: torch.dtype
 ) -> int:
     """The stages asked for, or one where a small shape's shared memory can't be launched with them."""
-    if dispatch.interpreted():
-        return stages
+    if dispatch.interpreted() or dispatch.card(device).lowered:
+        return 1  # nothing is pipelined there
     key = (device, dtype, stages, *options.values())
     if key not in _fitting:
         more = dispatch.launch_options(device) | options | {"num_stages": stages}
