@@ -297,3 +297,31 @@ def test_shown_example_marks_the_supervised_part():
     prompt = demo_rows(1)["rewrite_prompt"][0]
     assert training.show_example(tok, example).endswith(f"[/INST]»»»{prompt}</s>«««")
     assert training.answer_length(example) == len(tok(prompt, add_special_tokens=False)["input_ids"]) + 1
+
+
+def test_a_host_that_shows_several_cards_trains_on_the_planned_rows_of_a_step(
+    tmp_path,
+    monkeypatch,
+):
+    """Trainer would give each card a batch: with two of them, twice the rows, and half as many steps an epoch."""
+    import functools
+
+    tok, lora = build()
+    examples = training.make_examples(tok, demo_rows(24), **SHORT)
+    given, set_up = [], vars(training.TrainingArguments)["_setup_devices"].func
+
+    def two_cards(arguments):
+        device = set_up(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    once = functools.cached_property(two_cards)  # as transformers' own: set up at the first look
+    once.__set_name__(training.TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(training.TrainingArguments, "_setup_devices", once)
+    probe = training.TrainingArguments(output_dir=str(tmp_path / "probe"), use_cpu=True)
+    assert probe.n_gpu == 2 and probe.train_batch_size == 2 * probe.per_device_train_batch_size
+    embeddings = lora.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
+    options = FAST | dict(batch_size=4, gradient_accumulation=2, max_steps=3)
+    log = training.train(lora, tok, examples, [], tmp_path / "run", **options)
+    assert given == [4] * 6 and len(log) == 3 and log["epoch"].to_list()[-1] == 1

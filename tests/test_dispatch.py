@@ -1,0 +1,407 @@
+"""Which kernels run where: what is asked for, what is refused and said, launch parameters at their borders, sm_75."""
+
+import copy
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+
+from prompt_recovery.engine import forward, loading, storage
+from prompt_recovery.engine.kernels import dispatch, sm75
+from prompt_recovery.engine.kernels.dispatch import KIB, Card, Config, choose, fits, tile_rows
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+H100, T4 = Card(90, 227 * KIB), Card(75, 64 * KIB)
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen(monkeypatch):
+    """Nothing is chosen, failed or checked yet, and the state from before is there again afterwards."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kept = [dispatch._chosen, dispatch._failed, dispatch._cards, forward._checked]
+    before = [copy.copy(each) for each in kept]
+    for each in kept:
+        each.clear()
+    yield
+    for each, old in zip(kept, before, strict=True):
+        each.clear()
+        each.update(old)
+
+
+@pytest.fixture
+def gpu():
+    """A card that is looked at and never used: no kernel is launched here."""
+    pytest.importorskip("triton")
+    dispatch._cards[GPU] = H100
+    return GPU
+
+
+# --- the choice ---------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_word_is_refused_with_the_words_there_are(monkeypatch):
+    with pytest.raises(ValueError, match="'cuda'.*triton, torch.*PROMPT_RECOVERY_KERNELS"):
+        choose(CPU, "cuda")
+    monkeypatch.setenv("PROMPT_RECOVERY_KERNELS", "Triton")
+    with pytest.raises(ValueError, match="'Triton'.*triton, torch.*PROMPT_RECOVERY_KERNELS"):
+        choose(CPU)
+    assert not dispatch._chosen
+
+
+def test_triton_is_refused_on_the_cpu_before_a_weight_is_read(monkeypatch):
+    def read(*_, **__):
+        pytest.fail("the weights were read")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", read)
+    wrong = r"'triton' can't run on cpu: a CPU needs TRITON_INTERPRET=1.*'torch'"
+    with pytest.raises(ValueError, match=wrong):
+        loading.load_base(TINY, four_bit=True, kernels="triton")
+    monkeypatch.setenv("PROMPT_RECOVERY_KERNELS", "triton")
+    with pytest.raises(ValueError, match=wrong):
+        loading.load_base(TINY, four_bit=True)
+    assert not dispatch._chosen
+
+
+def test_the_argument_beats_the_environment(monkeypatch, gpu):
+    monkeypatch.setenv("PROMPT_RECOVERY_KERNELS", "triton")
+    assert choose(CPU, "torch") == "torch" and not dispatch.uses_triton(CPU)
+    assert choose(gpu) == "triton" and choose(gpu, "torch") == "torch"
+    monkeypatch.setenv("PROMPT_RECOVERY_KERNELS", "torch")
+    assert choose(gpu) == "torch" and choose(gpu, "triton") == "triton"
+    assert dispatch.uses_triton(gpu)
+
+
+def test_without_a_word_triton_runs_where_it_can(monkeypatch, gpu):
+    assert choose(gpu) == "triton" and choose(CPU) == "torch"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(CPU) == "triton"
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert choose(gpu) == "torch"
+
+
+def test_the_choice_is_said_once_and_again_when_it_changes(monkeypatch, capsys, gpu):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for device, how in ((CPU, " in its interpreter"), (gpu, " in its interpreter")):
+        choose(device)
+        assert capsys.readouterr().out == f"kernels on {device}: triton{how}\n"
+        choose(device)
+        choose(device, "triton")
+        assert capsys.readouterr().out == ""
+    choose(gpu, "torch")
+    assert capsys.readouterr().out.endswith("torch, which is right and slow (as asked for)\n")
+    choose(gpu, "torch")
+    assert capsys.readouterr().out == ""
+    choose(gpu)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_an_old_card_computes_by_torch_and_says_why(capsys, gpu):
+    dispatch._cards[gpu] = Card(70, 96 * KIB)
+    with pytest.raises(ValueError, match="compute capability 7.0 is below 7.5"):
+        choose(gpu, "triton")
+    assert choose(gpu) == "torch"
+    said = capsys.readouterr().out
+    assert "slow (compute capability 7.0 is below 7.5)" in said and said.count("\n") == 1
+
+
+def test_a_t4_needs_the_lowering(monkeypatch, capsys, gpu):
+    dispatch._cards[gpu] = T4
+    monkeypatch.setattr(sm75, "install", lambda: "no hook")
+    assert choose(gpu) == "torch" and "slow (no hook)" in capsys.readouterr().out
+    monkeypatch.setattr(sm75, "install", lambda: "")
+    assert choose(gpu) == "triton" and "lowered to sm_75" in capsys.readouterr().out
+    assert dispatch.launch_options(gpu) == {"arch": "sm80", "num_stages": 1}
+    dispatch._cards[gpu] = H100
+    assert dispatch.launch_options(gpu) == {}
+
+
+def test_what_was_refused_stays_refused(capsys, gpu):
+    choose(gpu)
+    capsys.readouterr()
+    dispatch.refuse(gpu, "off by 2.0e+00")
+    said = capsys.readouterr().out
+    assert f"on {gpu}: torch" in said and "off by 2.0e+00" in said and said.count("\n") == 1
+    for asked in (None, "triton", "torch"):
+        assert choose(gpu, asked) == "torch" and not dispatch.uses_triton(gpu)
+    assert dispatch.training_kernels(gpu) is None and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="choose one of"):
+        choose(gpu, "cuda")
+
+
+def test_a_choice_for_a_while_leaves_the_one_before(gpu):
+    choose(gpu)
+    with pytest.raises(KeyError), dispatch.using(gpu, "torch"):
+        assert not dispatch.uses_triton(gpu)
+        raise KeyError
+    assert dispatch.uses_triton(gpu)
+
+
+# --- the check of the kernels -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seeming(monkeypatch):
+    """A 4-bit model on the CPU, where Triton seems to run: few(out) makes of the right output for few rows that of its
+    kernel, dequantised(out) of the weights those that its kernel writes."""
+    model = loading.load_base(TINY, four_bit=True, kernels="torch")
+    dispatch._chosen[CPU] = "triton"
+    calls = []
+
+    def install(few=None, dequantised=None):
+        def few_rows(x, experts, index, chosen):
+            if few is None or not dispatch.uses_triton(CPU) or len(x) > dispatch.FEW_TOKENS:
+                return None
+            calls.append(len(x))
+            with dispatch.using(CPU, "torch"):
+                return few(forward.experts_forward(experts, x, index, chosen))
+
+        def kernels(device):
+            if dequantised is None or not dispatch.uses_triton(device):
+                return None
+            return SimpleNamespace(dequantise=dequantise)
+
+        def dequantise(packed, absmax, nested, offset, code, nf4, out):
+            calls.append("dequantise")
+            with dispatch.using(CPU, "torch"):
+                pieces = dict(packed=packed, absmax=absmax, nested=nested.view(torch.int32))
+                pieces["offset"] = offset.view(torch.int32)
+                storage.dequantise(pieces, out.dtype, out)
+            dequantised(out)
+
+        monkeypatch.setattr(forward, "_few_rows", few_rows)
+        monkeypatch.setattr(forward, "training_kernels", lambda device: None)
+        monkeypatch.setattr(storage, "training_kernels", kernels)
+        return model, calls
+
+    return install
+
+
+def test_right_kernels_pass_their_check_which_is_made_once(seeming, capsys):
+    rounded = 1 + torch.finfo(torch.float32).eps
+    model, calls = seeming(lambda out: out * rounded, lambda out: out)
+    capsys.readouterr()
+    forward.check_kernels(model)
+    assert 5 in calls and "dequantise" in calls
+    assert dispatch.uses_triton(CPU) and CPU not in dispatch._failed
+    calls.clear()
+    forward.check_kernels(model)
+    assert calls == [] and capsys.readouterr().out == ""
+
+
+def fails(out):
+    raise RuntimeError("ptxas fatal\n  a page of text")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (dict(few=lambda out: out * 1.001), r"off by 1\.0e-03, at most 4\.8e-07"),
+        (dict(few=lambda out: out * float("nan")), "off by nan, at most"),
+        (dict(few=fails), r"RuntimeError: ptxas fatal\)"),
+        (dict(dequantised=lambda out: out.mul_(1.01)), r"off by \S+, at most"),
+        (dict(dequantised=lambda out: out[-1].zero_()), r"off by \S+, at most"),
+        (dict(dequantised=fails), r"RuntimeError: ptxas fatal\)"),
+    ],
+)
+def test_wrong_kernels_are_refused(seeming, capsys, wrong, why):
+    model, calls = seeming(**wrong)
+    capsys.readouterr()
+    forward.check_kernels(model)
+    said = capsys.readouterr().out
+    assert calls and said.count("\n") == 1 and "triton's failed their check" in said
+    assert re.search(why, said), said
+    assert CPU in dispatch._failed and not dispatch.uses_triton(CPU)
+    # the model computes, with nothing of what the wrong kernels wrote
+    found = model(torch.tensor([[1, 300, 400]])).logits
+    expected = loading.load_base(TINY, four_bit=True)(torch.tensor([[1, 300, 400]])).logits
+    assert torch.equal(found, expected) and choose(CPU) == "torch"
+
+
+# --- launch parameters --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decode():
+    pytest.importorskip("triton")
+    from prompt_recovery.engine.kernels import experts_decode
+
+    return experts_decode
+
+
+class Launches:
+    """In place of a kernel: what it would be launched with."""
+
+    def __init__(self):
+        self.options = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.options.append(options)
+
+
+def project(decode, blocks):
+    empty = torch.empty(0, device="meta")
+    pieces = {piece: empty for piece in storage.PIECES}
+    pieces["packed"] = torch.empty(2, 64, 256, device="meta")
+    x = torch.empty(1, 512, device="meta", dtype=torch.float16)
+    config = Config(16, 4, blocks, 1)
+    return decode._launch_project(x, pieces, torch.empty(2), empty, 2, None, 8, 1, config)
+
+
+@pytest.mark.parametrize("blocks", [8, 3, 0])
+def test_blocks_that_are_no_word_are_refused_by_name(decode, monkeypatch, blocks):
+    monkeypatch.setattr(decode, "_project", Launches())
+    with pytest.raises(ValueError, match=rf"Config\.blocks is {blocks}; .*1, 2 or 4"):
+        project(decode, blocks)
+    assert decode._project.options == []
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_blocks_that_are_a_word_are_launched(decode, monkeypatch, blocks):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(decode, "_tables", lambda device, dtype: (None, None))
+    monkeypatch.setattr(decode, "_project", Launches())
+    project(decode, blocks)
+    assert [options["BLOCKS"] for options in decode._project.options] == [blocks]
+
+
+@pytest.mark.parametrize("shared", [227, 163, 99])
+def test_a_kernel_fits_up_to_what_is_given_unasked_or_where_triton_asks(shared):
+    card, most = Card(80, shared * KIB), (shared - 33) * KIB
+    sizes = [0, 15 * KIB, 15 * KIB + 1, 48 * KIB, 48 * KIB + 1, most, most + 1]
+    assert [fits(card, size) for size in sizes] == [True, True, False, False, True, True, False]
+
+
+def test_on_a_t4_nothing_is_left_to_ask_for():
+    for size in (15 * KIB + 1, 31 * KIB, 31 * KIB + 1, 48 * KIB, 48 * KIB + 1, 64 * KIB):
+        assert not fits(T4, size)
+    assert fits(T4, 15 * KIB)
+
+
+def test_tiles_have_8_16_or_32_rows_and_on_a_lowered_card_never_32():
+    counts = range(1, dispatch.FEW_TOKENS + 1)
+    rows = [tile_rows(H100, tokens) for tokens in counts]
+    lowered = [tile_rows(T4, tokens) for tokens in counts]
+    assert set(rows) == {8, 16, 32} and set(lowered) == {8, 16}
+    assert rows == sorted(rows) and lowered == sorted(lowered)
+    for card in (H100, T4, Card(80, 163 * KIB), Card(89, 99 * KIB)):
+        for config in (each for m in (8, 16, 32) for each in dispatch.configs(card, m)):
+            assert config.blocks in (1, 2, 4) and (config.stages == 1 or not card.lowered)
+
+
+# --- sm_75 --------------------------------------------------------------------------------------------------
+
+# PTX ISA: of m16n8k16, a0 and a1 hold columns 0 to 7 of the rows 0 to 7 and 8 to 15, a2 and a3 columns 8 to 15 likewise;
+# b0 holds rows 0 to 7, b1 rows 8 to 15. m16n8k8 takes two registers of a and one of b.
+WHOLE = """\
+\tld.shared.b32 %r5, [%r9];
+\tmma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { %f1, %f2, %f3, %f4 }, { %r1, %r2, %r3, %r4 }, \
+{ %r5, %r6 }, { %f5, %f6, %f7, %f8 };
+\tadd.f32 %f9, %f1, %f2;
+"""
+HALVES = """\
+\tld.shared.b32 %r5, [%r9];
+\tmma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2}, {%r5}, {%f5, %f6, %f7, %f8};
+\tmma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4}, {%r3, %r4}, {%r6}, {%f1, %f2, %f3, %f4};
+\tadd.f32 %f9, %f1, %f2;
+"""
+
+
+def test_the_instruction_that_sm75_lacks_becomes_two():
+    assert sm75.lower(WHOLE) == HALVES
+    assert sm75.lower(WHOLE * 3) == HALVES * 3
+    half = WHOLE.replace(".f32.f16.f16.f32", ".f16.f16.f16.f16")  # sums in fp16
+    assert sm75.lower(half) == HALVES.replace(".f32.f16.f16.f32", ".f16.f16.f16.f16")
+    apart = WHOLE.replace("{ %r1, %r2, %r3, %r4 }, ", "\n\t\t{%r1,%r2,\n%r3,%r4},\n")
+    assert sm75.lower(apart) == HALVES
+
+
+def test_other_text_is_left_alone():
+    for text in (
+        "",
+        HALVES,
+        WHOLE.replace(".f16.f16", ".bf16.bf16"),
+        WHOLE.replace("m16n8k16.row.col.f32.f16.f16.f32", "m16n8k32.row.col.s32.s8.s8.s32"),
+        "// mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 of a comment\n",
+    ):
+        assert sm75.lower(text) == text
+
+
+@pytest.fixture
+def knobs():
+    """Triton's settings, which are as before afterwards."""
+    knobs = pytest.importorskip("triton.knobs")
+    with knobs.runtime.scope(), knobs.cache.scope():
+        knobs.runtime.add_stages_inspection_hook = None
+        yield knobs
+
+
+def test_a_triton_that_can_not_be_hooked_is_said_and_left_alone(knobs, monkeypatch):
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    folder = knobs.cache.dir
+    with monkeypatch.context() as patched:
+        patched.setattr(knobs, "runtime", SimpleNamespace())
+        assert "can't be hooked" in sm75.install() and not vars(knobs.runtime)
+    with monkeypatch.context() as patched:
+        patched.setattr(CUDABackend, "make_ptx", lambda self, src, metadata, opt: src)
+        why = sm75.install()
+    assert "can't be hooked" in why and "sm_75" in why
+    assert knobs.runtime.add_stages_inspection_hook is None and knobs.cache.dir == folder
+
+
+def test_hooking_twice_is_hooking_once(knobs):
+    folder = knobs.cache.dir
+    assert sm75.install() == ""
+    hook, moved = knobs.runtime.add_stages_inspection_hook, knobs.cache.dir
+    assert hook is not None and moved != folder
+    assert os.path.dirname(moved) == str(folder).rstrip("/")
+    assert sm75.install() == ""
+    assert knobs.runtime.add_stages_inspection_hook is hook and knobs.cache.dir == moved
+
+
+class Backend:
+    """A backend of Triton's for a card, whose PTX is always WHOLE."""
+
+    def __init__(self, capability):
+        self.target, self.made = SimpleNamespace(arch=capability), []
+
+    def make_ptx(self, src, metadata, options, capability):
+        self.made.append((src, metadata, options, capability))
+        return WHOLE
+
+
+def test_only_kernels_for_one_card_on_another_are_lowered(knobs):
+    assert sm75.install() == ""
+    hook = knobs.runtime.add_stages_inspection_hook
+    for arch, capability in (("sm80", 80), ("sm75", 75), ("sm90", 90), ("sm89", 89)):
+        stages = {"ptx": "its own"}
+        hook(Backend(capability), stages, SimpleNamespace(arch=arch), "triton", capability)
+        assert stages == {"ptx": "its own"}
+    backend, options = Backend(75), SimpleNamespace(arch="sm80")
+    stages = {"ptx": "its own", "cubin": "left"}
+    hook(backend, stages, options, "triton", 80)
+    assert stages["cubin"] == "left" and stages["ptx"]("source", "metadata") == HALVES
+    assert backend.made == [("source", "metadata", options, 75)]
+
+
+def test_a_hook_that_was_there_before_is_called_first(knobs):
+    calls = []
+
+    def before(*arguments):
+        calls.append(arguments)
+        arguments[1]["ptx"] = "of the hook before"
+
+    knobs.runtime.add_stages_inspection_hook = before
+    assert sm75.install() == ""
+    hook = knobs.runtime.add_stages_inspection_hook
+    assert hook is not before
+    for arch, capability in (("sm90", 90), ("sm80", 75)):
+        backend, stages, options = Backend(capability), {}, SimpleNamespace(arch=arch)
+        hook(backend, stages, options, "triton", capability)
+        assert calls.pop() == (backend, stages, options, "triton", capability) and not calls
+        lowered = stages["ptx"] != "of the hook before"
+        assert lowered == (arch == "sm80")
