@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import re
 import shutil
 
 import bitsandbytes as bnb
@@ -573,6 +574,34 @@ def test_a_dequantisation_that_fails_leaves_nothing_that_looks_valid(monkeypatch
         monkeypatch.undo()
         assert distance(first(x, index, chosen), reference(one, x, index, chosen)) < 1e-5
         assert distance(second(x, index, chosen), reference(two, x, index, chosen)) < 1e-5
+
+
+@pytest.mark.parametrize("columns", [32, 64, 96, 128, 160, 320])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_dequantising_is_the_formula_for_rows_of_any_length(columns, dtype):
+    """bitsandbytes' own is wrong on CPUs with AVX512 where a row is no multiple of 64."""
+    weight = torch.randn(3, 64, columns, generator=torch.Generator().manual_seed(columns))
+    found = storage.dequantise(storage.quantise(weight), dtype)
+    expected = torch.stack([by_bitsandbytes(matrix)[2] for matrix in weight]).to(dtype)
+    assert torch.equal(found, expected)
+    assert 0.01 < distance(found, weight) < 0.2
+    out = torch.full_like(expected, torch.nan)
+    assert storage.dequantise(storage.quantise(weight), dtype, out) is out and torch.equal(out, expected)
+
+
+def test_a_linear_layer_that_bitsandbytes_computes_wrongly_is_refused_by_name(tmp_path, monkeypatch):
+    """On a CPU without AVX512 it is right; either way nothing wrong is computed."""
+    folder = write(tmp_path / "m", LlamaConfig(**COMMON, intermediate_size=96))
+    try:
+        base = loading.load_base(folder, torch.float32, four_bit=True)
+    except Nf4Error as error:
+        assert re.search(r"down_proj has rows of 96 weights, no multiple of 64.*four_bit=False", str(error))
+    else:
+        assert distance(logits(base), logits(dequantised(folder))) < 1e-4
+    wrong = bnb_functional.dequantize_4bit
+    monkeypatch.setattr(bnb_functional, "dequantize_4bit", lambda *a, **k: wrong(*a, **k) + 0.1)
+    with pytest.raises(Nf4Error, match="rows of 96 weights"):
+        loading.load_base(folder, torch.float32, four_bit=True)
 
 
 # --- adapters and checkpointing on the whole model ----------------------------------------------------------

@@ -24,7 +24,7 @@ TABLES = 33 * KIB
 # alone is larger, and then for all that there is.
 UNASKED = 48 * KIB
 # Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on an H100 at 384
-# tokens: 57 ms in bf16 and 99 lowered to sm_75, where the way of many rows takes 74 or more (docs/MEASURED.md).
+# tokens: 57 ms in bf16 and 97 lowered to sm_75, where the way of many rows takes 96 and 97 to 138 (docs/MEASURED.md).
 FEW_TOKENS = 384
 
 
@@ -70,7 +70,7 @@ def choose(device: torch.device, kernels: str | None = None) -> str:
     wherever they run.
     Raises ValueError for another word, and for "triton" on a device that can't run it.
     """
-    wanted = kernels or os.environ.get(VARIABLE)
+    wanted = kernels or os.environ.get(VARIABLE) or None
     if wanted not in (None, *KERNELS):
         raise ValueError(
             f"kernels={wanted!r}: choose one of {', '.join(KERNELS)} (also {VARIABLE} in the environment)."
