@@ -157,7 +157,7 @@ class _Run:
         reading = sum(meter.seconds_a_token_in() * meter.rows for meter in same.values()) / rows
         writing = sum(
             meter.seconds_a_row() * meter.rows * plan.answers / each.answers
-            * min(1.0, plan.new_tokens / meter.longest)
+            * min(1.0, plan.new_tokens / max(meter.longest, 1))  # 0: all not finite
             for each, meter in same.items()
         ) / rows  # fmt: skip
         return reading * sum(len(self.prompts[i]) for i in left) + writing * len(left)

@@ -7,7 +7,7 @@ from test_generation import random_model, random_prompts
 from test_submission import FALLBACK, OPTIONS, read, rows
 from transformers import MixtralConfig
 
-from prompt_recovery import answers, inputs, submission_file
+from prompt_recovery import answers, inputs, submission, submission_file
 from prompt_recovery.engine import GREEDY, Answer, Sampling, generate
 from prompt_recovery.submission import answer_test
 from prompt_recovery.tokenizer import encode_row
@@ -183,6 +183,14 @@ def test_the_submission_says_why_and_holds_the_fallback(broken, tmp_path, capsys
     # the journal knows it: a restart says the same, and asks the model nothing
     again = answer_test(None, None, rows(6), out, **OPTIONS)
     assert again.equals(report)
+
+
+def test_rows_without_an_answer_raise_nothing(broken, tmp_path, monkeypatch):
+    """The estimate of the time left, too, when no token at all was written."""
+    plain, raised = submission._Run.answer_slice, []
+    monkeypatch.setattr(submission._Run, "answer_slice", lambda *args: raised.append(plain(*args)) or raised[-1])
+    report = answer_test(*broken, rows(3), tmp_path / "s.csv", **OPTIONS, slice_rows=1)
+    assert set(report["how"]) == {"logits not finite"} and raised == [None] * 3
 
 
 def test_only_the_rows_that_break_keep_the_fallback(tmp_path, capsys):
