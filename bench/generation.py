@@ -1,6 +1,6 @@
 """Generation with a 4-bit Mixtral at its true shape and a LoRA, beside transformers' `generate`, in one run on one GPU.
 
-python bench/generation.py --model DIR [--job] [--stock] [--t4]
+python bench/generation.py --model DIR [--job] [--stock] [--t4] [--profile]
 
 DIR: a folder of save_quantised (bench/true_shape.py writes one). EOS is disabled, so that every answer takes all its tokens.
 --t4: in fp16, kernels lowered to sm_75, instead of bf16. The logits of 128 steps are compared with fp32, also with weights
@@ -85,6 +85,28 @@ def distinct_experts(fast: Any, prompts: list[list[int]]) -> float:
     for hook in hooks:
         hook.remove()
     return float(np.mean(counts))
+
+
+def profile(fast: Any, rows: int, name: str) -> None:
+    """Where a step's GPU time goes, by kernel: four steps without a graph."""
+    prompts = [prompt[:PROMPT] for prompt in random_prompts([PROMPT] * rows, seed=rows)]
+    cells = rows * cache_columns(PROMPT, 12)
+    decoder = Decoder(fast, [], rows=rows, cells=cells, max_new_tokens=12, eos=-1, pad=0, graphs=False)
+    decoder.answer(prompts, [[None]] * rows)
+    decoder.number.fill_(3)
+    decoder.column.fill_(PROMPT + 2)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.inference_mode(), torch.profiler.profile(activities=activities) as record:
+        for _ in range(4):
+            decoder.cache.at(slice(0, rows), decoder.column)
+            decoder._step(rows)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    events = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)
+    whole = sum(event.self_device_time_total for event in events) / 4e3
+    report(f"{name}, profile of a step of B{rows}: {whole:.2f} ms of GPU time")
+    for event in events[:10]:
+        report(f"  {event.self_device_time_total / 4e3:7.3f} ms {event.count // 4:4d}  {event.key[:80]}")
 
 
 class Step(NamedTuple):
@@ -216,7 +238,7 @@ def stock(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    for name in ("job", "stock", "t4"):
+    for name in ("job", "stock", "t4", "profile"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     rate, bandwidth = device_rates()
@@ -240,6 +262,8 @@ def main() -> None:
         report(f"adapter merged and checked in {time.monotonic() - start:.1f} s")
         for rows in (1, 16, 32, 64):
             decode(fast, rows, bandwidth, args.layers, name)
+            if args.profile and rows in (16, 64):
+                profile(fast, rows, name)
         steps = greedy_steps(fast)
         if args.job:
             job(fast, 1300, f"{name}, whole job", rate)
