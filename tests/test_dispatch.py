@@ -63,6 +63,8 @@ def test_triton_is_refused_on_the_cpu_before_a_weight_is_read(monkeypatch):
     monkeypatch.setenv("PROMPT_RECOVERY_KERNELS", "triton")
     with pytest.raises(ValueError, match=wrong):
         loading.load_base(TINY, four_bit=True)
+    with pytest.raises(ValueError, match="'torch' is for 4-bit experts.*None"):
+        loading.load_base(TINY, four_bit=False, kernels="torch")
     assert not dispatch._chosen
 
 

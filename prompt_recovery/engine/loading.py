@@ -71,6 +71,10 @@ def load_base(
     four_bit = quantised or torch.cuda.is_available() if four_bit is None else four_bit
     if quantised and not four_bit:
         raise ModelError(f"model_dir {folder} holds a 4-bit model; set four_bit=True, or give the 16-bit folder.")
+    if kernels and not four_bit:
+        raise ValueError(
+            f"kernels={kernels!r} is for 4-bit experts, and this model is loaded in 16 bits: leave it at None."
+        )
     dtype = dtype or default_dtype()
     processes = memory.processes()
     placed = None
