@@ -66,8 +66,7 @@ def answer_prompts(
             model, prompts, eos=tokenizer.eos_token_id, sampling=sampling, stop=stop, meter=meter, **options
         ):
             bar.update()
-            rate = meter.tokens_out / max(meter.seconds, 1e-9)
-            bar.set_postfix_str(f"{rate:.0f} tokens/s, {meter.left:.0f} s left", refresh=False)
+            bar.set_postfix_str(f"{meter.rate:.0f} tokens/s, {meter.left:.0f} s left", refresh=False)
             broken += sum(answer.ended == NOT_FINITE for answer in answers)
             yield position, [_recover(tokenizer, answer, style, fallback_prompt) for answer in answers]
     if broken:

@@ -401,18 +401,11 @@ def make_experts(hidden=64, width=96, count=8, seed=0, act="silu"):
     weights = {}
     for projection in storage.PROJECTIONS:
         shape = getattr(layer, projection).shape
-        pieces = storage.quantise(torch.randn(shape) / shape[-1] ** 0.5)
+        matrices = torch.randn(shape) / shape[-1] ** 0.5
         delattr(layer, projection)
-        for piece, tensor in pieces.items():
+        for piece, tensor in storage.quantise(matrices).items():
             layer.register_parameter(f"{projection}_{piece}", torch.nn.Parameter(tensor, requires_grad=False))
-        packed, absmax, nested, offset = (pieces[piece] for piece in storage.PIECES)
-        scale = (
-            bnb_functional.create_dynamic_map()[absmax.long()]
-            * nested.view(torch.float32).repeat_interleave(256, 1)[:, : absmax.shape[1]]
-        )
-        nibbles = torch.stack((packed >> 4, packed & 15), -1).long()
-        scale = scale + offset.view(torch.float32)[:, None]
-        weights[projection] = (NF4[nibbles].view(count, -1, 64) * scale[..., None]).view(shape)
+        weights[projection] = torch.stack([by_bitsandbytes(matrix)[2] for matrix in matrices])
     return layer, weights
 
 

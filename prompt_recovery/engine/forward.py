@@ -7,7 +7,6 @@ without the down-projection. Grouped GEMM without host syncs on sm90 and sm100, 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from transformers.integrations import moe
 
 from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
-from prompt_recovery.engine.storage import expert_weight, weights, workspace
+from prompt_recovery.engine.storage import expert_weight, four_bit_experts, weights, workspace
 
 
 class Routing(NamedTuple):
@@ -205,8 +204,7 @@ def keep_gate_up(model: nn.Module, checkpointed: int, kept: int) -> None:
     """Where the first `checkpointed` layers recompute their activations, let the last `kept` of them keep the gate and up
     rows (2 * 2I * top_k bytes a token) from the forward pass: only attention and norms are then computed again. Needs a
     backward after each forward."""
-    found = [module for module in model.modules() if hasattr(module, "down_proj_packed")]
-    for number, experts in enumerate(found):
+    for number, experts in enumerate(four_bit_experts(model)):
         experts.__dict__.pop("_kept_gate_up", None)
         experts.keep_gate_up = checkpointed - kept <= number < checkpointed
 
@@ -214,20 +212,20 @@ def keep_gate_up(model: nn.Module, checkpointed: int, kept: int) -> None:
 def check_kernels(model: nn.Module) -> None:
     """Compare Triton's kernels with plain torch on one layer's experts, once a device. Where they differ by more than
     rounding or can't run, plain torch computes there from then on, which is printed."""
-    for module in model.modules():
-        packed = getattr(module, "gate_up_proj_packed", None)
-        if packed is None or packed.device in _checked or not uses_triton(packed.device):
+    for experts in four_bit_experts(model):
+        device = experts.gate_up_proj_packed.device
+        if device in _checked or not uses_triton(device):
             continue
-        _checked.add(packed.device)
+        _checked.add(device)
         dtype = next(model.parameters()).dtype
         try:
-            error = _kernels_error(module, dtype)
+            error = _kernels_error(experts, dtype)
         except Exception as problem:  # a compiler's or a driver's; plain torch goes on, and says why
-            dispatch.refuse(packed.device, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}")
+            dispatch.refuse(device, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}")
             continue
         limit = 4 * torch.finfo(dtype).eps  # rounding gives 3e-3 to 5e-3 in bf16, 5e-4 in fp16
         if not error <= limit:
-            dispatch.refuse(packed.device, f"off by {error:.1e}, at most {limit:.1e}")
+            dispatch.refuse(device, f"off by {error:.1e}, at most {limit:.1e}")
 
 
 _checked: set[torch.device] = set()
@@ -238,7 +236,7 @@ def _kernels_error(experts: nn.Module, dtype: torch.dtype) -> float:
     """The larger relative error of Triton's two ways, for few rows and for many, against plain torch."""
     device, count = experts.gate_up_proj_packed.device, experts.num_experts
     generator = torch.Generator(device).manual_seed(0)
-    errors = [0.0]
+    errors = []
     for tokens in (5, FEW_TOKENS + 1):
         x = torch.randn(tokens, experts.gate_up_proj_packed.shape[2] * 2, generator=generator, device=device).to(dtype)
         chosen, index = torch.rand(tokens, count, generator=generator, device=device).topk(min(2, count))
@@ -248,5 +246,5 @@ def _kernels_error(experts: nn.Module, dtype: torch.dtype) -> float:
         found = experts_forward(experts, x, index, chosen.to(dtype)).float()
         workspace(experts).buffers.clear()
         # weights of zeros give 0 of 0
-        errors.append(((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)).item())
-    return max(errors) if all(math.isfinite(error) for error in errors) else math.nan
+        errors.append((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return torch.stack(errors).max().item()  # NaN if one of them is

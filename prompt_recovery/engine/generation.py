@@ -14,7 +14,7 @@ from prompt_recovery.engine.decoding import Decoder, cache_columns, kv_bytes
 from prompt_recovery.engine.layers import fast_layers
 from prompt_recovery.engine.memory import GIB, RESERVE
 from prompt_recovery.engine.merging import merged
-from prompt_recovery.engine.storage import workspace
+from prompt_recovery.engine.storage import four_bit_experts, workspace
 
 # answers are padded with <unk>: every base has id 0, while a <pad> added for training lies outside its embeddings
 PAD_ID = 0
@@ -76,6 +76,11 @@ class Meter:
     def seconds(self) -> float:
         return self.reading + self.writing
 
+    @property
+    def rate(self) -> float:
+        """Tokens written a busy second."""
+        return self.tokens_out / max(self.seconds, 1e-9)
+
     def add(self, lengths: Sequence[int], written: Sequence[int], reading: float, writing: float) -> None:
         """Count a batch. lengths, written: tokens of its prompts and of its answers. reading, writing: seconds."""
         self.rows += len(lengths)
@@ -91,7 +96,7 @@ class Meter:
 
     def seconds_a_token_in(self) -> float:
         """Of reading. The first batch compiles and captures: once there are others it says nothing about them."""
-        rows, tokens_in, reading, _ = self.first if self.batches > 1 else (0, 0, 0.0, 0.0)
+        _, tokens_in, reading, _ = self.first if self.batches > 1 else (0, 0, 0.0, 0.0)
         return (self.reading - reading) / max(self.tokens_in - tokens_in, 1)
 
     def seconds_a_row(self) -> float:
@@ -104,10 +109,9 @@ class Meter:
         return self.seconds_a_token_in() * sum(lengths) + self.seconds_a_row() * len(lengths)
 
     def __str__(self) -> str:
-        rate = self.tokens_out / max(self.seconds, 1e-9)
         return (
             f"{self.rows} rows, {self.tokens_in} tokens read, {self.tokens_out} written in {self.seconds:.0f} s"
-            f" ({rate:.0f} written a second), about {self.left:.0f} s left"
+            f" ({self.rate:.0f} written a second), about {self.left:.0f} s left"
         )
 
 
@@ -146,7 +150,7 @@ def room(model: Any, prefill_tokens: int) -> int:
     )
     # gate, up and product rows of the experts, and some twelve copies of the hidden state, in 16 bit
     activations = prefill_tokens * 2 * (3 * inner + 12 * config.hidden_size)
-    experts = next((module for module in model.modules() if hasattr(module, "gate_up_proj_packed")), None)
+    experts = next(iter(four_bit_experts(model)), None)
     buffers = 0  # of dequantised experts, where a layer of them is used whole
     if experts is not None:
         buffers = 4 * (experts.gate_up_proj_packed.numel() + experts.down_proj_packed.numel())

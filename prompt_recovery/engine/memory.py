@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prompt_recovery.engine.forward import keep_gate_up
 from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.quantiser import becomes_four_bit, fused_experts
-from prompt_recovery.engine.storage import BLOCK, NESTED_BLOCK, PROJECTIONS
+from prompt_recovery.engine.storage import BLOCK, NESTED_BLOCK, PROJECTIONS, four_bit_experts
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)  # a parameter, with double quantisation: 0.516
@@ -271,7 +271,7 @@ def training_plan(
     working = WORKING_LAYERS if fast else WORKING_LAYERS_WITHOUT_TRITON
     layer = saved_bytes(model, autocast) / count
     border = config.hidden_size * next(model.parameters()).element_size()
-    experts = [module for module in model.modules() if hasattr(module, "gate_up_proj_packed")]
+    experts = four_bit_experts(model)
     gate_up = 0
     buffers = 0
     if experts:

@@ -80,15 +80,16 @@ def dequantise(pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.T
         return out
     second = nested.repeat_interleave(NESTED_BLOCK, dim=1)[:, : absmax.shape[1]]
     scale = (code[absmax.int()] * second + offset[:, None]).reshape(-1)
+    operator = torch.ops.bitsandbytes.dequantize_4bit
+    arguments = (packed.reshape(-1, 1), scale, BLOCK, "nf4", list(shape), dtype)
     if packed.device.type == "cpu" and shape[-1] % BLOCK:
         result = by_formula(packed, scale, dtype).view(shape)
-        return result if out is None else out.copy_(result)
-    bits = packed.reshape(-1, 1)
-    if out is None or packed.device.type == "cpu":
-        result = torch.ops.bitsandbytes.dequantize_4bit(bits, scale, BLOCK, "nf4", list(shape), dtype)
-        return result if out is None else out.copy_(result)
-    torch.ops.bitsandbytes.dequantize_4bit.out(bits, scale, BLOCK, "nf4", list(shape), dtype, out=out)
-    return out
+    elif packed.device.type == "cpu" or out is None:
+        result = operator(*arguments)
+    else:
+        operator.out(*arguments, out=out)
+        return out
+    return result if out is None else out.copy_(result)
 
 
 class _Buffer:
@@ -120,19 +121,22 @@ def workspace(experts: nn.Module) -> Workspace:
     return experts.__dict__.setdefault("workspace", Workspace())
 
 
+def four_bit_experts(model: nn.Module) -> list[nn.Module]:
+    """The model's 4-bit experts modules, in the order of its layers."""
+    return [module for module in model.modules() if hasattr(module, "down_proj_packed")]
+
+
 def share_workspace(model: nn.Module) -> None:
     """Let all 4-bit experts of a model use one workspace."""
     shared = Workspace()
-    for module in model.modules():
-        if hasattr(module, "down_proj_packed"):
-            module.__dict__["workspace"] = shared
+    for experts in four_bit_experts(model):
+        experts.__dict__["workspace"] = shared
 
 
 def release_buffers(model: nn.Module) -> None:
     """Give back the memory of a model's dequantised weights (one layer's experts in 16 bit a device)."""
-    for module in model.modules():
-        if hasattr(module, "down_proj_packed"):
-            workspace(module).buffers.clear()
+    for experts in four_bit_experts(model):
+        workspace(experts).buffers.clear()
 
 
 def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Tensor:

@@ -277,13 +277,13 @@ def _launch_project(
     arguments = (
         x, packed, pieces["absmax"], pieces["nested"], pieces["offset"], order, tiles, routing, out, pairs, table, rows,
     )  # fmt: skip
-    options: dict[str, Any] = {
+    options = dispatch.launch_options(x.device) | {
         "K": columns, "N": size, "X_PER_ROW": per_row, "GATE": gate, "M": m, "ROWS": config.rows_per_warp,
         "WARPS": config.warps, "BLOCKS": blocks, "SPLIT": split, "INTERPRETED": dispatch.interpreted(),
         "num_warps": config.warps, "maxnreg": config.registers,
     }  # fmt: skip
     options["num_stages"] = _stages(arguments, grid, options, config.stages, x.device, x.dtype)
-    _project[grid](*arguments, **dispatch.launch_options(x.device) | options)
+    _project[grid](*arguments, **options)
     return out
 
 
@@ -298,9 +298,8 @@ def _stages(
         return 1  # nothing is pipelined there
     key = (device, dtype, stages, *options.values())
     if key not in _fitting:
-        more = dispatch.launch_options(device) | options | {"num_stages": stages}
-        shared = _project.warmup(*arguments, grid=grid, **more).metadata.shared
-        _fitting[key] = stages if dispatch.fits(dispatch.card(device), shared) else 1
+        kernel = _project.warmup(*arguments, grid=grid, **options | {"num_stages": stages})
+        _fitting[key] = stages if dispatch.fits(dispatch.card(device), kernel.metadata.shared) else 1
     return _fitting[key]
 
 
