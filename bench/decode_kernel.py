@@ -160,10 +160,13 @@ def main() -> None:
             for each in [layers[0], *layers]:  # the first one compiles
                 torch.cuda.synchronize()
                 start = time.monotonic() if each is layers[0] else start
-                routing = forward.route(arguments[1], EXPERTS, dtype, one_by_one=args.t4)
-                rows = forward._GateUp.apply(arguments[0], each, routing, False)
-                rows = forward._SwiGlu.apply(rows, arguments[2], routing.order, True)
-                forward._Down.apply(rows, each, routing)
+                routing = forward.route(arguments[1], EXPERTS, dtype)
+                if args.t4:
+                    forward._one_at_a_time(arguments[0], each, routing, arguments[2])
+                else:
+                    rows = forward._GateUp.apply(arguments[0], each, routing, False)
+                    rows = forward._SwiGlu.apply(rows, arguments[2], routing.order, True)
+                    forward._Down.apply(rows, each, routing)
                 vars(each).pop("workspace", None)
             torch.cuda.synchronize()
             many = (time.monotonic() - start) * 1e3 * ALL_LAYERS / LAYERS

@@ -20,9 +20,9 @@ from reference import Trace, reference
 from true_shape import device_rates, imitate_t4, scale_like_real
 
 from prompt_recovery.adapter import add_lora
-from prompt_recovery.engine import Meter, generate, load_base, merged
+from prompt_recovery.engine import Meter, generate, load_base, ready
 from prompt_recovery.engine.decoding import Decoder, cache_columns
-from prompt_recovery.engine.layers import fast_layers
+from prompt_recovery.engine.memory import AnswerPlan
 
 GIB = 2**30
 PROMPT, STEPS = 768, 32
@@ -53,7 +53,13 @@ def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> No
     prompts = [prompt[:PROMPT] for prompt in random_prompts([PROMPT] * rows, seed=rows)]
     torch.cuda.reset_peak_memory_stats()
     decoder = Decoder(
-        fast, [], rows=rows, cells=rows * cache_columns(PROMPT, STEPS + 1), max_new_tokens=STEPS + 1, eos=-1, pad=0
+        fast.parts,
+        [],
+        rows=rows,
+        cells=rows * cache_columns(PROMPT, STEPS + 1),
+        max_new_tokens=STEPS + 1,
+        eos=-1,
+        pad=0,
     )
     for _ in range(2):
         torch.cuda.synchronize()
@@ -63,7 +69,7 @@ def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> No
     step = (spent - decoder.prefill_seconds) / STEPS
     floor = decode_floor(rows, bandwidth, layers)
     prefill, peak = rows * PROMPT / decoder.prefill_seconds, torch.cuda.max_memory_allocated() / GIB
-    how = "graph" if decoder.graphs else "eager"
+    how = "graph" if decoder.stages[0].graphs else "eager"
     report(
         f"{name:<22} B{rows:<3} decode {step * 1e3:7.2f} ms/step ({floor / step:4.0%} of the floor {floor * 1e3:.1f}, {how},"
         f" {distinct_experts(fast, prompts):.1f} experts a layer), prefill {prefill:7.0f} tok/s, peak {peak:.1f} GiB"
@@ -77,10 +83,10 @@ def distinct_experts(fast: Any, prompts: list[list[int]]) -> float:
         layer.mlp.gate.register_forward_hook(
             lambda _m, args, out: counts.append(len(out[2].unique())) if len(args[0]) == len(prompts) else None
         )
-        for layer in fast.get_decoder().layers
+        for layer in fast.model.get_decoder().layers
     ]
     cells = len(prompts) * cache_columns(len(prompts[0]), 2)
-    decoder = Decoder(fast, [], rows=len(prompts), cells=cells, max_new_tokens=2, eos=-1, pad=0, graphs=False)
+    decoder = Decoder(fast.parts, [], rows=len(prompts), cells=cells, max_new_tokens=2, eos=-1, pad=0, graphs=False)
     decoder.answer(prompts, [[None]] * len(prompts))
     for hook in hooks:
         hook.remove()
@@ -91,15 +97,16 @@ def profile(fast: Any, rows: int, name: str) -> None:
     """Where a step's GPU time goes, by kernel: four steps without a graph."""
     prompts = [prompt[:PROMPT] for prompt in random_prompts([PROMPT] * rows, seed=rows)]
     cells = rows * cache_columns(PROMPT, 12)
-    decoder = Decoder(fast, [], rows=rows, cells=cells, max_new_tokens=12, eos=-1, pad=0, graphs=False)
+    decoder = Decoder(fast.parts, [], rows=rows, cells=cells, max_new_tokens=12, eos=-1, pad=0, graphs=False)
     decoder.answer(prompts, [[None]] * rows)
     decoder.number.fill_(3)
-    decoder.column.fill_(PROMPT + 2)
+    stage = decoder.stages[0]
+    stage.column.fill_(PROMPT + 2)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.inference_mode(), torch.profiler.profile(activities=activities) as record:
         for _ in range(4):
-            decoder.cache.at(slice(0, rows), decoder.column)
-            decoder._step(rows)
+            stage.cache.at(slice(0, rows), stage.column)
+            stage.step(rows, decoder._choose)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     events = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)
@@ -125,8 +132,9 @@ def greedy_steps(fast: Any) -> list[Step]:
     steps = []
     for prompt in random_prompts([60, 200, 333, 768], seed=1):
         decoder = Decoder(
-            fast, [], rows=1, cells=cache_columns(len(prompt), STEPS), max_new_tokens=STEPS, eos=-1, pad=0, graphs=False
-        )
+            fast.parts, [], rows=1, cells=cache_columns(len(prompt), STEPS), max_new_tokens=STEPS, eos=-1, pad=0,
+            graphs=False,
+        )  # fmt: skip
         kept: list[torch.Tensor] = []
         choose = decoder._choose
 
@@ -140,11 +148,11 @@ def greedy_steps(fast: Any) -> list[Step]:
         hidden: list[torch.Tensor] = []
         hooks = [
             layer.register_forward_hook(lambda _m, _i, out: hidden.append(out[0, places].float()))  # noqa: B023
-            for layer in fast.get_decoder().layers
+            for layer in fast.model.get_decoder().layers
         ]
         # padded to the way of many rows
-        ids = torch.tensor([text + [5] * max(0, 400 - len(text))], device=fast.device)
-        logits = fast(input_ids=ids, use_cache=False).logits[0, places].float()
+        ids = torch.tensor([text + [5] * max(0, 400 - len(text))], device=fast.model.device)
+        logits = fast.model(input_ids=ids, use_cache=False).logits[0, places].float()
         for hook in hooks:
             hook.remove()
         steps.append(Step(text, places, torch.cat(kept), Trace(logits, torch.stack(hidden))))
@@ -257,8 +265,9 @@ def main() -> None:
         if "lora_B" in key:
             torch.nn.init.normal_(weight, 0, 0.01)
     lora.eval()
+    plan = AnswerPlan((args.layers,), True, 16_384, 400_000)  # as on a card of 80 GB
     start = time.monotonic()
-    with merged(lora) as fast, fast_layers(fast):
+    with ready(lora, plan) as fast:
         report(f"adapter merged and checked in {time.monotonic() - start:.1f} s")
         for rows in (1, 16, 32, 64):
             decode(fast, rows, bandwidth, args.layers, name)
@@ -269,7 +278,7 @@ def main() -> None:
             job(fast, 1300, f"{name}, whole job", rate)
     check(lora, steps, name)
     scale_like_real(lora)
-    with merged(lora) as fast, fast_layers(fast):
+    with ready(lora, plan) as fast:
         steps = greedy_steps(fast)
     check(lora, steps, f"{name}, scaled like real weights")
     if args.stock:

@@ -59,7 +59,8 @@ def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Tr
         for expert in range(config.num_local_experts):
             rows, choice = (index == expert).nonzero(as_tuple=True)
             gate_up, down = (
-                expert_weight(layer.mlp.experts, name, expert, torch.float32) for name in ("gate_up_proj", "down_proj")
+                expert_weight(layer.mlp.experts, name, expert, torch.float32).clone()
+                for name in ("gate_up_proj", "down_proj")
             )
             gate, up = (x[rows] @ gate_up.t()).chunk(2, -1)
             out.index_add_(0, rows, (functional.silu(gate) * up) @ down.t() * weights[rows, choice, None])

@@ -23,7 +23,7 @@ from true_shape import device_rates, fill, write_checkpoint
 
 from prompt_recovery import training
 from prompt_recovery.adapter import add_lora
-from prompt_recovery.engine import forward, load_base, memory, release_buffers, save_quantised, storage
+from prompt_recovery.engine import checkpointing, forward, load_base, release_buffers, save_quantised, storage
 
 GIB = 2**30
 LENGTH, LABELS = 512, 64
@@ -145,10 +145,10 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
 
     lora.train()
     lora.config.use_cache = False
-    saved_per_token = memory.saved_bytes(lora, torch.bfloat16)
+    saved_per_token = checkpointing.saved_bytes(lora, torch.bfloat16)
     report(f"activations saved for the backward pass: {saved_per_token / args.layers / 1024:.0f} KiB a token and layer")
     total = torch.cuda.get_device_properties(0).total_memory
-    plans = [("B8, every layer checkpointed", memory.TrainingPlan(8, 1, args.layers, 0))]
+    plans = [("B8, every layer checkpointed", checkpointing.TrainingPlan(8, 1, args.layers, 0))]
     for name, rows, budget in (
         ("B8 within 32 GiB", 8, 32 * GIB),
         ("plan within 40 GiB, batch of 16", 16, 40 * GIB),
@@ -157,9 +157,9 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
         ("plan for the card, batch of 64", 64, total),
     ):
         free = min(budget, total) - torch.cuda.memory_allocated()
-        plans.append((name, memory.training_plan(lora, LENGTH, LABELS, rows, torch.bfloat16, free)))
+        plans.append((name, checkpointing.training_plan(lora, LENGTH, LABELS, rows, torch.bfloat16, free)))
     for name, plan in plans[: args.plans]:
-        memory.apply_plan(lora, plan)
+        checkpointing.apply_plan(lora, plan)
         release_buffers(lora)
         gc.collect()
         torch.cuda.empty_cache()
@@ -202,13 +202,13 @@ def stock(args: argparse.Namespace, rate: float, scale: float) -> None:
         optimiser.zero_grad()
 
     lora.enable_input_require_grads()
-    for rows, checkpointing in ((8, True), (32, True), (16, False)):
+    for rows, recomputed in ((8, True), (32, True), (16, False)):
         base.gradient_checkpointing_enable({"use_reentrant": False})
-        if not checkpointing:
+        if not recomputed:
             base.gradient_checkpointing_disable()
         spent, peak = timed_steps(step, rows, steps=3, warm=1)
-        name = f"stock parts, dequantise + grouped_mm, B{rows}{' checkpointed' if checkpointing else ''}"
-        row(name, rows * LENGTH, spent, peak, 6 if checkpointing else 4, rate, scale)
+        name = f"stock parts, dequantise + grouped_mm, B{rows}{' checkpointed' if recomputed else ''}"
+        row(name, rows * LENGTH, spent, peak, 6 if recomputed else 4, rate, scale)
         gc.collect()
         torch.cuda.empty_cache()
     parametrise(base)

@@ -118,22 +118,26 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
 @torch.no_grad()
 def fill(model: nn.Module, seed: int = 0) -> None:
     """Random weights in place: every 4-bit code equally likely, scales so that weights have about the spread 0.02."""
-    device = model.get_input_embeddings().weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def drawn(tensor: torch.Tensor) -> torch.Generator:
+        device = tensor.device
+        return generators.setdefault(device, torch.Generator(device).manual_seed(seed + (device.index or 0)))
 
     def scales(absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> None:
-        absmax.random_(0, 256, generator=generator)
+        absmax.random_(0, 256, generator=drawn(absmax))
         nested.fill_(0.004)
         offset.fill_(0.04)
 
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.weight.quant_state
-            module.weight.data.random_(0, 256, generator=generator)
+            module.weight.data.random_(0, 256, generator=drawn(module.weight))
             scales(state.absmax, state.state2.absmax, state.offset)
         elif hasattr(module, "down_proj_packed"):
             for name in PROJECTIONS:
-                getattr(module, f"{name}_packed").random_(0, 256, generator=generator)
+                packed = getattr(module, f"{name}_packed")
+                packed.random_(0, 256, generator=drawn(packed))
                 scales(
                     getattr(module, f"{name}_absmax"),
                     getattr(module, f"{name}_nested").view(torch.float32),
@@ -142,7 +146,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
         else:
             for name, weight in module.named_parameters(recurse=False):
                 if weight.dim() > 1 and "lora" not in name:
-                    weight.normal_(0, 0.02, generator=generator)
+                    weight.normal_(0, 0.02, generator=drawn(weight))
                 elif weight.dim() == 1:
                     weight.fill_(1.0)
 

@@ -17,7 +17,7 @@ import torch
 
 from prompt_recovery.answers import NOT_FINITE, Recovered, answer_prompts
 from prompt_recovery.combine import combine
-from prompt_recovery.engine import Meter, Sampling, merged, spread_order
+from prompt_recovery.engine import Meter, Sampling, ready, spread_order
 from prompt_recovery.submission_file import (
     SubmissionError,
     append_journal,
@@ -29,7 +29,7 @@ from prompt_recovery.submission_file import (
 )
 from prompt_recovery.tokenizer import encode_row
 
-SLICE_ROWS = 128  # of one call of `answer_prompts`: some batches of rows of like length
+SLICE_ROWS = 512  # of one call of `answer_prompts`: many batches, since the last one of a call is a small one
 SHORTEST = {"plain": 16, "json": 32, "reason_json": 128}  # tokens below which hardly any prompt fits into an answer
 RESERVE = 1.1  # estimates of the time left were up to a tenth too low
 GIVE_UP = 16  # rows that raise one after the other: the device or the model is broken, not the rows
@@ -353,8 +353,8 @@ def answer_test(
     elif len(found) < len(test):
         try:
             run.encode(tokenizer)
-            with merged(model) as fast:
-                run.answer(fast, tokenizer, slice_rows)
+            with ready(model) as prepared:
+                run.answer(prepared, tokenizer, slice_rows)
         finally:
             run.save()
     check_submission(test, submission_csv)

@@ -148,7 +148,8 @@ class _Trainer(Trainer):
         """Mean cross-entropy over the supervised tokens of the whole batch. lm_head runs on the columns in which some row
         has a label: all of B8 x S512 would be 1 GiB of fp32 logits and their gradient."""
         labels = inputs["labels"]
-        columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+        # an array, which no hook moves: a tensor would go to the first card, and lm_head may be on the last
+        columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0].cpu().numpy()
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=columns)
         targets = labels[:, columns + 1].flatten()
         logits = outputs.logits.float().flatten(0, 1)

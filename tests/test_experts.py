@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from prompt_recovery import adapter
-from prompt_recovery.engine import ModelError, Nf4Error, forward, loading, memory, quantiser, storage
+from prompt_recovery.engine import ModelError, Nf4Error, checkpointing, forward, loading, quantiser, storage
 
 COMMON = dict(
     vocab_size=320, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -170,8 +170,8 @@ def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypat
         folder = write(tmp_path / str(layers), MixtralConfig(**MIXTRAL | dict(num_hidden_layers=layers)))
         seen = []
 
-        def watched(weight, seen=seen):
-            pieces = storage.quantise(weight)
+        def watched(weight, device, seen=seen):
+            pieces = storage.quantise(weight, device)
             alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta]
             # experts' matrices: [rows, columns] as read, [experts, rows, columns] merged
             matrices = {t.untyped_storage().data_ptr(): t for t in alive if t.dtype == torch.bfloat16 and t.dim() > 1}
@@ -460,8 +460,10 @@ def test_output_and_gradients_are_those_of_the_dequantised_weights(case, dtype):
         assert found.isfinite().all()
         if tokens:
             assert distance(found, expected) < BOUND[dtype], name
-    with torch.no_grad():  # inference takes the same way on a CPU
-        assert torch.equal(layer(x, index, chosen.to(dtype)), results[0][0])
+    with torch.no_grad():  # an expert's weights at a time: the same, but for the order of the sums
+        answer = layer(x, index, chosen.to(dtype))
+    assert distance(answer, results[1][0]) < BOUND[dtype] if tokens else answer.shape == x.shape
+    assert not tokens or distance(answer, results[0][0]) < 8 * torch.finfo(dtype).eps
 
 
 def test_other_activations(monkeypatch):
@@ -505,14 +507,14 @@ def test_the_way_for_little_memory_gives_the_same(dtype, monkeypatch):
     layer, weights = make_experts()
     index, chosen = random_routing(20, 8, 2)
     x = torch.randn(20, 64).to(dtype)
+    whole = layer(x, index, chosen.to(dtype)).detach()
+    storage.release_buffers(layer)
+    monkeypatch.setattr(forward, "SLICE", 3)  # rows of an expert at a time
     with torch.no_grad():
-        whole = layer(x, index, chosen.to(dtype))
-        route = forward.route
-        monkeypatch.setattr(forward, "route", lambda *args, one_by_one: route(*args, one_by_one=True))
-        storage.release_buffers(layer)
         single = layer(x, index, chosen.to(dtype))
-        assert not storage.workspace(layer).buffers  # no layer's weights were asked for
-    assert torch.equal(single, whole)
+    (room,) = [buffer.room for buffer in storage.workspace(layer).buffers.values()]
+    assert room.numel() == 2 * layer.gate_up_proj_packed[0].numel()  # of one projection of one expert
+    assert distance(single, whole) < 8 * torch.finfo(dtype).eps
     expected = reference(weights, x.float(), index, chosen.to(dtype).float())
     assert distance(whole, expected) < BOUND[dtype]
 
@@ -634,7 +636,7 @@ def test_checkpointing_changes_no_gradient_and_shares_a_dequantisation(hub, monk
     monkeypatch.setattr(forward, "_matmul", multiplied)
     losses, plain = set(), {}
     for checkpointed, kept in ((0, 0), (3, 0), (3, 3), (3, 1), (2, 1), (1, 0), (0, 0)):
-        memory.apply_plan(lora, memory.TrainingPlan(1, 1, checkpointed, kept))
+        checkpointing.apply_plan(lora, checkpointing.TrainingPlan(1, 1, checkpointed, kept))
         storage.release_buffers(lora)
         calls.update(dict.fromkeys(calls, 0))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from prompt_recovery import adapter
-from prompt_recovery.engine import MergeError, Meter, Sampling, decoding, generation, loading, merged
+from prompt_recovery.engine import MergeError, Meter, Sampling, decoding, generation, loading, merged, stage
 from prompt_recovery.engine.generation import make_batches, spread_order
 from prompt_recovery.templates import json_object_closed
 from prompt_recovery.tokenizer import encode_row, load_tokenizer
@@ -222,10 +222,10 @@ def test_the_prefix_is_read_once_and_answers_of_a_row_share_what_was_read(small)
 
 def test_long_prefills_go_in_parts(small):
     prompts = random_prompts([100] * 5, shared=9)
-    decoder = decoding.Decoder(
-        small, prompts[0][:10], rows=5, cells=5 * 128, max_new_tokens=2, eos=-1, pad=0, prefill_tokens=200
-    )
-    with Forwards(small) as shapes:
+    with stage.in_parts(small) as parts, Forwards(small) as shapes:
+        decoder = decoding.Decoder(
+            parts, prompts[0][:10], rows=5, cells=5 * 128, max_new_tokens=2, eos=-1, pad=0, piece=200
+        )
         found = decoder.answer(prompts, [[None]] * 5)
     assert shapes == [(1, 10), (2, 90), (2, 90), (1, 90), (5, 1)]
     assert [each[0] for each in found] == [(stock(small, prompt, 2, eos=-1), False) for prompt in prompts]

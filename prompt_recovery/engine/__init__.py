@@ -3,9 +3,10 @@
 Outside code uses what is named here, and nothing below. The engine imports nothing of prompt_recovery outside itself.
 """
 
-from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Meter, Sampling, generate, spread_order
+from prompt_recovery.engine.checkpointing import TrainingPlan, apply_plan, training_plan
+from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Meter, Sampling, generate, ready, spread_order
 from prompt_recovery.engine.loading import ModelError, base_id, check_model_dir, load_base, save_quantised
-from prompt_recovery.engine.memory import TooLittleMemory, TrainingPlan, apply_plan, processes, training_plan
+from prompt_recovery.engine.memory import TooLittleMemory, processes
 from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.quantiser import Nf4Error, check_folder
 from prompt_recovery.engine.storage import release_buffers
@@ -29,6 +30,7 @@ __all__ = [
     "load_base",
     "merged",
     "processes",
+    "ready",
     "release_buffers",
     "save_quantised",
     "spread_order",

@@ -17,22 +17,25 @@ from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
 from prompt_recovery.engine.storage import expert_weight, four_bit_experts, weights, workspace
 
+# Rows of one expert that are computed at a time where memory is short: gate and up of 1,024 rows are 56 MiB at Mixtral's
+# shape, and a product of so many rows is long enough for the card
+SLICE = 1024
+
 
 class Routing(NamedTuple):
     """Where the R = T * top_k rows go. order [R]: flat (token, choice) index of each row in expert order; inverse [R]:
     row of each flat index; ends [E] int32 on the device: end of each expert's rows; bounds: the same on the host, read
-    (one host sync) only where no grouped GEMM takes `ends` from the device; one_by_one: dequantise an expert at a time
-    (a T4 has no room for a layer) instead of the layer, which forward, recomputation and backward can share."""
+    (one host sync) only where no grouped GEMM takes `ends` from the device."""
 
     order: torch.Tensor
     inverse: torch.Tensor
     ends: torch.Tensor
     bounds: list[int] | None
     top_k: int
-    one_by_one: bool
 
 
-def _grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
+def grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies all experts' rows in one launch."""
     # the real kernel is for bf16 on sm90 and sm100; elsewhere torch loops over the experts itself, with a host sync each time
     return (
         device.type == "cuda" and dtype == torch.bfloat16 and hasattr(nn.functional, "grouped_mm")
@@ -40,7 +43,7 @@ def _grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     )  # fmt: skip
 
 
-def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype, one_by_one: bool = False) -> Routing:
+def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype) -> Routing:
     """Sort once for the whole layer. top_k_index: [T, top_k] integers in [0, experts)."""
     flat = top_k_index.reshape(-1).to(torch.int32)
     ordered, order = torch.sort(flat, stable=True)
@@ -48,24 +51,22 @@ def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype, one_by_on
     inverse[order] = torch.arange(order.numel(), device=order.device)
     numbers = torch.arange(experts, device=order.device, dtype=torch.int32)
     ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
-    bounds = None if _grouped_gemm(flat.device, dtype) else ends.tolist()
-    return Routing(order, inverse, ends, bounds, top_k_index.shape[-1], one_by_one and bounds is not None)
+    bounds = None if grouped_gemm(flat.device, dtype) else ends.tolist()
+    return Routing(order, inverse, ends, bounds, top_k_index.shape[-1])
 
 
 def _matmul(rows: torch.Tensor, experts: nn.Module, projection: str, routing: Routing, transpose: bool) -> torch.Tensor:
     """Each expert's rows times its weight [N, K], transposed (rows [R, K] -> [R, N]) or not ([R, N] -> [R, K])."""
     packed = getattr(experts, f"{projection}_packed")
     size, width = packed.shape[1], packed.shape[2] * 2
-    if not routing.one_by_one:
-        weight = weights(experts, projection, rows.dtype)
-        if routing.bounds is None and not (size % 8 or width % 8) and rows.shape[0]:
-            return nn.functional.grouped_mm(rows, weight.transpose(1, 2) if transpose else weight, offs=routing.ends)
+    weight = weights(experts, projection, rows.dtype)
+    if routing.bounds is None and not (size % 8 or width % 8) and rows.shape[0]:
+        return nn.functional.grouped_mm(rows, weight.transpose(1, 2) if transpose else weight, offs=routing.ends)
     out = rows.new_empty(rows.shape[0], size if transpose else width)
     start = 0
     for expert, end in enumerate(routing.ends.tolist() if routing.bounds is None else routing.bounds):
         if end > start:
-            one = routing.one_by_one
-            matrix = expert_weight(experts, projection, expert, rows.dtype) if one else weight[expert]
+            matrix = weight[expert]
             torch.mm(rows[start:end], matrix.t() if transpose else matrix, out=out[start:end])
         start = end
     return out
@@ -190,14 +191,44 @@ def experts_forward(
         if few is not None:
             return few.to(hidden_states.dtype)
         training = torch.is_grad_enabled()
-        routing = route(top_k_index, self.num_experts, dtype, one_by_one=not training and kind == "cuda")
+        routing = route(top_k_index, self.num_experts, dtype)
+        if routing.bounds is not None and not training:
+            return _one_at_a_time(hidden_states.to(dtype), self, routing, top_k_weights).to(hidden_states.dtype)
         keep = getattr(self, "keep_gate_up", False) and training
         rows = _GateUp.apply(hidden_states.to(dtype), self, routing, keep)
-        if _plain_swiglu(self):
-            rows = _SwiGlu.apply(rows, top_k_weights, routing.order, not training)  # nothing is kept then: in place
-        else:
-            rows = (self._apply_gate(rows) * top_k_weights.reshape(-1)[routing.order, None]).to(dtype)
+        rows = _activate(rows, self, top_k_weights, routing.order, in_place=not training)  # nothing is kept then
         return _Down.apply(rows, self, routing).to(hidden_states.dtype)
+
+
+def _activate(
+    rows: torch.Tensor, experts: nn.Module, top_k_weights: torch.Tensor, order: torch.Tensor, in_place: bool = False
+) -> torch.Tensor:
+    """Gate and up rows [R, 2I] of these flat (token, choice) indices -> [R, I], weighted; in_place over the gates."""
+    if _plain_swiglu(experts):
+        return _SwiGlu.apply(rows, top_k_weights, order, in_place)
+    return (experts._apply_gate(rows) * top_k_weights.reshape(-1)[order, None]).to(rows.dtype)
+
+
+def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_weights: torch.Tensor) -> torch.Tensor:
+    """The output [T, H], with the 16-bit weights of one projection of one expert at a time and SLICE of its rows: a T4
+    has no room for a layer's. No gradients."""
+    assert routing.bounds is not None
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    start = 0
+    for expert, end in enumerate(routing.bounds):
+        slices = [routing.order[first : min(first + SLICE, end)] for first in range(start, end, SLICE)]
+        start = end
+        if not slices:
+            continue
+        weight = expert_weight(experts, "gate_up_proj", expert, x.dtype).t()
+        rows = [
+            _activate(x.index_select(0, order // routing.top_k) @ weight, experts, top_k_weights, order)
+            for order in slices
+        ]
+        weight = expert_weight(experts, "down_proj", expert, x.dtype).t()  # over the other
+        for order, part in zip(slices, rows, strict=True):
+            out[order // routing.top_k] += part @ weight  # an expert has a token once
+    return out.to(x.dtype)
 
 
 def keep_gate_up(model: nn.Module, checkpointed: int, kept: int) -> None:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 
-from prompt_recovery.engine.decoding import Decoder, cache_columns, kv_bytes
+from prompt_recovery.engine.decoding import Decoder, cache_columns
+from prompt_recovery.engine.forward import grouped_gemm
+from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.layers import fast_layers
-from prompt_recovery.engine.memory import GIB, RESERVE
+from prompt_recovery.engine.memory import CPU_CELLS, MOST_ROWS, PIECES, AnswerPlan, answer_plan, shape_of
 from prompt_recovery.engine.merging import merged
+from prompt_recovery.engine.stage import Part, in_parts, layer_devices
 from prompt_recovery.engine.storage import four_bit_experts, workspace
 
 # answers are padded with <unk>: every base has id 0, while a <pad> added for training lies outside its embeddings
 PAD_ID = 0
-CPU_CELLS = 16_384  # rows * columns of a batch on the CPU, where larger ones gain nothing
-MOST_ROWS = 64  # of a batch
+GROW = 4  # batches that must have gone well before a limit that memory halved is doubled; not tuned
 
 
 class Sampling(NamedTuple):
@@ -140,27 +144,58 @@ def spread_order(batches: Sequence[list[int]]) -> list[list[int]]:
     return [*batches[:1], *(batches[n] for n in order)]
 
 
-def room(model: Any, prefill_tokens: int) -> int:
-    """Tokens whose KV cache fits beside the activations of a prefill, by the memory that is free now."""
-    if not torch.cuda.is_available():
-        return CPU_CELLS
-    config = model.config.get_text_config()
-    inner = getattr(config, "num_experts_per_tok", 1) * getattr(
-        config, "moe_intermediate_size", config.intermediate_size
-    )
-    # gate, up and product rows of the experts, and some twelve copies of the hidden state, in 16 bit
-    activations = prefill_tokens * 2 * (3 * inner + 12 * config.hidden_size)
-    experts = next(iter(four_bit_experts(model)), None)
-    buffers = 0  # of dequantised experts, where a layer of them is used whole
-    if experts is not None:
-        buffers = 4 * (experts.gate_up_proj_packed.numel() + experts.down_proj_packed.numel())
-    tokens = []
-    for device, size in kv_bytes(model).items():
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        reusable += workspace(experts).held(device) if experts is not None else 0
-        free = torch.cuda.mem_get_info(device)[0] + reusable
-        tokens.append((free - RESERVE - activations - (buffers if free > 24 * GIB else 0)) // size)
-    return max(0, min(tokens))
+class Ready(NamedTuple):
+    """A model as it answers: its parts and its plan."""
+
+    model: Any
+    parts: list[Part]
+    plan: AnswerPlan
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+
+@contextmanager
+def ready(model: Any, plan: AnswerPlan | None = None) -> Iterator[Ready]:
+    """Inside the with block, the model as it answers, by this plan or the fastest one that memory allows: the adapter merged
+    or left beside the weights, layers called directly, the small work of a decode step in few launches.
+
+    Raises MergeError where merging would change the answers, StageError for layers that can't be called in parts.
+    """
+    model.eval()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    plan = plan or plan_of(model)
+    with ExitStack() as stack:
+        if plan.merged:
+            base = stack.enter_context(merged(model))
+        parts = stack.enter_context(in_parts(base, plan.layers))
+        stack.enter_context(fast_layers(base))
+        yield Ready(base, parts, plan)
+
+
+def plan_of(model: Any) -> AnswerPlan:
+    """The fastest plan for a loaded model with the memory that is free now."""
+    adapter = isinstance(model, PeftModel) and bool(model.peft_config)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    stages = [(device, len([*same])) for device, same in itertools.groupby(layer_devices(base))]
+    layers = [count for _, count in stages]
+    if stages[0][0].type != "cuda":
+        return AnswerPlan(tuple(layers), adapter, PIECES[0], CPU_CELLS)
+    dtype = base.get_input_embeddings().weight.dtype
+    free = [free_on(base, device) for device, _ in stages]
+    device = stages[0][0]
+    return answer_plan(
+        shape_of(base.config, dtype), layers, free, adapter=adapter, grouped=grouped_gemm(device, dtype),
+        triton=uses_triton(device),
+    )  # fmt: skip
+
+
+def free_on(model: Any, device: torch.device) -> int:
+    """Bytes that are free on a card, with those that torch holds and does not use, and dequantised weights."""
+    held = sum(workspace(experts).held(device) for experts in four_bit_experts(model)[:1])
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused + held
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -174,7 +209,7 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def generate(
-    model: Any,
+    model: Any | Ready,
     prompts: Sequence[Sequence[int]],
     *,
     eos: int,
@@ -191,7 +226,7 @@ def generate(
     """Yield rows as their batches finish, in no order; every position of prompts once, unless the deadline comes first.
 
     Args:
-        model: with an adapter, which is merged for the while, or without.
+        model: with an adapter or without; or what `ready` gives, which spares the preparation of each call.
         prompts: token ids that begin with BOS.
         eos: the id at which an answer ends.
         max_new_tokens: of an answer.
@@ -199,7 +234,8 @@ def generate(
         stop: whether the ids of an answer so far are a whole one; must stay true for longer ones. The answer then ends
             at the first id after which it holds.
         batch_tokens: upper limit of answers * (prompt + max_new_tokens) in a batch; None takes what memory allows. Out of
-            memory, a batch is halved and smaller ones follow.
+            memory all the same, a batch is halved, then what prefill reads at a time; after some that went well, they
+            grow again.
         deadline: time.monotonic() after which no batch may end, judged by the slowest one so far; the rest is not yielded.
         graphs, share_prefix: off only to compare.
         meter: is kept up to date, before the rows that it counts are yielded.
@@ -209,31 +245,28 @@ def generate(
     """
     if not prompts:
         return
-    model.eval()
     meter = Meter() if meter is None else meter
     begun, wall = time.monotonic(), meter.wall
     prefix = common_prefix(prompts) if share_prefix else []
-    big = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 40 * GIB
-    prefill_tokens = 16_384 if big or not torch.cuda.is_available() else 4_096
     share, temperature = sampling.answers, sampling.temperature
     greedy = 1 if share > 1 or temperature == 0 else 0
     seeds = [
         [None if n < greedy else (sampling.seed, number, n) for n in range(share)]
         for number in (numbers or range(len(prompts)))
     ]
+    lengths = [len(prompt) for prompt in prompts]
 
-    with ExitStack() as stack:
-        fast = stack.enter_context(merged(model))
-        stack.enter_context(fast_layers(fast))
-        limit = batch_tokens or room(fast, prefill_tokens)
-        lengths = [len(prompt) for prompt in prompts]
+    with nullcontext(model) if isinstance(model, Ready) else ready(model) as prepared:
+        plan = prepared.plan
+        limit = whole = batch_tokens or plan.cells
+        piece, well = plan.piece, 0
 
-        def batched(positions: Sequence[int], cells: int) -> list[list[int]]:
+        def batched(positions: Sequence[int]) -> list[list[int]]:
             most = max(1, MOST_ROWS // share)
-            made = make_batches([lengths[i] for i in positions], max_new_tokens, cells // share, most)
+            made = make_batches([lengths[i] for i in positions], max_new_tokens, limit // share, most)
             return [[positions[i] for i in batch] for batch in spread_order(made)]
 
-        batches = batched(range(len(prompts)), limit)
+        batches = batched(range(len(prompts)))
         decoder: Decoder | None = None
         slowest = 0.0
         while batches:
@@ -245,25 +278,28 @@ def generate(
                 if decoder is None:
                     cells = [len(each) * cache_columns(lengths[each[0]], max_new_tokens) for each in batches]
                     decoder = Decoder(
-                        fast, prefix, rows=max(map(len, batches)) * share, cells=max(cells) * share,
+                        prepared.parts, prefix, rows=max(map(len, batches)) * share, cells=max(cells) * share,
                         max_new_tokens=max_new_tokens, eos=eos, pad=PAD_ID, temperature=temperature or 1.0,
-                        top_p=sampling.top_p, prefill_tokens=prefill_tokens, graphs=graphs,
+                        top_p=sampling.top_p, piece=piece, graphs=graphs,
                     )  # fmt: skip
                 written = decoder.answer([prompts[i] for i in batch], [seeds[i] for i in batch], stop)
             except torch.OutOfMemoryError:
                 written = None
             if written is None or decoder is None:  # outside of the handler, whose traceback holds memory
-                decoder = None
+                decoder, well = None, 0
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                if len(batch) == 1:
+                if len(batch) > 1:
+                    # the room is halved, not the rows: shorter ones may still be as many
+                    limit = len(batch) // 2 * share * (lengths[batch[0]] + max_new_tokens)
+                elif piece > PIECES[-1]:
+                    piece //= 2
+                else:
                     raise torch.OutOfMemoryError(
                         f"One prompt of {lengths[batch[0]]} tokens with {share} answers does not fit in memory: "
                         "give fewer answers_per_row, or shorter texts (max_tokens)."
                     )
-                # the room is halved, not the rows: shorter ones may still be as many
-                limit = len(batch) // 2 * share * (lengths[batch[0]] + max_new_tokens)
-                batches = batched([i for each in batches for i in each], limit)
+                batches = batched([i for each in batches for i in each])
                 continue
             batches.pop(0)
             answers = [[_answer(ids, bad, eos, stop) for ids, bad in each] for each in written]
@@ -274,6 +310,10 @@ def generate(
             meter.add([lengths[i] for i in batch], tokens, reading, spent - reading)
             meter.wall = wall + time.monotonic() - begun
             meter.left = meter.estimate([lengths[i] for each in batches for i in each])
+            well += 1
+            if well >= GROW and limit < whole and batches:
+                decoder, well, limit = None, 0, min(2 * limit, whole)
+                batches = batched([i for each in batches for i in each])
             yield from map(Finished, batch, answers)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -64,6 +65,30 @@ def _decode_router(self, hidden_states):
         return None, *decode_step.choose_experts(hidden_states.contiguous(), self.weight, self.top_k)
 
 
+def _lora_forward(self, x, *args, **kwargs):
+    """A LoRA beside its layer, in the layer's 16 bit and three launches; peft computes in fp32, in some eight."""
+    down, up = self.sixteen
+    y = self.base_layer(x)
+    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ down, up).view(y.shape)
+
+
+def _sixteen(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A LoRA's two matrices, [in, r] and [r, out], the second scaled; None for one that is more than that."""
+    if (
+        type(layer).__name__ not in ("Linear", "Linear4bit")
+        or layer.disable_adapters
+        or layer.merged
+        or len(layer.active_adapters) != 1
+        or layer.lora_variant
+    ):
+        return None
+    (name,) = layer.active_adapters
+    if name not in layer.lora_A or layer.lora_bias.get(name):
+        return None
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return down.detach().t().to(dtype).contiguous(), (up.detach().t() * layer.scaling[name]).to(dtype).contiguous()
+
+
 def _join(attention: nn.Module) -> torch.Tensor | None:
     """The weights of q, k and v as one matrix, of which theirs become parts; None where they aren't plain matrices."""
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -78,26 +103,37 @@ def _join(attention: nn.Module) -> torch.Tensor | None:
 
 @contextmanager
 def fast_layers(model: Any) -> Iterator[None]:
-    """Let the model's attention, and Mixtral's layers on one device with Triton, be those of this module inside."""
+    """Let the model's attention, its LoRAs in 16 bit, and Mixtral's layers on devices with Triton, be those of this module
+    inside."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
     before = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
     changed: list[nn.Module] = []
+
+    def change(module: nn.Module, forward: Any, **kept: Any) -> None:
+        vars(module).update(kept, forward=types.MethodType(forward, module))
+        changed.append(module)
+
     try:
         devices = {parameter.device for parameter in model.parameters()}
-        if len(devices) == 1 and uses_triton(devices.pop()) and model.dtype.itemsize == 2:
-            for module in model.modules():
-                kind = type(module).__name__
-                if "forward" in vars(module) or kind not in ("MixtralAttention", "MixtralTopKRouter"):
-                    continue
-                if kind == "MixtralAttention":
-                    module.joined = _join(module)
-                forward = _decode_attention if kind == "MixtralAttention" else _decode_router
-                module.forward = types.MethodType(forward, module)
-                changed.append(module)
+        dtype = model.get_input_embeddings().weight.dtype
+        triton = all(map(uses_triton, devices)) and dtype.itemsize == 2
+        for module in model.modules():
+            kind = type(module).__name__
+            if "forward" in vars(module):
+                continue
+            if isinstance(module, LoraLayer) and dtype.itemsize == 2:
+                matrices = _sixteen(module, dtype)
+                if matrices is not None:
+                    change(module, _lora_forward, sixteen=matrices)
+            elif kind == "MixtralAttention" and triton:
+                change(module, _decode_attention, joined=_join(module))
+            elif kind == "MixtralTopKRouter" and triton:
+                change(module, _decode_router)
         yield
     finally:
         model.config._attn_implementation = before
         for module in changed:
             del module.forward
-            vars(module).pop("joined", None)
+            for name in ("joined", "sixteen"):
+                vars(module).pop(name, None)

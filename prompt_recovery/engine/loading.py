@@ -58,9 +58,9 @@ def load_base(
     """The base model with frozen weights in eval mode, on the GPUs if there are any (see `memory.place`).
 
     dtype: of the weights that stay 16 bit and of the computation; None takes `default_dtype()`.
-    four_bit: linear layers and experts become NF4 while they are read, one layer's experts at a time; a folder that
-    `save_quantised` wrote is in 4 bits already. None: on a GPU, or if the folder is in 4 bits. Prints what is kept in
-    which precision.
+    four_bit: linear layers and experts become NF4 while they are read, a layer's experts at a time, or an expert's where
+    GPUs are small; a folder that `save_quantised` wrote is in 4 bits already. None: on a GPU, or if the folder is in
+    4 bits. Prints what is kept in which precision.
     kernels: of 4-bit experts, "triton" or "torch"; see `kernels.dispatch.choose`.
     Raises ModelError for a folder without config, safetensors or some tensors, or a 4-bit folder with four_bit=False;
     Nf4Error for another 4-bit layout or where a part that should be 4-bit is not; TooLittleMemory, and ValueError for
@@ -77,22 +77,27 @@ def load_base(
         )
     dtype = dtype or default_dtype()
     processes = memory.processes()
-    placed = None
+    placed, on_cpu = None, False
     if torch.cuda.is_available():
         free = memory.free_memory()
         sizes = memory.sizes(folder, dtype, four_bit)
-        placed = memory.device_map(sizes, memory.place(sizes, list(free.values())), list(free))
+        split = memory.place(sizes, list(free.values()))
+        placed = memory.device_map(sizes, split, list(free))
+        on_cpu = four_bit and not quantised and memory.merges_on_cpu(sizes, split, list(free.values()))
     if four_bit:
         quantiser.register()
         for device in [torch.device("cuda", number) for number in sorted(set(placed.values()))] if placed else [CPU]:
             dispatch.choose(device, kernels)
+    options = {}
+    if four_bit and not quantised:
+        options["quantization_config"] = quantiser.Nf4Config(base=base_id(folder), merge_on_cpu=on_cpu)
     model, loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         output_loading_info=True,
         dtype=dtype,
         device_map=placed,
         local_files_only=True,
-        **({"quantization_config": quantiser.Nf4Config(base=base_id(folder))} if four_bit and not quantised else {}),
+        **options,
     )
     if loaded["missing_keys"]:  # transformers warns and takes random numbers instead
         names = sorted(loaded["missing_keys"])

@@ -1,5 +1,5 @@
-"""How much memory a model takes: layers on GPUs, reckoned from the config before anything loads; the micro-batch and the
-activation checkpointing with which training fits."""
+"""How much memory a model takes, reckoned from its config before anything loads: which layers go to which GPU, and how it
+answers with what is left beside its weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prompt_recovery.engine.forward import keep_gate_up
-from prompt_recovery.engine.kernels.dispatch import uses_triton
+from prompt_recovery.engine.forward import SLICE
 from prompt_recovery.engine.quantiser import becomes_four_bit, fused_experts
-from prompt_recovery.engine.storage import BLOCK, NESTED_BLOCK, PROJECTIONS, four_bit_experts
+from prompt_recovery.engine.storage import BLOCK, NESTED_BLOCK, PROJECTIONS
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)  # a parameter, with double quantisation: 0.516
@@ -32,9 +31,9 @@ class TooLittleMemory(RuntimeError):
 
 class Sizes(NamedTuple):
     """Bytes: of each decoder layer's weights; of what stands before the layers (embeddings) and behind (norm, lm_head);
-    of the KV cache for one token in one layer; of the 16-bit weights that are needed at a time while the model quantises
-    as it loads (one layer's gate and up projections, as read and merged) or computes (one expert). modules: where each
-    part is, for a device_map."""
+    of the KV cache for one token in one layer; of the 16-bit weights that are needed at a time while the model computes
+    (one expert's). modules: where each part is, for a device_map. merging: what putting a layer's experts together on the
+    GPU takes while the model quantises as it loads (gate and up projections, as read, merged and packed)."""
 
     layers: tuple[int, ...]
     before: int
@@ -42,6 +41,7 @@ class Sizes(NamedTuple):
     kv: int
     workspace: int
     modules: tuple[tuple[str, str], ...]  # (module name, "before" | "behind" | layer number)
+    merging: int = 0
 
     @property
     def weights(self) -> int:
@@ -60,7 +60,7 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
     head, wide = model.get_output_embeddings(), torch.finfo(dtype).bits // 8
     bytes_of: dict[str, float] = {}
     seen: set[int] = set()  # a head that is tied to the embeddings takes no room of its own
-    workspace = 0
+    workspace = merging = 0
     for name, module in model.named_modules():
         experts = fused_experts(module)
         small = experts or becomes_four_bit(name, module, head)
@@ -71,10 +71,8 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
             packed = four_bit and small and tensor.dim() > 1
             bytes_of[f"{name}.{key}"] = tensor.numel() * (NF4_BYTES if packed else wide)
         if experts and four_bit:
-            # as read, merged, and packed; or a matrix of each projection
-            loading = 2.25 * module.gate_up_proj.numel() * wide
-            computing = sum(getattr(module, key)[0].numel() * wide for key in PROJECTIONS)
-            workspace = max(workspace, round(computing if quantised else loading))
+            workspace = max(workspace, sum(getattr(module, key)[0].numel() * wide for key in PROJECTIONS))
+            merging = max(merging, 0 if quantised else round(2.25 * module.gate_up_proj.numel() * wide))
     layers: dict[int, float] = {}
     before = behind = 0.0
     modules: dict[str, str] = {}
@@ -100,7 +98,7 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
     heads, size = kv_shape(model.config)
     kv = 2 * heads * size * wide
     sized = tuple(round(layers[n]) for n in sorted(layers))
-    return Sizes(sized, round(before), round(behind), kv, workspace, tuple(modules.items()))
+    return Sizes(sized, round(before), round(behind), kv, workspace, tuple(modules.items()), merging)
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
@@ -149,7 +147,7 @@ def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list
     raise TooLittleMemory(
         f"The model needs {needed / GIB:.1f} GiB (weights {sizes.weights / GIB:.1f}, KV cache of {kv_tokens} tokens) and "
         f"{each / GIB:.1f} GiB of working room on each GPU; free are {[round(f / GIB, 1) for f in free]} GiB. Free the "
-        "GPUs or add one; four_bit=True takes a quarter, and a folder of model.save_quantised needs less room to load."
+        "GPUs or add one; four_bit=True takes a quarter."
     )
 
 
@@ -182,6 +180,26 @@ def _balance(sizes: Sizes, free: Sequence[int], kv_tokens: int) -> list[int] | N
     return split if worst <= 1 else None
 
 
+def stage_weights(sizes: Sizes, split: Sequence[int]) -> list[int]:
+    """Bytes of the weights on each GPU of a split that has layers."""
+    found, first = [], 0
+    for count in filter(None, split):
+        found.append(sum(sizes.layers[first : first + count]))
+        first += count
+    found[0] += sizes.before
+    found[-1] += sizes.behind
+    return found
+
+
+def merges_on_cpu(sizes: Sizes, split: Sequence[int], free: Sequence[int]) -> bool:
+    """Whether some GPU has no room to put a layer's experts together beside the weights that it gets."""
+    used = [room for room, count in zip(free, split, strict=True) if count]
+    return any(
+        room - weights < sizes.merging + RESERVE
+        for room, weights in zip(used, stage_weights(sizes, split), strict=True)
+    )
+
+
 def device_map(sizes: Sizes, split: Sequence[int], devices: Sequence[int]) -> dict[str, int]:
     """transformers' device_map of a split over these GPU numbers: the part before the layers stands on the first GPU,
     that behind on the last one that has layers."""
@@ -190,129 +208,170 @@ def device_map(sizes: Sizes, split: Sequence[int], devices: Sequence[int]) -> di
     return {name: where[part] if part in where else used[int(part)] for name, part in sizes.modules}
 
 
-# --- training -----------------------------------------------------------------------------------------------
+# --- answering ----------------------------------------------------------------------------------------------
 
-# Work that is done again in the backward pass, as a share of forward and backward together, by arithmetic for Mixtral:
-# attention is 11% of the forward's multiplications, gate and up projections 59%, and the forward is half of the whole.
-# (Activation checkpointing stops before the down-projection, which nothing saved depends on.)
-RECOMPUTED = 0.35
-RECOMPUTED_KEPT = 0.06
-# Each micro-batch dequantises all experts again, whatever its size. A guess at what that and its launches are worth in
-# tokens of work: on an H200 dequantisation alone took 64 ms of a step, 550 tokens at 8,700 a second (LOG.md)
-OVERHEAD_TOKENS = 1500
-# The backward of a layer holds gradients beside what was saved for it; without the Triton kernels SwiGLU's fp32 copies
-# too (tests/test_memory.py measures 4.1 to 5.3 at Mixtral's proportions)
-WORKING_LAYERS = 1.5
-WORKING_LAYERS_WITHOUT_TRITON = 5.5
-
-
-class TrainingPlan(NamedTuple):
-    """How a batch is trained on: rows at a time, how often that is repeated before a step, how many layers recompute
-    their activations, and how many of those keep their gate and up rows; expected peak in bytes (0: not reckoned)."""
-
-    rows: int
-    accumulation: int
-    checkpointed: int = 0
-    kept: int = 0
-    peak: int = 0
-
-    def __str__(self) -> str:
-        peak = f", about {self.peak / GIB:.1f} GiB at the peak" if self.peak else ""
-        return (
-            f"{self.rows} rows at a time x {self.accumulation}, activations recomputed in {self.checkpointed} layers"
-            f" ({self.kept} of them without the gate and up projections){peak}"
-        )
+# Measured (docs/MEASURED.md): CUDA's context with the kernels' code; a stage's captured steps and what they compute in;
+# what cuBLAS and the allocator's fragments take beside what is counted here
+CONTEXT = round(0.55 * GIB)
+GRAPHS = round(0.15 * GIB)
+MARGIN = round(0.85 * GIB)
+PIECES = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # tokens that prefill reads at a time
+MOST_ROWS = 64  # of a batch
+LONGEST = 4_096  # tokens of a prompt and its answer
+# What choosing takes a row to be: tokens read and written, in a cache with padding
+TYPICAL_READ, TYPICAL_WRITTEN, TYPICAL_COLUMNS = 700, 64, 832
+CPU_CELLS = 16_384  # rows * columns of a batch on the CPU, where larger ones gain nothing
+ADAPTER_RANK = 16  # assumed where the adapter isn't known
 
 
-def saved_bytes(model: Any, autocast: torch.dtype | None = None) -> float:
-    """Bytes that all layers together keep for the backward pass, a token: the slope between two short forward passes.
-    Tensors that autograd saves are counted once each, parameters and buffers not at all."""
-    device = model.get_input_embeddings().weight.device
-    fixed = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+class Shape(NamedTuple):
+    """What a model's forward computes with: sizes of the hidden state, of an expert (or of a dense layer), of all query
+    heads and of all key heads; experts, and how many a token has; the vocabulary; bytes of a value."""
 
-    def total(tokens: int) -> int:
-        seen: dict[int, torch.Tensor] = {}
-
-        def pack(tensor: torch.Tensor) -> None:
-            # kept, so that no storage is freed and its address counted for another; detached and not handed back, since
-            # a graph that holds its own output is never freed
-            if tensor.untyped_storage().data_ptr() not in fixed:
-                seen[tensor.untyped_storage().data_ptr()] = tensor.detach()
-
-        ids = torch.full((1, tokens), 3, device=device)
-        enabled = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing), enabled, torch.enable_grad():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, use_cache=False)
-        return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-
-    was_training = model.training
-    model.train()
-    slope = (total(192) - total(64)) / 128
-    model.train(was_training)
-    return slope
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    experts: int
+    chosen: int
+    vocabulary: int
+    wide: int
 
 
-def training_plan(
-    model: Any, longest: int, answer: int, rows: int, autocast: torch.dtype | None = None, free: int | None = None
-) -> TrainingPlan:
-    """The fastest way, by the constants above, to train on `rows` rows a step within `free` bytes beyond what is
-    allocated now; None: what the emptiest GPU has, with what torch holds and does not use. longest, answer: tokens of
-    the longest example and of the longest answer, the worst case.
+def shape_of(config: Any, dtype: torch.dtype) -> Shape:
+    config = config.get_text_config()
+    heads, size = kv_shape(config)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    wide = torch.finfo(dtype).bits // 8
+    return Shape(
+        config.hidden_size, inner, config.num_attention_heads * size, heads * size, experts, chosen, config.vocab_size,
+        wide,
+    )  # fmt: skip
 
-    Raises TooLittleMemory if not even one row with every layer checkpointed fits.
+
+class StageBytes(NamedTuple):
+    """Bytes on a card whose stage answers: the weights of its layers; the adapter's; the layers that it adapts once more,
+    merged in 16 bit; the KV cache; 16-bit weights of the experts that are computed at a time; what a piece of prefill
+    computes in; captured steps; CUDA's context; what is left free on purpose."""
+
+    weights: int
+    adapter: int
+    merged: int
+    cache: int
+    experts: int
+    activations: int
+    graphs: int
+    context: int = CONTEXT
+    margin: int = MARGIN
+
+    @property
+    def to_come(self) -> int:
+        """What a loaded model has yet to ask for."""
+        return sum(self) - self.weights - self.adapter - self.context
+
+
+def bytes_of(
+    shape: Shape, layers: int, *, weights: int, last: bool, piece: int, rows: int, cells: int, merged: bool,
+    adapter: bool = True, grouped: bool = False, triton: bool = True, sampled: bool = False,
+) -> StageBytes:  # fmt: skip
+    """What a stage of so many layers takes on its card.
+
+    last: it has the head. piece: tokens that prefill reads at a time. rows, cells: of the largest batch; a cell is a
+    token's keys and values in every layer. merged: the adapter is merged, else it stands beside the weights.
+    grouped: experts by one grouped GEMM, for which a layer's weights are dequantised; else an expert's. triton: its
+    kernels run; torch's SwiGLU has fp32 copies. sampled: some answers are drawn.
     """
-    if free is None:
-        free = min(free_memory().values()) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    config = model.config.get_text_config()
-    count = config.num_hidden_layers
-    wide = 2 if autocast is not None else 4
-    apply_plan(model, TrainingPlan(rows, 1))  # an earlier plan's checkpointing would hide what the layers save
-    fast = uses_triton(model.get_input_embeddings().weight.device)
-    working = WORKING_LAYERS if fast else WORKING_LAYERS_WITHOUT_TRITON
-    layer = saved_bytes(model, autocast) / count
-    border = config.hidden_size * next(model.parameters()).element_size()
-    experts = four_bit_experts(model)
-    gate_up = 0
-    buffers = 0
-    if experts:
-        width = experts[0].gate_up_proj_packed.shape[1]
-        gate_up = getattr(config, "num_experts_per_tok", 0) * width * wide
-        buffers = sum(getattr(experts[0], f"{name}_packed").numel() * 2 * wide for name in PROJECTIONS)
-    logits = config.vocab_size * (wide + 8)  # 16 bit, then fp32 and its gradient
-    best: tuple[float, TrainingPlan] | None = None
-    for micro in (n for n in range(rows, 0, -1) if rows % n == 0):
-        tokens = micro * longest
-        fixed = RESERVE + buffers + micro * answer * logits + working * layer * tokens
-        for whole in range(count, -1, -1):
-            room = free - fixed - tokens * (whole * layer + (count - whole) * border)
-            if room < 0:
-                continue
-            recomputed = count - whole
-            kept = min(recomputed, int(room // (tokens * gate_up))) if gate_up else 0
-            again = ((recomputed - kept) * RECOMPUTED + kept * RECOMPUTED_KEPT) / count
-            cost = (1 + again) * tokens * (rows // micro) + OVERHEAD_TOKENS * (rows // micro)
-            if best is None or cost < best[0]:
-                peak = fixed - RESERVE + tokens * (whole * layer + recomputed * border + kept * gate_up)
-                best = cost, TrainingPlan(micro, rows // micro, recomputed, kept, round(peak))
-    if best is None:
-        need = RESERVE + buffers + answer * logits + longest * (working * layer + count * border)
-        raise TooLittleMemory(
-            f"Training on one row of {longest} tokens needs {need / GIB:.1f} GiB beside the model, {free / GIB:.1f} are"
-            " free. Lower max_tokens, or free the GPU."
+    hidden, wide = shape.hidden * shape.wide, shape.wide
+    sides = [shape.queries, shape.keys, shape.keys, shape.queries]  # of q, k, v and o beside the hidden state
+    attention = wide * shape.hidden * sum(sides)
+    lora = 4 * ADAPTER_RANK * sum(shape.hidden + side for side in sides) if adapter else 0
+    # queries, keys and values, rotated and not, with the parts that the rotation makes
+    looking = piece * wide * (6 * shape.queries + 6 * shape.keys)
+    # keys and values once more for each query head of a group, of up to twice a piece's tokens or one row's; the mask
+    looking += max(2 * piece, LONGEST) * 2 * shape.queries * wide + piece * LONGEST * (wide + 2)
+    if adapter and not merged:
+        looking += (
+            4 * piece * (shape.hidden + 2 * shape.queries) + shape.queries * hidden
+        )  # in fp32; a dequantised weight
+    matrix = 2 * shape.inner * hidden  # gate and up of an expert
+    if shape.experts == 1:
+        weight, computing = 0, piece * 3 * shape.inner * wide
+    elif grouped:
+        weight, computing = (
+            shape.experts * matrix * 3 // 2,
+            shape.chosen * piece * (2 * hidden + 3 * shape.inner * wide),
         )
-    return best[1]
+    else:
+        rows_at_a_time = min(piece, SLICE)
+        weight = matrix
+        computing = rows_at_a_time * (2 * hidden + 3 * shape.inner * wide) + piece * (
+            shape.inner * wide + 4 * shape.hidden
+        )
+        computing += 0 if triton else rows_at_a_time * shape.inner * 4 * 4
+    logits = rows * shape.vocabulary * (60 if sampled else 14) if last else 0
+    return StageBytes(
+        weights, layers * lora, layers * attention if merged and adapter else 0, layers * 2 * shape.keys * wide * cells,
+        weight, 4 * piece * hidden + max(looking, computing), GRAPHS + logits,
+    )  # fmt: skip
 
 
-def apply_plan(model: Any, plan: TrainingPlan) -> None:
-    """Switch activation checkpointing on in the first plan.checkpointed layers of a model with an adapter, off in the
-    others, and let the last plan.kept of those keep their gate and up rows."""
-    base = model.get_base_model()
-    if plan.checkpointed:
-        # transformers 5.23 renamed it; 5.17 has the old name only
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    layers = [module for module in base.modules() if hasattr(module, "gradient_checkpointing") and module is not base]
-    layers = [module for module in layers if not hasattr(module, "layers")]
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < plan.checkpointed
-    keep_gate_up(base, plan.checkpointed, plan.kept)
+class AnswerPlan(NamedTuple):
+    """How a model answers: layers of each stage; whether the adapter is merged into 16-bit weights or computed beside those
+    in 4 bits; tokens that prefill reads at a time; most rows * columns of a batch's KV cache."""
+
+    layers: tuple[int, ...]
+    merged: bool
+    piece: int
+    cells: int
+
+
+def answer_plan(
+    shape: Shape,
+    layers: Sequence[int],
+    free: Sequence[int],
+    *,
+    adapter: bool = True,
+    rows: int = MOST_ROWS,
+    **how: bool,
+) -> AnswerPlan:
+    """The fastest plan, by `seconds_a_row`, for stages of so many layers with so many free bytes beside the weights.
+    how: grouped, triton and sampled of `bytes_of`. Where nothing fits, the smallest pieces and no cells."""
+    best: tuple[float, AnswerPlan] | None = None
+    for merged in (True, False) if adapter else (False,):
+        for piece in PIECES:
+            cells = min(
+                (room - bytes_of(shape, count, weights=0, last=number == len(layers) - 1, piece=piece, rows=rows, cells=0,
+                                 merged=merged, adapter=adapter, **how).to_come)
+                // (count * 2 * shape.keys * shape.wide)
+                for number, (count, room) in enumerate(zip(layers, free, strict=True))
+            )  # fmt: skip
+            if cells >= LONGEST:
+                plan = AnswerPlan(tuple(layers), merged, piece, cells)
+                spent = seconds_a_row(plan, adapter)
+                if best is None or spent < best[0]:
+                    best = spent, plan
+    return best[1] if best else AnswerPlan(tuple(layers), False, PIECES[-1], 0)
+
+
+# A decode step's milliseconds by rows, fp16 lowered to sm_75 on an H100 (performance.md): merged, and beside 4-bit weights
+STEPS = {
+    True: ((1, 7.4), (16, 15.6), (32, 18.6), (64, 32.2)),
+    False: ((1, 9.1), (8, 18.4), (16, 20.7), (24, 23.5), (32, 24.5), (40, 31.5), (64, 38.0)),
+}
+READ = 20_900  # tokens a second of prefill there, in pieces of 16,384; a ninth fewer beside 4-bit weights
+DEQUANTISED = 800  # tokens in whose time all experts are dequantised, which each piece does
+
+
+def seconds_a_row(plan: AnswerPlan, adapter: bool = True) -> float:
+    """Seconds that a row takes on an H100 with a T4's kernels: what plans are compared by."""
+    merged = plan.merged or not adapter
+    rows = max(1, min(MOST_ROWS, plan.cells // TYPICAL_COLUMNS))
+    points = STEPS[merged]
+    step = points[-1][1]
+    for (low, before), (high, after) in zip(points, points[1:], strict=False):
+        if low <= rows <= high:
+            step = before + (after - before) * (rows - low) / (high - low)
+    reading = TYPICAL_READ * (1 + DEQUANTISED / plan.piece) / READ * (1 if merged else 9 / 8)
+    return reading + step / 1e3 * (TYPICAL_WRITTEN - 1) / rows

@@ -8,6 +8,7 @@ layer at a time, and a forward that computes with them. The rest is bitsandbytes
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.accelerate import get_device
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -77,12 +79,13 @@ def check_supported(name: str, experts: nn.Module) -> None:
 
 class Nf4Config(BitsAndBytesConfig):
     """The `quantization_config` for `from_pretrained`: NF4 with double quantisation, blocks of 64, experts included.
-    base: public name of the model that is quantised, kept in the saved folder.
+    base: public name of the model that is quantised, kept in the saved folder. merge_on_cpu: a layer's experts, which the
+    hub has one by one, are put together in the host's memory, and go to the GPU one at a time.
 
     Raises Nf4Error for the config of another layout (a folder saved by another version).
     """
 
-    def __init__(self, layout: str = LAYOUT, base: str = "", **_: Any):
+    def __init__(self, layout: str = LAYOUT, base: str = "", merge_on_cpu: bool = False, **_: Any):
         if layout != LAYOUT:
             raise Nf4Error(
                 f"The folder's 4-bit layout is {layout!r}, this version reads {LAYOUT!r}: quantise the 16-bit model again."
@@ -91,6 +94,7 @@ class Nf4Config(BitsAndBytesConfig):
         self.quant_method = METHOD
         self.layout = layout
         self.base = base
+        self.merge_on_cpu = merge_on_cpu
 
     def to_dict(self) -> dict[str, Any]:
         # without load_in_4bit, by which transformers would take the folder for one of bitsandbytes' own layout
@@ -105,8 +109,8 @@ class Nf4Config(BitsAndBytesConfig):
 class _QuantiseOp(ConversionOps):
     """Called by the loading path with one merged parameter: an experts' projection or a linear layer's weight."""
 
-    def __init__(self, stock: ConversionOps):
-        self.stock = stock
+    def __init__(self, stock: ConversionOps, places: dict[str, Any] | None):
+        self.stock, self.places = stock, places
 
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
         result: dict[str, torch.Tensor] = {}
@@ -119,7 +123,8 @@ class _QuantiseOp(ConversionOps):
             expected = tuple(getattr(module, attribute).shape)
             if tuple(weight.shape) != expected:
                 raise Nf4Error(f"{name} has shape {tuple(weight.shape)} in the checkpoint, {expected} in the model.")
-            pieces = {f"{name}_{piece}": tensor for piece, tensor in quantise(weight).items()}
+            place = get_device(self.places, name, valid_torch_device=True) if self.places else weight.device
+            pieces = {f"{name}_{piece}": tensor for piece, tensor in quantise(weight, torch.device(place)).items()}
             result |= {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in pieces.items()}
             delattr(module, attribute)
             module._is_hf_initialized = True
@@ -139,6 +144,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
         self.quantization_config.bnb_4bit_compute_dtype = model.dtype
+        self.places = device_map
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
         for name, module in model.named_modules():
             if not fused_experts(module):
@@ -184,7 +190,14 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         return super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self):
-        return _QuantiseOp(super().get_quantize_ops())
+        return _QuantiseOp(super().get_quantize_ops(), self.places)
+
+    def update_weight_conversions(self, weight_conversions, *args):  # transformers 5.23 gives the model too
+        conversions = copy.deepcopy(super().update_weight_conversions(weight_conversions, *args))
+        for conversion in conversions:
+            if isinstance(conversion, WeightConverter) and self.quantization_config.merge_on_cpu:
+                conversion.force_cpu = True
+        return conversions
 
 
 def register() -> None:

@@ -23,17 +23,23 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 PIECES = ("packed", "absmax", "nested", "offset")
 
 
-def quantise(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def quantise(weight: torch.Tensor, device: torch.device | None = None) -> dict[str, torch.Tensor]:
     """NF4 pieces of a projection [E, N, K] of 16 or 32 bit: packed uint8 [E, N, K / 2], absmax uint8 [E, B],
-    nested int32 (bits of fp32) [E, ceil(B / 256)], offset int32 (bits of fp32) [E], with B = N * K / 64."""
-    rows = []
-    for matrix in weight:
+    nested int32 (bits of fp32) [E, ceil(B / 256)], offset int32 (bits of fp32) [E], with B = N * K / 64.
+
+    device: of the pieces; a matrix at a time goes there to be quantised. None: the weight's.
+    """
+    device = device or weight.device
+    pieces = {name: torch.empty_like(empty, device=device) for name, empty in meta_pieces(weight).items()}
+    for expert, matrix in enumerate(weight):
         packed, state = bnb_functional.quantize_4bit(
-            matrix.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+            matrix.to(device).contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        rows.append((packed.view(matrix.shape[0], -1), state.absmax, state.state2.absmax, state.offset))
-    packed, absmax, nested, offset = (torch.stack(piece) for piece in zip(*rows, strict=True))
-    return {"packed": packed, "absmax": absmax, "nested": nested.view(torch.int32), "offset": offset.view(torch.int32)}
+        pieces["packed"][expert] = packed.view(matrix.shape[0], -1)
+        pieces["absmax"][expert] = state.absmax
+        pieces["nested"][expert] = state.state2.absmax.view(torch.int32)
+        pieces["offset"][expert] = state.offset.view(torch.int32)
+    return pieces
 
 
 def meta_pieces(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -159,6 +165,14 @@ def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Te
 
 
 def expert_weight(experts: nn.Module, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
-    """One expert's weight [N, K] in `dtype`, in memory of its own."""
+    """One expert's weight [N, K] in `dtype`, valid until another one is asked for."""
     pieces = {piece: getattr(experts, f"{projection}_{piece}").detach()[expert : expert + 1] for piece in PIECES}
-    return dequantise(pieces, dtype)[0]
+    device = pieces["packed"].device
+    buffer = workspace(experts).buffers.setdefault((device, "expert", dtype), _Buffer())
+    most = max(2 * getattr(experts, f"{name}_packed")[0].numel() for name in PROJECTIONS)
+    if buffer.room is None or buffer.room.numel() != most:
+        buffer.room = None
+        with torch.inference_mode(False):
+            buffer.room = torch.empty(most, dtype=dtype, device=device)
+    _, rows, half = pieces["packed"].shape
+    return dequantise(pieces, dtype, out=buffer.room[: rows * half * 2].view(1, rows, half * 2))[0]

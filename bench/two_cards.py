@@ -1,0 +1,462 @@
+"""Two cards that look like T4s: the submission notebook's script on the whole test set, and what stands behind its figures.
+
+python bench/two_cards.py WORK TOKENIZER PART...     parts run one after the other, each at most 9 minutes
+    prepare   the 16-bit folder quantised while it loads, saved in 4 bits; an adapter, an encoder, 1,306 rows (100 s)
+    t4        the submission's script: rows answered, peak a card, seconds, tokens a second
+    equal     200 rows on the two cards and on one: the same plan, and one card's own
+    speed     prefill with both cards at work and a stage at a time; decode steps; copies through the host
+    kill      200 rows, killed half-way and run again: what was answered before stays
+    bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, training by the train notebook's
+--one runs both stages on the first card, without a ballast, to debug.
+
+A ballast process leaves 14.7 GiB a card and samples how much is free. Patched, after Triton has made its driver: capability
+7.5, 40 multiprocessors, 64 KiB of shared memory, no bf16, no flash or cuDNN attention. Kernels are lowered to sm_75.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+T4, CARD_24 = 14.7, 22.9  # GiB that such cards leave to a process
+BALLAST = """
+import sys, select, time, torch
+leave, kept = float(sys.argv[1]) * 2**30, []
+cards = range(torch.cuda.device_count())
+for d in cards:
+    torch.zeros(1, device=d)
+    kept.append(torch.empty(int(torch.cuda.mem_get_info(d)[0] - leave), dtype=torch.uint8, device=d))
+low = [torch.cuda.mem_get_info(d)[0] for d in cards]
+print("ready", flush=True)
+while True:
+    low = [min(l, torch.cuda.mem_get_info(d)[0]) for l, d in zip(low, cards)]
+    if select.select([sys.stdin], [], [], 0.02)[0]:
+        if not sys.stdin.readline():
+            break
+        print(*[f"{leave / 2**30 - l / 2**30:.2f}" for l in low], flush=True)
+"""
+
+
+class Ballast:
+    """A process that holds all but so many GiB of each card, and knows the most that others took."""
+
+    def __init__(self, leave: float) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", BALLAST, str(leave)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout and "ready" in self.process.stdout.readline()
+
+    def peak(self) -> str:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+
+def look_like_t4() -> None:
+    from triton.runtime import driver
+
+    capability = torch.cuda.get_device_capability()
+    driver.active.get_current_target()  # makes the driver
+    driver.active.get_device_capability = lambda *_: capability  # it shall make PTX for the card that is there
+    real = torch.cuda.get_device_properties
+
+    class Small:
+        total_memory, major, minor = int(14.74 * GIB), 7, 5
+        multi_processor_count = 40  # bitsandbytes chooses its kernels by it
+        shared_memory_per_block_optin = 64 * 1024
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    torch.cuda.get_device_properties = lambda *a, **k: Small(real(*a, **k))
+    torch.cuda.get_device_capability = lambda *a, **k: (7, 5)
+    torch.cuda.is_bf16_supported = lambda *a, **k: False
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+class Work:
+    """The files of a run, and the cards it sees."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.folder = args, args.work
+        self.nf4, self.zeros, self.adapter, self.encoder = (
+            args.work / name for name in ("nf4", "zeros", "adapter", "encoder")
+        )
+        self.ballast: Ballast | None = None
+
+    def t4s(self) -> None:
+        from prompt_recovery.engine import generation
+        from prompt_recovery.engine.kernels import dispatch
+
+        if not self.args.one:
+            self.ballast = Ballast(self.args.leave)
+        look_like_t4()
+        planned = generation.plan_of
+
+        def plan_of(model: Any) -> Any:
+            assert dispatch.uses_triton(torch.device("cuda", 0)), "not the kernels that are to be measured"
+            plan = planned(model)
+            half = sum(plan.layers) // 2
+            if self.args.one:
+                plan = generation.AnswerPlan((half, half), False, 2048, self.args.cells)
+            if self.args.unmerged:
+                plan = plan._replace(merged=False)
+            free = [round(torch.cuda.mem_get_info(d)[0] / GIB, 2) for d in range(torch.cuda.device_count())]
+            print(f"plan: {plan}, free {free} GiB")
+            return plan
+
+        generation.plan_of = plan_of
+
+    def peak(self) -> str:
+        return f"peak a card {self.ballast.peak()} GiB" if self.ballast else "no ballast"
+
+    def submission(self, test: str, to: str, **settings: Any) -> dict[str, Any]:
+        import notebooks
+
+        notebooks.without_pictures()
+        return notebooks.run_notebook(
+            "submission", model_dir=str(self.nf4), adapter_dir=str(self.adapter), test_csv=str(self.folder / test),
+            submission_csv=str(self.folder / to), input_dir=str(self.folder / "none"), **settings,
+        )  # fmt: skip
+
+
+def natural_rows(count: int, tokenizer: Any, seed: int = 1) -> pd.DataFrame:
+    """Rows of log-normal length, median 600 tokens as the model is asked, the longest 3,000, and 6 of 4,032."""
+    from generation import natural_lengths
+
+    texts = pd.read_csv(ROOT / "demo" / "natural_rows.csv", keep_default_na=False)
+    words = " ".join(pd.concat([texts["original_text"], texts["rewritten_text"]])).split()
+    ratio = len(tokenizer(" ".join(words[:20_000]))["input_ids"]) / 20_000
+    draw = random.Random(seed)
+    rows = []
+    for number, length in enumerate([*natural_lengths(count), *[5_000] * 6]):
+        half = int((length - 110) / ratio / 2)
+        start = draw.randrange(len(words) - 2 * half)
+        parts = words[start : start + half], words[start + half : start + 2 * half]
+        rows.append([f"t{number}", *(" ".join(part) for part in parts)])
+    return pd.DataFrame(rows, columns=["id", "original_text", "rewritten_text"])
+
+
+def prepare(work: Work) -> None:
+    import shutil
+
+    import true_shape
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    import notebooks
+    from prompt_recovery import adapter
+    from prompt_recovery.engine import base_id, load_base, save_quantised
+    from prompt_recovery.tokenizer import load_tokenizer
+
+    start = time.monotonic()
+    true_shape.write_checkpoint(work.zeros, work.args.layers)
+    shutil.copy2(work.args.tokenizer, work.zeros / "tokenizer.model")
+    work.t4s()
+    base = load_base(work.zeros, four_bit=True)
+    where = [str(next(layer.parameters()).device) for layer in base.model.layers]
+    print(f"quantised while loading in {time.monotonic() - start:.0f} s, layers {[where.count(d) for d in sorted(set(where))]};"
+          f" {work.peak()}")  # fmt: skip
+    true_shape.fill(base)
+    save_quantised(base, work.zeros, work.nf4)
+    lora = adapter.add_lora(base, base=base_id(work.nf4))
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, 0, 0.01)
+    adapter.save_adapter(lora, work.adapter, style="plain", system_placement="user")
+    words = Tokenizer.from_file(str(ROOT / "demo" / "tiny-mixtral" / "tokenizer.json"))
+    SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=64)]).save(str(work.encoder))
+    notebooks.lengthened_rows(ROOT / "demo" / "natural_rows.csv", 160).to_csv(work.folder / "rows.csv", index=False)
+    test = natural_rows(work.args.rows, load_tokenizer(work.nf4, pad="unk", side="left"))
+    test.to_csv(work.folder / "test.csv", index=False)
+    test.sample(min(200, len(test)), random_state=0).to_csv(work.folder / "test200.csv", index=False)
+    test.sample(50, random_state=1).to_csv(work.folder / "test50.csv", index=False)
+    print(f"prepared in {time.monotonic() - start:.0f} s")
+
+
+def t4(work: Work) -> None:
+    work.t4s()
+    meters: list[Any] = []
+    (work.folder / "submission.csv").unlink(missing_ok=True)
+    keep_meters(meters)
+    start = time.monotonic()
+    answered = work.submission("test.csv", "submission.csv")
+    spent = time.monotonic() - start
+    report = answered["report"]
+    print(report.groupby(["source", "how", "stopped"]).size().to_string())
+    by_model = (report["source"] == "model").sum()
+    meter = max(meters, key=lambda each: each.rows)
+    print(f"{by_model} of {len(report)} rows by the model in {spent:.0f} s; {work.peak()}")
+    print(f"{meter.tokens_in} tokens read in {meter.reading:.0f} s, {meter.tokens_in / meter.reading:.0f} a second;"
+          f" {meter.tokens_out} written in {meter.writing:.0f} s, {meter.tokens_out / meter.writing:.0f} a second, in"
+          f" {meter.batches} batches of {meter.rows / meter.batches:.1f} rows")  # fmt: skip
+    for device in range(torch.cuda.device_count()):
+        print(f"card {device}: torch's own peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB, reserved"
+              f" {torch.cuda.max_memory_reserved(device) / GIB:.2f}")  # fmt: skip
+
+
+def keep_meters(meters: list[Any]) -> None:
+    from prompt_recovery import submission
+
+    class Kept(submission.Meter):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            meters.append(self)
+
+    submission.Meter = Kept  # type: ignore[misc]
+
+
+def prompts_of(work: Work, count: int) -> list[list[int]]:
+    from prompt_recovery.answers import encode_rows
+    from prompt_recovery.tokenizer import load_tokenizer
+
+    test = pd.read_csv(work.folder / "test200.csv", dtype=str, keep_default_na=False).head(count)
+    tokenizer = load_tokenizer(work.nf4, pad="unk", side="left")
+    return encode_rows(tokenizer, test, max_tokens=4096 - 64, style="plain", system_placement="user")
+
+
+def load(work: Work) -> Any:
+    from prompt_recovery import inputs
+
+    return inputs.load(str(work.nf4), str(work.adapter), None, False)[0]
+
+
+def answers(model: Any, prompts: list[list[int]], plan: Any) -> list[list[int]]:
+    from prompt_recovery.engine import generate
+    from prompt_recovery.engine.generation import ready
+
+    with ready(model, plan) as prepared:
+        found = sorted(generate(prepared, prompts, eos=2, max_new_tokens=64))
+    return [each.answers[0].ids for each in found]
+
+
+def equal(work: Work) -> None:
+    """Two cards here; one card in a process of its own, which compares."""
+    from prompt_recovery.engine import generation
+
+    work.t4s()
+    prompts, model = prompts_of(work, 200), load(work)
+    plan = generation.plan_of(model)
+    found = answers(model, prompts, plan)
+    (work.folder / "two.json").write_text(json.dumps([plan, found]))
+    print(f"two stages: {plan}, {work.peak()}", flush=True)
+    if work.ballast:
+        work.ballast.process.kill()
+    del model
+    torch.cuda.empty_cache()
+    subprocess.run(command(work.args, "_one"), check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"})
+
+
+def one(work: Work) -> None:
+    from prompt_recovery.engine import generation
+
+    look_like_t4()
+    prompts, model = prompts_of(work, 200), load(work)
+    plan, two = json.loads((work.folder / "two.json").read_text())
+    same = generation.AnswerPlan((sum(plan[0]),), *plan[1:])
+    own = generation.plan_of(model)
+    for name, each in (("the same plan", same), ("its own plan", own)):
+        found = answers(model, prompts, each)
+        alike = first = tokens = 0
+        gaps = []
+        for prompt, a, b in zip(prompts, found, two, strict=True):
+            differs = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            alike += sum(x == y for x, y in zip(a, b, strict=False))
+            tokens += max(len(a), len(b))
+            if differs is not None:
+                first += 1
+                with torch.inference_mode():
+                    ids = torch.tensor([prompt + a[:differs]], device="cuda")
+                    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+                gaps.append(((logits[a[differs]] - logits[b[differs]]).abs() / logits.std()).item())
+        upto = sum(next((n + 1 for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+                   for a, b in zip(found, two, strict=True))  # fmt: skip
+        worst = max(gaps, default=0.0)
+        print(f"one card, {name} {each}: {alike / tokens:.2%} of {tokens} tokens equal, {first} of {len(prompts)} rows"
+              f" differ; up to and with the first that differs {(upto - first) / upto:.2%} of {upto} equal; the two logits"
+              f" there are apart by at most {worst:.1e} of the logits' spread", flush=True)  # fmt: skip
+
+
+def speed(work: Work) -> None:
+    from prompt_recovery.engine import decoding, generation, stage
+
+    work.t4s()
+    model = load(work)
+    plan = generation.plan_of(model)
+    shape = np.random.default_rng(0)
+    with generation.ready(model, plan) as prepared:
+        busy = dict.fromkeys(range(len(prepared.parts)), 0.0)
+        plain_read = stage.Stage.read
+
+        def read(self: Any, *arguments: Any) -> Any:
+            start = time.monotonic()
+            y = plain_read(self, *arguments)
+            torch.cuda.synchronize(self.device)
+            busy[0 if self.part.first else 1] += time.monotonic() - start
+            return y
+
+        def in_turn(stages: Any, pieces: Any, read: Any) -> Any:
+            found = []
+            for number, x in enumerate(pieces):
+                for each in stages:
+                    x = each.call(read, each, x.to(each.device), number).result()
+                found.append(x)
+            return found
+
+        flow, hand_over = decoding.flow, decoding.hand_over
+        rows, length = min(24, plan.cells // 704), 640
+        prompts = [shape.integers(5, 32000, length).tolist() for _ in range(rows)]
+
+        def run(rows: int, new: int, graphs: bool = True) -> tuple[float, float]:
+            decoder = decoding.Decoder(
+                prepared.parts, [], rows=rows, cells=rows * decoding.cache_columns(length, new), max_new_tokens=new,
+                eos=-1, pad=0, piece=plan.piece, graphs=graphs,
+            )  # fmt: skip
+            spent = float("inf")
+            for _ in range(2):
+                for key in busy:
+                    busy[key] = 0.0
+                start = time.monotonic()
+                decoder.answer(prompts[:rows], [[None]] * rows)
+                spent = time.monotonic() - start
+            return decoder.prefill_seconds, (spent - decoder.prefill_seconds) / max(1, new - 1)
+
+        stage.Stage.read = read
+        times = {}
+        for name, way in (("a stage at a time", in_turn), ("both at work", flow)):
+            decoding.flow = way
+            times[name] = run(rows, 1)[0]
+            shares = ", ".join(f"{each / times[name]:.0%}" for each in busy.values())
+            print(
+                f"prefill of {rows} x {length}, {name}: {rows * length / times[name]:.0f} tok/s, busy {shares}",
+                flush=True,
+            )
+        print(f"both at work: {times['a stage at a time'] / times['both at work']:.2f} times as fast")
+        stage.Stage.read, decoding.flow = plain_read, flow
+
+        def through_host(source: torch.Tensor, target: torch.Tensor) -> None:
+            pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            pinned.copy_(source, non_blocking=True)
+            torch.cuda.synchronize(source.device)
+            target.copy_(pinned, non_blocking=True)
+            torch.cuda.synchronize(target.device)
+
+        for count in (8, 16, 24, 32, 40):
+            if count * 704 > plan.cells:
+                break
+            prompts = [shape.integers(5, 32000, length).tolist() for _ in range(count)]
+            step = run(count, 64)[1]
+            decoding.hand_over = through_host
+            slow = run(count, 64)[1]
+            decoding.hand_over = hand_over
+            print(f"decode, {count} rows x 704: {step * 1e3:.2f} ms a step, {count / step:.0f} tokens/s; copies through"
+                  f" pinned memory {slow * 1e3:.2f} ms; {work.peak()}", flush=True)  # fmt: skip
+
+
+def kill(work: Work) -> None:
+    """The submission's script in a process that is killed, then again."""
+    journal = lambda: sorted(work.folder.glob("killed.csv*journal*"))  # noqa: E731
+    for path in (*journal(), work.folder / "killed.csv"):
+        path.unlink(missing_ok=True)
+    process = subprocess.Popen(command(work.args, "_rows200"), start_new_session=True)
+    while process.poll() is None:
+        lines = sum(len(path.read_text().splitlines()) for path in journal())
+        if lines > min(200, work.args.rows) // 3:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.2)
+    process.wait()
+    before = journal()[0].read_text().splitlines()
+    print(f"killed with {len(before)} lines in the journal", flush=True)
+    subprocess.run(command(work.args, "_rows200"), check=True)
+    after = journal()[0].read_text().splitlines()
+    answers = [json.loads(line) for line in after]
+    print(
+        f"{len(after)} lines afterwards, the first {len(before)} unchanged: {after[: len(before)] == before}; {len(answers)}"
+    )
+
+
+def rows200(work: Work) -> None:
+    work.t4s()
+    report = work.submission("test200.csv", "killed.csv")["report"]
+    print(report.groupby(["source", "how", "stopped"]).size().to_string())
+
+
+def bf16(work: Work) -> None:
+    import notebooks
+
+    work.ballast = Ballast(CARD_24)
+    report = work.submission("test50.csv", "bf16.csv")["report"]
+    print(report.groupby(["source", "how", "stopped"]).size().to_string())
+    print(f"50 rows; {work.peak()}", flush=True)
+    torch.cuda.empty_cache()
+    trained = notebooks.run_notebook(
+        "train", model_dir=str(work.nf4), train_csv=str(work.folder / "rows.csv"), output_dir=str(work.folder / "out"),
+        encoder_dir=str(work.encoder), max_steps=2, eval_fraction=0.05, evaluations=1,
+    )  # fmt: skip
+    print(pd.read_csv(work.folder / "out" / "training_log.csv").tail(2).to_string(), trained["evaluation"])
+    print(f"trained; {work.peak()}")
+
+
+PARTS = {
+    "prepare": prepare, "t4": t4, "equal": equal, "speed": speed, "kill": kill, "bf16": bf16,
+    "_one": one, "_rows200": rows200,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--one", action="store_true")
+    parser.add_argument("--cells", type=int, default=25_000, help="of a batch with --one")
+    parser.add_argument("--layers", type=int, default=32, help="fewer to debug")
+    parser.add_argument("--rows", type=int, default=1300)
+    parser.add_argument("--leave", type=float, default=T4, help="GiB that the ballast leaves of a card")
+    parser.add_argument("--unmerged", action="store_true", help="as T4s have it, also with few layers")
+    parser.add_argument("--here", action="store_true", help="in this process")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        if args.here:
+            work = Work(args)
+            PARTS[part](work)
+            if work.ballast:
+                work.ballast.process.kill()
+            continue
+        print(f"\n== {part}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}", flush=True)
+        start = time.monotonic()
+        done = subprocess.run(command(args, part))
+        print(f"== {part}: rc {done.returncode} after {time.monotonic() - start:.0f} s", flush=True)
+
+
+def command(args: argparse.Namespace, part: str) -> list[str]:
+    """A part in a process of its own."""
+    options = [f"--{name}={getattr(args, name)}" for name in ("cells", "layers", "rows", "leave")]
+    flags = [f"--{name}" for name in ("one", "unmerged") if getattr(args, name)]
+    return [sys.executable, __file__, str(args.work), str(args.tokenizer), part, *options, *flags, "--here"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Some consecutive layers of a model on one device: called without accelerate's hooks, with a KV cache and CUDA graphs of
+their own. A model on one card is one stage; one whose layers lie on several cards has a stage a card."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from prompt_recovery.engine.kernels.dispatch import on
+from prompt_recovery.engine.memory import kv_shape
+from prompt_recovery.engine.storage import share_workspace
+
+GRAPHS = 4  # captured steps that a stage keeps; each takes memory of its own on the card
+AHEAD = 2  # pieces that a stage may be ahead of the next one, for which its hidden states wait
+
+
+class StageError(RuntimeError):
+    """A model whose layers can't be called in parts."""
+
+
+class Part(NamedTuple):
+    """What a stage computes with: a module that takes token ids (the first) or hidden states, and gives logits (the last)
+    or hidden states; the numbers of its layers; where they are, and the dtype of what they compute."""
+
+    module: Any
+    layers: range
+    device: torch.device
+    dtype: torch.dtype
+    first: bool
+    last: bool
+
+    def __call__(self, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Logits [R, 1, vocabulary] after the last column, or hidden states [R, C, H], of ids [R, C] or hidden states."""
+        given = {"input_ids": x} if self.first else {"inputs_embeds": x}
+        if self.last:
+            return self.module(**given, **inputs, logits_to_keep=1).logits
+        return self.module(**given, **inputs).last_hidden_state
+
+
+def layer_devices(model: Any) -> list[torch.device]:
+    return [next(layer.parameters()).device for layer in model.get_decoder().layers]
+
+
+@contextmanager
+def in_parts(model: Any, counts: Sequence[int] | None = None) -> Iterator[list[Part]]:
+    """Inside the with block, the model without accelerate's hooks, in parts of `counts` layers; None: one a device.
+
+    Raises StageError for a model whose parts do not compute what it does as a whole.
+    """
+    devices, dtype = layer_devices(model), model.get_input_embeddings().weight.dtype
+    counts = counts or [len([*same]) for _, same in itertools.groupby(devices)]
+    assert sum(counts) == len(devices), f"{counts} are not the model's {len(devices)} layers"
+    if len(counts) == 1:
+        yield [Part(model, range(len(devices)), devices[0], dtype, True, True)]
+        return
+    ids = torch.arange(3, 35, device=model.get_input_embeddings().weight.device)[None] % model.config.vocab_size
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.float()
+    try:
+        with without_hooks(model):
+            parts, last = [], 0
+            for count in counts:
+                first, last = last, last + count
+                parts.append(_part(model, range(first, last), devices[first], dtype))
+                share_workspace(parts[-1].module)  # among themselves: stages compute at once
+            with torch.inference_mode():
+                found = ids
+                for part in parts:
+                    with on(part.device):
+                        found = part(found.to(part.device), use_cache=False)
+                error = ((found.float().cpu() - expected.cpu()).norm() / expected.norm().cpu()).item()
+            if not error <= 16 * torch.finfo(dtype).eps:
+                raise StageError(
+                    f"{type(model).__name__} in parts of {[*counts]} layers gives other logits than as a whole (off by"
+                    f" {error:.1e}): its layers can't be split. Load it on one device."
+                )
+            yield parts
+    finally:
+        share_workspace(model)
+
+
+def _part(model: Any, layers: range, device: torch.device, dtype: torch.dtype) -> Part:
+    decoder = model.get_decoder()
+    first, last = layers.start == 0, layers.stop == len(decoder.layers)
+    children: dict[str, nn.Module] = {}
+    for name, child in decoder.named_children():
+        if child is decoder.layers:
+            children[name] = nn.ModuleList(child[number] for number in layers)
+        elif not any(True for _ in child.parameters()):  # tables of the rotary embedding
+            children[name] = copy.deepcopy(child).to(device)
+        elif "norm" in name and not last:
+            children[name] = nn.Identity()
+    module = _twin(decoder, children)
+    if last:
+        module = _twin(model, {name: module for name, child in model.named_children() if child is decoder})
+    return Part(module, layers, device, dtype, first, last)
+
+
+def _twin(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
+    """The module with other children, and the same everything else."""
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = module._modules | children
+    return twin
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside the with block, the modules' own forward where accelerate wrapped it, to move what comes in to its device."""
+    wrapped = []
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if "_old_forward" in vars(module) and isinstance(forward, functools.partial):
+            wrapped.append((module, forward))
+            own = module._old_forward
+            if getattr(own, "__func__", None) is type(module).forward:
+                del module.forward
+            else:
+                module.forward = own  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward  # type: ignore[method-assign]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for a card's captures: torch's own one belongs to the card that captured first, and cuBLAS keeps a workspace
+    for each stream."""
+    return torch.cuda.Stream(device)
+
+
+class StaticCache:
+    """Keys and values of [rows, heads, columns, size] a layer, in one piece of memory a layer that batches of other
+    shapes use again: a captured graph finds them where they were. It has what attention layers ask of transformers' Cache."""
+
+    def __init__(self, part: Part, cells: int) -> None:
+        self.heads, self.size = kv_shape(part.module.config)
+        self.before = part.layers.start
+        count = cells * self.heads * self.size
+        self.room = [torch.zeros(2, count, dtype=part.dtype, device=part.device) for _ in part.layers]
+
+    def shape(self, rows: int, columns: int) -> None:
+        count = rows * columns * self.heads * self.size
+        self.views = [[part[:count].view(rows, self.heads, columns, self.size) for part in room] for room in self.room]
+        self.columns = columns
+
+    def at(self, rows: slice, columns: slice | torch.Tensor) -> None:
+        """Where the next forward writes; it reads everything up to there, or all columns for a tensor of one column."""
+        self.rows = rows
+        self.column = None if isinstance(columns, slice) else columns
+        self.where = columns if isinstance(columns, slice) else slice(None)
+
+    def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.views[layer_idx - self.before]
+        return keys[self.rows], values[self.rows]
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        keys, values = self.layer(layer_idx)
+        if self.column is not None:
+            keys.index_copy_(2, self.column, key_states)
+            values.index_copy_(2, self.column, value_states)
+            return keys, values
+        keys[:, :, self.where] = key_states
+        values[:, :, self.where] = value_states
+        return keys[:, :, : self.where.stop], values[:, :, : self.where.stop]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def select(self, index: torch.Tensor, rows: int) -> None:
+        """Keep the rows of the index, in its order, as the first rows of a cache of `rows` rows."""
+        old = self.views
+        self.shape(rows, self.columns)
+        for views, before in zip(self.views, old, strict=True):
+            for new, kept in zip(views, before, strict=True):
+                new[: len(index)] = kept.index_select(0, index)
+
+
+class Stage:
+    """A part, the KV cache of its layers, and where the rows of the batch stand.
+
+    padding [R, 1]: columns of each row that hold nothing, behind the prefix of `start` columns. positions [R, 1]: of the
+    next token. column [1]: where it goes. x: what a step takes, ids [R, 1] or hidden states [R, 1, H]; y: what it gives.
+    """
+
+    def __init__(self, part: Part, start: int, *, rows: int, cells: int, graphs: bool, alone: bool) -> None:
+        self.part, self.device, self.start = part, part.device, start
+        self.cache = StaticCache(part, cells)
+        whole = dict(device=part.device, dtype=torch.long)
+        self.padding, self.positions = torch.zeros(rows, 1, **whole), torch.zeros(rows, 1, **whole)
+        self.column = torch.zeros(1, **whole)
+        hidden = (rows, 1, part.module.config.get_text_config().hidden_size)
+        states = dict(device=part.device, dtype=part.dtype)
+        self.x = torch.zeros(rows, 1, **whole) if part.first else torch.zeros(hidden, **states)
+        self.y = torch.zeros(() if part.last else hidden, **states)
+        self.prefix_kv: list[list[torch.Tensor]] = [[] for _ in part.layers]
+        self.worker = None if alone else ThreadPoolExecutor(1)
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] | None = None
+        if graphs and part.device.type == "cuda":
+            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def read(self, x: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """A piece of the prompts: ids or hidden states of these rows and columns, whose keys and values are kept. Gives
+        what the part gives."""
+        places = torch.arange(columns.start, columns.stop, device=self.device)
+        seen = torch.arange(columns.stop, device=self.device)
+        shift = self.padding[rows]
+        visible = (seen[None] < self.start) | (seen[None] >= self.start + shift)
+        # a padded place sees itself, lest a softmax over nothing makes NaN that 0 weights would spread
+        mask = (visible[:, None] & (seen[None, :] <= places[:, None])) | (seen[None, :] == places[:, None])
+        self.cache.at(rows, columns)
+        positions = torch.where(places[None] < self.start, places[None], (places[None] - shift).clamp(min=0))
+        return self._forward(x, positions, mask[:, None])
+
+    def _forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.part(x, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+
+    def keep_prefix(self) -> None:
+        """Keep the keys and values that the only row now holds, for the front of every row of the batches to come."""
+        self.prefix_kv = [[view.clone() for view in layer] for layer in self.cache.views]
+
+    def begin(self, rows: int, columns: int, padding: torch.Tensor) -> None:
+        """A batch of prompts: the shape of its cache, which begins with the prefix."""
+        self.cache.shape(rows, columns)
+        self.padding[: len(padding)] = padding.to(self.device)
+        for views, fixed in zip(self.cache.views, self.prefix_kv, strict=True):
+            for view, part in zip(views, fixed, strict=False):
+                view[: len(padding), :, : self.start] = part
+
+    def select(self, index: torch.Tensor, rows: int) -> None:
+        """Go on with the rows of the index, in its order."""
+        index = index.to(self.device)
+        self.cache.select(index, rows)
+        for state in (self.padding, self.positions):
+            state[: len(index)] = state.index_select(0, index)
+
+    def step(self, rows: int, choose: Callable[[torch.Tensor, int], None]) -> None:
+        """One token of each row; the last stage hands its logits, fp32 [R, vocabulary], to `choose`."""
+        seen = torch.arange(self.cache.columns, device=self.device)[None]
+        visible = ((seen < self.start) | (seen >= self.start + self.padding[:rows])) & (seen <= self.column)
+        # added to the scores rather than true or false: SDPA would make the one of the other in every layer
+        mask = torch.where(visible, 0.0, float("-inf")).to(self.part.dtype)
+        y = self._forward(self.x[:rows], self.positions[:rows], mask[:, None, None])
+        if self.part.last:
+            choose(y[:, -1].float(), rows)
+        else:
+            self.y[:rows] = y
+        self.positions[:rows] += 1
+        self.column += 1
+
+    def replay(self, rows: int, key: tuple, choose: Callable[[torch.Tensor, int], None]) -> None:
+        """`step` by its CUDA graph, which the first step of a key runs before and captures."""
+        self.cache.at(slice(0, rows), self.column)
+        if self.graphs is not None and key in self.graphs:
+            with on(self.device):
+                self.graphs[key].replay()
+            return
+        self.call(self.step, rows, choose).result()  # also what a capture needs: everything is compiled and allocated
+        if self.graphs is not None:
+            self.call(self._capture, rows, key, choose).result()
+
+    def _capture(self, rows: int, key: tuple, choose: Callable[[torch.Tensor, int], None]) -> None:
+        assert self.graphs is not None
+        graph = torch.cuda.CUDAGraph()
+        while len(self.graphs) >= GRAPHS:
+            self.graphs.pop(next(iter(self.graphs)))
+        try:
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=_capture_stream(self.device), capture_error_mode="thread_local"
+            ):
+                self.step(rows, choose)
+        except RuntimeError as error:  # something in this model's step asks the host
+            print(f"steps run one by one, since this model's can't be a CUDA graph: {str(error).splitlines()[0]}")
+            torch.cuda.synchronize(self.device)
+            self.graphs = None
+        else:
+            self.graphs[key] = graph
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """A call on this stage's device, in its thread if it has one."""
+
+        @torch.inference_mode()
+        def there() -> Any:
+            with on(self.device):
+                return function(*arguments)
+
+        if self.worker is not None:
+            return self.worker.submit(there)
+        done: Future = Future()
+        done.set_result(there())
+        return done
+
+
+def hand_over(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy to another card, in the order of both cards' work; the host does not wait."""
+    target.copy_(source, non_blocking=True)
+
+
+def flow(
+    stages: Sequence[Stage], pieces: Sequence[torch.Tensor], read: Callable[..., torch.Tensor]
+) -> list[torch.Tensor]:
+    """Pieces through the stages, a thread a stage, so that all cards work: read(stage, x, number of the piece) for each.
+    Gives what the last stage gives.
+
+    A thread is the plain way because experts ask the host for their rows in each layer where there is no grouped GEMM.
+    """
+    if len(stages) == 1:
+        (only,) = stages
+        return [only.call(read, only, x.to(only.device), number).result() for number, x in enumerate(pieces)]
+    free = [threading.Semaphore(AHEAD) for _ in stages]
+    stopped = threading.Event()
+
+    def work(number: int, piece: int, before: Future | None) -> torch.Tensor:
+        stage = stages[number]
+        try:
+            x = (pieces[piece] if before is None else before.result()).to(stage.device)
+        finally:
+            if number:
+                free[number - 1].release()
+        if not stage.part.last:
+            free[number].acquire()
+        if stopped.is_set():
+            raise StageError("a piece before this one failed")
+        return read(stage, x, piece)
+
+    lines: list[list[Future]] = []
+    for piece in range(len(pieces)):
+        line: list[Future] = []
+        for number, stage in enumerate(stages):
+            line.append(stage.call(work, number, piece, line[-1] if line else None))
+        lines.append(line)
+    try:
+        return [line[-1].result() for line in lines]
+    except BaseException:
+        stopped.set()
+        raise
+    finally:
+        wait([future for line in lines for future in line])

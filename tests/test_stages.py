@@ -1,0 +1,189 @@
+"""A model whose layers are called in parts answers as one: row by row, however many stages, however small the pieces."""
+
+import random
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from conftest import TINY
+from test_generation import Ids, answers, random_model, random_prompts, with_lora
+from transformers import LlamaConfig, MixtralConfig, Qwen3Config
+
+from prompt_recovery.engine import GREEDY, Sampling, decoding, generate, loading, stage
+from prompt_recovery.engine.generation import Ready, ready
+from prompt_recovery.engine.memory import AnswerPlan
+from prompt_recovery.engine.stage import StageError, in_parts
+
+LENGTHS = [random.Random(3).randrange(1, 90) for _ in range(20)] + [400, 2, 130]
+
+
+@pytest.fixture(scope="module")
+def small():
+    base = random_model(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=4)
+    base.set_experts_implementation("eager")
+    return base
+
+
+def plan(*layers, merged=True, piece=16_384, cells=6_000):
+    return AnswerPlan(layers, merged, piece, cells)
+
+
+def found(model, prompts, plan, sampling=GREEDY, new=12, **options):
+    with ready(model, plan) as prepared:
+        rows = sorted(generate(prepared, prompts, eos=-1, max_new_tokens=new, sampling=sampling, **options))
+    assert [row.position for row in rows] == list(range(len(prompts)))
+    return [row.answers for row in rows]
+
+
+@pytest.mark.parametrize("layers", [(2, 2), (1, 3), (1, 1, 1, 1)])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(3, 1.3, 0.9, seed=5)])
+def test_stages_answer_as_one(small, layers, sampling):
+    prompts = random_prompts(LENGTHS, shared=9)
+    assert found(small, prompts, plan(*layers), sampling) == found(small, prompts, plan(4), sampling)
+
+
+@pytest.mark.parametrize("layers", [(4,), (2, 2)])
+def test_small_pieces_answer_as_large_ones(small, layers):
+    prompts = random_prompts(LENGTHS, shared=9)
+    assert found(small, prompts, plan(*layers, piece=16)) == found(small, prompts, plan(4))
+
+
+def test_pieces_give_the_logits_of_the_whole(small):
+    prompts = random_prompts([300, 7, 299, 120])
+    logits = {}
+    for piece in (4096, 300, 64, 10):
+        with in_parts(small) as parts:
+            decoder = decoding.Decoder(parts, [], rows=4, cells=4 * 320, max_new_tokens=1, eos=-1, pad=0, piece=piece)
+            decoder._choose = lambda logits_, rows, piece=piece: logits.setdefault(piece, logits_)
+            decoder.done[:] = True
+            decoder._decode = lambda *_: []
+            decoder.answer(prompts, [[None]] * 4)
+    for piece, each in logits.items():
+        assert torch.allclose(each, logits[4096], atol=1e-4), piece
+    assert len(logits) == 4
+
+
+@pytest.mark.parametrize(
+    "rows, columns, piece", [(5, 90, 200), (3, 1100, 2048), (1, 4032, 2048), (64, 33, 16), (7, 1, 3)]
+)
+def test_pieces_cover_everything_once_and_in_order(rows, columns, piece):
+    seen = torch.zeros(rows, columns, dtype=torch.int)
+    for place in decoding.cut(rows, columns, piece):
+        assert seen[place].numel() <= piece
+        assert seen[place[0], : place[1].start].all() and not seen[place].any()  # columns before are there
+        height = seen[place].shape[0]
+        assert height == 1 or height * columns <= 2 * piece  # what attention copies
+        seen[place] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_an_adapter_on_four_bits_answers_as_one_stage(merged):
+    lora = with_lora(loading.load_base(TINY, four_bit=True))
+    prompts = [[1, *random_prompts([n], seed=n)[0]] for n in (5, 40, 17, 33)]
+    whole = found(lora, prompts, plan(5, merged=merged), new=8)
+    assert found(lora, prompts, plan(2, 3, merged=merged, piece=32), new=8) == whole
+    bare = found(loading.load_base(TINY, four_bit=True), prompts, plan(5), new=8)
+    assert bare != whole  # the adapter counts
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
+def test_other_models_in_parts(config):
+    base = random_model(config, head_dim=16)
+    prompts = random_prompts(LENGTHS[:6])
+    assert found(base, prompts, plan(1, 1)) == found(base, prompts, plan(2))
+
+
+def test_a_model_that_can_t_be_split_is_refused(small):
+    class Scaled(type(small.model)):
+        def forward(self, input_ids=None, inputs_embeds=None, **options):
+            embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            return super().forward(inputs_embeds=embedded * 3, **options)  # once a stage, where once a model is right
+
+    before = type(small.model)
+    small.model.__class__ = Scaled
+    try:
+        with pytest.raises(StageError, match="can't be split. Load it on one device"), in_parts(small, (2, 2)):
+            pass
+        with in_parts(small, (4,)) as parts:
+            assert len(parts) == 1
+    finally:
+        small.model.__class__ = before
+
+
+def test_hooks_are_off_inside_and_back_afterwards(small):
+    calls = []
+
+    class Noted(AlignDevicesHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    modules = [small.model.layers[1], small.model.layers[2].self_attn, small.lm_head]
+    for module in modules:
+        add_hook_to_module(module, Noted())
+    try:
+        prompts = random_prompts([5, 9])
+        expected = answers(small, Ids(), prompts)
+        calls.clear()
+        with ready(small, plan(2, 2)) as prepared:
+            assert isinstance(prepared, Ready) and set(map(id, calls)) == set(map(id, modules))  # by the check alone
+            calls.clear()
+            rows = sorted(generate(prepared, prompts, eos=-1, max_new_tokens=12))
+            assert not calls
+        assert [" ".join(map(str, row.answers[0].ids)) for row in rows] == [each[0].text for each in expected]
+        small(input_ids=torch.tensor([[1, 5]]))
+        assert set(map(id, calls)) == set(map(id, modules))
+    finally:
+        for module in modules:
+            module.forward = module._old_forward
+            del module._hf_hook, module._old_forward, module.forward
+
+
+@pytest.mark.parametrize("layers", [(4,), (2, 2)])
+def test_too_large_a_plan_halves_finishes_and_grows_back(small, layers, monkeypatch):
+    prompts = random_prompts([60] * 64)
+    expected = found(small, prompts, plan(4))
+    shapes, read = [], stage.Stage.read
+    full = [True]
+
+    def tight(self, x, rows, columns):
+        if self.part.last:
+            shapes.append(len(self.padding))
+            if full[0] and self.cache.views[0][0].shape[0] > 10:
+                raise torch.OutOfMemoryError("no room")
+            full[0] = len(shapes) < 6  # other programs leave the card
+        return read(self, x, rows, columns)
+
+    monkeypatch.setattr(stage.Stage, "read", tight)
+    assert found(small, prompts, plan(*layers, cells=64 * 72), share_prefix=False) == expected
+    assert max(shapes[:2]) > 10 and min(shapes) <= 10 and shapes[-1] > min(shapes)
+
+
+def test_a_row_that_does_not_fit_is_read_in_smaller_pieces(small, monkeypatch):
+    prompts = random_prompts([900])
+    expected = found(small, prompts, plan(4))
+    read, seen = stage.Stage.read, []
+
+    def tight(self, x, rows, columns):
+        seen.append(x.shape[1])
+        if x.shape[1] > 300:
+            raise torch.OutOfMemoryError("no room")
+        return read(self, x, rows, columns)
+
+    monkeypatch.setattr(stage.Stage, "read", tight)
+    assert found(small, prompts, plan(4, piece=1024)) == expected
+    assert seen[0] == 899 and seen[1] == 450 and max(seen[2:]) <= 300  # all but the last token stand for a prefix
+
+
+def test_a_failure_in_one_stage_ends_the_others(small, monkeypatch):
+    read = stage.Stage.read
+
+    def broken(self, x, rows, columns):
+        if self.part.last and columns.start > 50:
+            raise ValueError("damaged")
+        return read(self, x, rows, columns)
+
+    monkeypatch.setattr(stage.Stage, "read", broken)
+    with pytest.raises(ValueError, match="damaged"):
+        found(small, random_prompts([900]), plan(2, 2, piece=32))
