@@ -22,7 +22,7 @@ from true_shape import device_rates, imitate_t4, scale_like_real
 from prompt_recovery.adapter import add_lora
 from prompt_recovery.engine import Meter, generate, load_base, ready
 from prompt_recovery.engine.decoding import Decoder, cache_columns
-from prompt_recovery.engine.memory import AnswerPlan
+from prompt_recovery.engine.planning import AnswerPlan
 
 GIB = 2**30
 PROMPT, STEPS = 768, 32

@@ -174,11 +174,40 @@ def seconds(call, repeats: int = 10, warm: int = 3) -> float:
     return sorted(times)[len(times) // 2]
 
 
-if __name__ == "__main__":
+def write_quantised(folder: Path, layers: int = 32) -> None:
+    """A folder as `save_quantised` writes it, whose layers are those of a model of one layer with other random numbers."""
+    from safetensors.torch import load_file, save_file
+
     from prompt_recovery.engine import load_base, save_quantised
 
-    work = Path(sys.argv[1])
-    write_checkpoint(work / "zeros")
-    base = load_base(work / "zeros", four_bit=True)
+    one = folder.with_name(folder.name + "-one")
+    write_checkpoint(one / "zeros", 1)
+    base = load_base(one / "zeros", four_bit=True)
     fill(base)
-    print(save_quantised(base, work / "zeros", work / "nf4"))
+    save_quantised(base, one / "zeros", folder)
+    parts = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    first = "model.layers.0."
+    outside = {name: tensor for name, tensor in parts.items() if not name.startswith(first)}
+    index = dict.fromkeys(outside, "model-00000.safetensors")
+    save_file(outside, folder / "model-00000.safetensors", metadata={"format": "pt"})
+    for number in range(layers):
+        layer = {}
+        for name, tensor in parts.items():
+            if name.startswith(first):
+                # codes and scales; the json of a linear layer's quantisation is as it was
+                if tensor.dtype == torch.uint8 and "quant_state" not in name:
+                    tensor = torch.randint(0, 256, tensor.shape, dtype=torch.uint8, device=base.device).cpu()
+                layer[name.replace(first, f"model.layers.{number}.")] = tensor
+        file = f"model-{number + 1:05d}.safetensors"
+        save_file(layer, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(layer, file)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+if __name__ == "__main__":
+    write_quantised(Path(sys.argv[1]) / "nf4")

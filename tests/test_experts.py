@@ -460,10 +460,9 @@ def test_output_and_gradients_are_those_of_the_dequantised_weights(case, dtype):
         assert found.isfinite().all()
         if tokens:
             assert distance(found, expected) < BOUND[dtype], name
-    with torch.no_grad():  # an expert's weights at a time: the same, but for the order of the sums
+    with torch.no_grad():  # an expert's weights at a time; the CPU's GEMM rounds by the strides of what it is given
         answer = layer(x, index, chosen.to(dtype))
-    assert distance(answer, results[1][0]) < BOUND[dtype] if tokens else answer.shape == x.shape
-    assert not tokens or distance(answer, results[0][0]) < 8 * torch.finfo(dtype).eps
+    assert answer.shape == x.shape and (not tokens or distance(answer, results[0][0]) < torch.finfo(dtype).eps)
 
 
 def test_other_activations(monkeypatch):
@@ -502,19 +501,18 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_the_way_for_little_memory_gives_the_same(dtype, monkeypatch):
+def test_the_way_for_little_memory_gives_the_same(dtype):
     """One expert's weights at a time, against the whole layer's."""
     layer, weights = make_experts()
     index, chosen = random_routing(20, 8, 2)
     x = torch.randn(20, 64).to(dtype)
     whole = layer(x, index, chosen.to(dtype)).detach()
     storage.release_buffers(layer)
-    monkeypatch.setattr(forward, "SLICE", 3)  # rows of an expert at a time
     with torch.no_grad():
         single = layer(x, index, chosen.to(dtype))
     (room,) = [buffer.room for buffer in storage.workspace(layer).buffers.values()]
     assert room.numel() == 2 * layer.gate_up_proj_packed[0].numel()  # of one projection of one expert
-    assert distance(single, whole) < 8 * torch.finfo(dtype).eps
+    assert torch.equal(single, whole)
     expected = reference(weights, x.float(), index, chosen.to(dtype).float())
     assert distance(whole, expected) < BOUND[dtype]
 
@@ -556,10 +554,10 @@ def test_a_dequantisation_that_fails_leaves_nothing_that_looks_valid(monkeypatch
     (first, one), (second, two) = make_experts(seed=1), make_experts(seed=2)
     index, chosen = random_routing(30, 8, 2)
     x = torch.randn(30, 64)
-    with torch.no_grad():
+    with torch.enable_grad():  # the way of training, which keeps a layer's weights
         first(x, index, chosen)
 
-        def half(pieces, dtype, out=None):
+        def half(pieces, dtype, out=None, first=0):
             out[0].zero_()
             raise torch.OutOfMemoryError("injected")
 
@@ -567,7 +565,7 @@ def test_a_dequantisation_that_fails_leaves_nothing_that_looks_valid(monkeypatch
         with pytest.raises(torch.OutOfMemoryError):
             second(x, index, chosen)
         monkeypatch.undo()
-        assert distance(first(x, index, chosen), reference(one, x, index, chosen)) < 1e-5
+        assert distance(first(x, index, chosen).detach(), reference(one, x, index, chosen)) < 1e-5
         assert distance(second(x, index, chosen), reference(two, x, index, chosen)) < 1e-5
 
 

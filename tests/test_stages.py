@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
 from prompt_recovery.engine import GREEDY, Sampling, decoding, generate, loading, stage
 from prompt_recovery.engine.generation import Ready, ready
-from prompt_recovery.engine.memory import AnswerPlan
+from prompt_recovery.engine.planning import AnswerPlan
 from prompt_recovery.engine.stage import StageError, in_parts
 
 LENGTHS = [random.Random(3).randrange(1, 90) for _ in range(20)] + [400, 2, 130]

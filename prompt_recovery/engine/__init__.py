@@ -3,11 +3,13 @@
 Outside code uses what is named here, and nothing below. The engine imports nothing of prompt_recovery outside itself.
 """
 
+from prompt_recovery.engine.batching import spread_order
 from prompt_recovery.engine.checkpointing import TrainingPlan, apply_plan, training_plan
-from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Meter, Sampling, generate, ready, spread_order
+from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Meter, Sampling, generate, ready
 from prompt_recovery.engine.loading import ModelError, base_id, check_model_dir, load_base, save_quantised
 from prompt_recovery.engine.memory import TooLittleMemory, processes
 from prompt_recovery.engine.merging import MergeError, merged
+from prompt_recovery.engine.planning import Planned, on_h100s, on_t4s, plan
 from prompt_recovery.engine.quantiser import Nf4Error, check_folder
 from prompt_recovery.engine.storage import release_buffers
 
@@ -19,6 +21,7 @@ __all__ = [
     "Meter",
     "ModelError",
     "Nf4Error",
+    "Planned",
     "Sampling",
     "TooLittleMemory",
     "TrainingPlan",
@@ -29,6 +32,9 @@ __all__ = [
     "generate",
     "load_base",
     "merged",
+    "on_h100s",
+    "on_t4s",
+    "plan",
     "processes",
     "ready",
     "release_buffers",

@@ -17,10 +17,6 @@ from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
 from prompt_recovery.engine.storage import expert_weight, four_bit_experts, weights, workspace
 
-# Rows of one expert that are computed at a time where memory is short: gate and up of 1,024 rows are 56 MiB at Mixtral's
-# shape, and a product of so many rows is long enough for the card
-SLICE = 1024
-
 
 class Routing(NamedTuple):
     """Where the R = T * top_k rows go. order [R]: flat (token, choice) index of each row in expert order; inverse [R]:
@@ -210,25 +206,19 @@ def _activate(
 
 
 def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """The output [T, H], with the 16-bit weights of one projection of one expert at a time and SLICE of its rows: a T4
-    has no room for a layer's. No gradients."""
+    """The output [T, H], with the 16-bit weights of one projection of one expert at a time: a T4 has no room for a layer's.
+    No gradients."""
     assert routing.bounds is not None
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    rows = _gather(x, routing)
     start = 0
     for expert, end in enumerate(routing.bounds):
-        slices = [routing.order[first : min(first + SLICE, end)] for first in range(start, end, SLICE)]
-        start = end
-        if not slices:
-            continue
-        weight = expert_weight(experts, "gate_up_proj", expert, x.dtype).t()
-        rows = [
-            _activate(x.index_select(0, order // routing.top_k) @ weight, experts, top_k_weights, order)
-            for order in slices
-        ]
-        weight = expert_weight(experts, "down_proj", expert, x.dtype).t()  # over the other
-        for order, part in zip(slices, rows, strict=True):
-            out[order // routing.top_k] += part @ weight  # an expert has a token once
-    return out.to(x.dtype)
+        if end > start:
+            mine = rows[start:end]
+            gate_up = mine @ expert_weight(experts, "gate_up_proj", expert, x.dtype).t()
+            inner = _activate(gate_up, experts, top_k_weights, routing.order[start:end], in_place=True)
+            torch.mm(inner, expert_weight(experts, "down_proj", expert, x.dtype).t(), out=mine)
+            start = end
+    return _combine(rows, routing)
 
 
 def keep_gate_up(model: nn.Module, checkpointed: int, kept: int) -> None:

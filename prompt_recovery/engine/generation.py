@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
+from prompt_recovery.engine.batching import MOST_ROWS, make_batches, spread_order
 from prompt_recovery.engine.decoding import Decoder, cache_columns
 from prompt_recovery.engine.forward import grouped_gemm
 from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.layers import fast_layers
-from prompt_recovery.engine.memory import CPU_CELLS, MOST_ROWS, PIECES, AnswerPlan, answer_plan, shape_of
 from prompt_recovery.engine.merging import merged
+from prompt_recovery.engine.planning import CPU_CELLS, PIECES, AnswerPlan, answer_plan, shape_of
 from prompt_recovery.engine.stage import Part, in_parts, layer_devices
 from prompt_recovery.engine.storage import four_bit_experts, workspace
 
@@ -117,31 +118,6 @@ class Meter:
             f"{self.rows} rows, {self.tokens_in} tokens read, {self.tokens_out} written in {self.seconds:.0f} s"
             f" ({self.rate:.0f} written a second), about {self.left:.0f} s left"
         )
-
-
-def make_batches(
-    lengths: Sequence[int], max_new_tokens: int, batch_tokens: int, most_rows: int = MOST_ROWS
-) -> list[list[int]]:
-    """Positions of the prompts in batches of similar length, the longest first (too little memory then shows at once).
-
-    batch_tokens: upper limit of rows * (longest prompt + max_new_tokens) in a batch; a longer row stands alone.
-    """
-    batches: list[list[int]] = []
-    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        width = (lengths[batches[-1][0]] if batches else 0) + max_new_tokens
-        if batches and width * (len(batches[-1]) + 1) <= batch_tokens and len(batches[-1]) < most_rows:
-            batches[-1].append(position)
-        else:
-            batches.append([position])
-    return batches
-
-
-def spread_order(batches: Sequence[list[int]]) -> list[list[int]]:
-    """The same batches: the first one first, then halves, quarters, eighths of the way, so that those done so far are like
-    those to come. Sorted, the estimate of the time left was 55% off after a tenth (few long rows say little of many short
-    ones)."""
-    order = sorted(range(1, len(batches)), key=lambda n: f"{n:032b}"[::-1])
-    return [*batches[:1], *(batches[n] for n in order)]
 
 
 class Ready(NamedTuple):

@@ -271,14 +271,18 @@ class Stage:
 
     def _capture(self, rows: int, key: tuple, choose: Callable[[torch.Tensor, int], None]) -> None:
         assert self.graphs is not None
-        graph = torch.cuda.CUDAGraph()
         while len(self.graphs) >= GRAPHS:
             self.graphs.pop(next(iter(self.graphs)))
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=_capture_stream(self.device), capture_error_mode="thread_local"
-            ):
-                self.step(rows, choose)
+            # not torch.cuda.graph, which empties the allocator's cache each time
+            with torch.cuda.stream(_capture_stream(self.device)):
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    self.step(rows, choose)
+                finally:
+                    graph.capture_end()
         except RuntimeError as error:  # something in this model's step asks the host
             print(f"steps run one by one, since this model's can't be a CUDA graph: {str(error).splitlines()[0]}")
             torch.cuda.synchronize(self.device)

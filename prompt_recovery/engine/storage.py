@@ -72,30 +72,33 @@ def by_formula(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
     return (nf4[nibbles.long()].view(-1, BLOCK) * scale[:, None]).flatten().to(dtype)
 
 
-def dequantise(pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The weights [E, N, K] in `dtype`, bit for bit bitsandbytes' dequantisation of every expert; into `out` if given."""
+def dequantise(
+    pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None, first: int = 0
+) -> torch.Tensor:
+    """The weights [E, N, K] in `dtype`, bit for bit bitsandbytes' dequantisation of every expert; or, into `out`, those of
+    the experts from `first` on that it has room for."""
     packed, absmax = pieces["packed"], pieces["absmax"]
     nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
-    shape = (*packed.shape[:2], packed.shape[2] * 2)
     code, nf4 = _tables(packed.device)
     kernels = training_kernels(packed.device)
+    if out is None:
+        out = packed.new_empty((*packed.shape[:2], packed.shape[2] * 2), dtype=dtype)
     if kernels is not None:
-        out = packed.new_empty(shape, dtype=dtype) if out is None else out
         with on(packed.device):
-            kernels.dequantise(packed, absmax, nested, offset, code, nf4, out)
+            kernels.dequantise(packed, absmax, nested, offset, code, nf4, out, first)
         return out
+    some = slice(first, first + len(out))
+    packed, absmax, nested, offset = packed[some], absmax[some], nested[some], offset[some]
     second = nested.repeat_interleave(NESTED_BLOCK, dim=1)[:, : absmax.shape[1]]
     scale = (code[absmax.int()] * second + offset[:, None]).reshape(-1)
+    if packed.device.type == "cpu" and out.shape[-1] % BLOCK:
+        return out.copy_(by_formula(packed, scale, dtype).view(out.shape))
     operator = torch.ops.bitsandbytes.dequantize_4bit
-    arguments = (packed.reshape(-1, 1), scale, BLOCK, "nf4", list(shape), dtype)
-    if packed.device.type == "cpu" and shape[-1] % BLOCK:
-        result = by_formula(packed, scale, dtype).view(shape)
-    elif packed.device.type == "cpu" or out is None:
-        result = operator(*arguments)
-    else:
-        operator.out(*arguments, out=out)
-        return out
-    return result if out is None else out.copy_(result)
+    arguments = (packed.reshape(-1, 1), scale, BLOCK, "nf4", list(out.shape), dtype)
+    if packed.device.type == "cpu":
+        return out.copy_(operator(*arguments))
+    operator.out(*arguments, out=out)
+    return out
 
 
 class _Buffer:
@@ -166,13 +169,14 @@ def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Te
 
 def expert_weight(experts: nn.Module, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """One expert's weight [N, K] in `dtype`, valid until another one is asked for."""
-    pieces = {piece: getattr(experts, f"{projection}_{piece}").detach()[expert : expert + 1] for piece in PIECES}
-    device = pieces["packed"].device
+    pieces = {piece: getattr(experts, f"{projection}_{piece}") for piece in PIECES}
+    device, (count, rows, half) = pieces["packed"].device, pieces["packed"].shape
     buffer = workspace(experts).buffers.setdefault((device, "expert", dtype), _Buffer())
-    most = max(2 * getattr(experts, f"{name}_packed")[0].numel() for name in PROJECTIONS)
-    if buffer.room is None or buffer.room.numel() != most:
+    if buffer.room is None or buffer.room.numel() < rows * half * 2:
         buffer.room = None
+        most = max(getattr(experts, f"{name}_packed").numel() for name in PROJECTIONS)
         with torch.inference_mode(False):
-            buffer.room = torch.empty(most, dtype=dtype, device=device)
-    _, rows, half = pieces["packed"].shape
-    return dequantise(pieces, dtype, out=buffer.room[: rows * half * 2].view(1, rows, half * 2))[0]
+            buffer.room = torch.empty(2 * most // count, dtype=dtype, device=device)
+    out = buffer.room[: rows * half * 2].view(1, rows, half * 2)
+    with torch.no_grad():
+        return dequantise(pieces, dtype, out=out, first=expert)[0]

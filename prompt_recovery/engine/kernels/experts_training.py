@@ -13,11 +13,12 @@ import triton.language as tl
 from prompt_recovery.engine.kernels.dispatch import launch_options
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _dequantise(
-    packed, absmax, nested, offset, code, table, out, blocks_per_expert, nested_per_expert, BLOCKS: tl.constexpr
+    packed, absmax, nested, offset, code, table, out, first, blocks_per_expert, nested_per_expert, BLOCKS: tl.constexpr
 ):
-    expert = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(1).to(tl.int64)
+    expert = first + number
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < blocks_per_expert
     where = expert * blocks_per_expert + block
@@ -28,7 +29,7 @@ def _dequantise(
     kind = out.dtype.element_ty
     high = (tl.load(table + (byte >> 4)) * scale[:, None]).to(kind)
     low = (tl.load(table + (byte & 15)) * scale[:, None]).to(kind)
-    at = where[:, None] * 64 + tl.arange(0, 64)[None, :]
+    at = (number * blocks_per_expert + block)[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(out + at, tl.interleave(high, low), mask=inside[:, None])
 
 
@@ -40,18 +41,20 @@ def dequantise(
     code: torch.Tensor,
     table: torch.Tensor,
     out: torch.Tensor,
+    first: int = 0,
     blocks: int = 64,
     warps: int = 4,
 ) -> None:
-    """Write the experts' weights into `out`, bit for bit what bitsandbytes' two dequantisations give.
+    """Write the weights of the experts from `first` on that `out` has room for, bit for bit what bitsandbytes' two
+    dequantisations give.
 
     packed: [E, rows, columns / 2] uint8; absmax: [E, B] uint8, one a block of 64 weights; nested: [E, ceil(B / 256)]
-    fp32; offset: [E] fp32; code: [256] fp32; table: [16] fp32; out: [E, rows, columns] of 16 or 32 bit.
+    fp32; offset: [E] fp32; code: [256] fp32; table: [16] fp32; out: [N, rows, columns] of 16 or 32 bit.
     """
-    experts, per_expert = absmax.shape
+    experts, per_expert = out.shape[0], absmax.shape[1]
     # no fused multiply-add: bitsandbytes rounds the product before it adds the offset
     _dequantise[(triton.cdiv(per_expert, blocks), experts)](
-        packed, absmax, nested, offset, code, table, out, per_expert, nested.shape[1],
+        packed, absmax, nested, offset, code, table, out, first, per_expert, nested.shape[1],
         BLOCKS=blocks, num_warps=warps, enable_fp_fusion=False, **launch_options(packed.device),
     )  # fmt: skip
 

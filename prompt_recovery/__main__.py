@@ -1,0 +1,84 @@
+"""python -m prompt_recovery plan MODEL_DIR --cards 14.7 14.7 [--rows test.csv] [--per-hour 0.80]
+
+plan says, without a GPU, whether a model fits on cards that leave so many GiB to a process, how it answers on them, and how
+long a test set takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# tokens of a row where no test set is given: as long as the competition's, by which docs/MEASURED.md is measured
+ROWS, TYPICAL = 1300, 690
+NEW_TOKENS = 64
+T4_GIB = 16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m prompt_recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="what fits on which cards, and how long it takes")
+    plan.add_argument("model_dir", type=Path, help="a base model's folder; its weights need not be there")
+    plan.add_argument(
+        "--cards", type=float, nargs="+", required=True, metavar="GIB", help="free on each; a T4 has 14.7"
+    )
+    plan.add_argument("--rows", type=Path, metavar="TEST_CSV", help=f"without it {ROWS} rows of {TYPICAL} tokens")
+    plan.add_argument("--per-hour", type=float, metavar="PRICE", help="what the machine costs an hour")
+    args = parser.parse_args(arguments)
+    from prompt_recovery.engine import ModelError, TooLittleMemory
+
+    try:
+        print_plan(args.model_dir, args.cards, args.rows, args.per_hour)
+    except (ModelError, TooLittleMemory, OSError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def print_plan(model_dir: Path, cards: Sequence[float], test_csv: Path | None, per_hour: float | None) -> None:
+    from prompt_recovery.engine import on_h100s, on_t4s, plan
+
+    planned = plan(model_dir, cards)
+    answering, gib = planned.answering, 2**30
+    print(f"layers a card: {', '.join(map(str, answering.layers))} of {sum(answering.layers)}, in 4 bits\n")
+    print(f"{'GiB':<12}" + "".join(f"{f'card {n}':>8}" for n in range(len(planned.bytes))))
+    for field in planned.bytes[0]._fields:
+        print(f"{field:<12}" + "".join(f"{getattr(part, field) / gib:8.2f}" for part in planned.bytes))
+    print(f"{'together':<12}" + "".join(f"{sum(part) / gib:8.2f}" for part in planned.bytes))
+    how = "merged into 16-bit weights" if answering.merged else "beside the 4-bit weights"
+    print(
+        f"\nadapter {how}; prompts read {answering.piece} tokens at a time; room for {answering.cells} tokens of a batch"
+    )
+    if planned.on_cpu:
+        print("16-bit experts are put together in the host's memory while the model loads and quantises")
+    lengths = _lengths(model_dir, test_csv) if test_csv else [TYPICAL] * ROWS
+    print(
+        f"\n{len(lengths)} rows, {sum(lengths)} tokens to read, answers of {NEW_TOKENS}; seconds to load, read and write:"
+    )
+    times = {"at the rates measured on H100s with a T4's kernels": on_h100s(planned, lengths, NEW_TOKENS)}
+    if max(cards) <= T4_GIB:
+        times["on T4s, reckoned"] = on_t4s(planned, lengths, NEW_TOKENS)
+    for name, spent in times.items():
+        price = "" if per_hour is None else f", {sum(spent) / 3600 * per_hour:.2f} at {per_hour:.2f} an hour"
+        parts = " + ".join(f"{part:.0f}" for part in spent)
+        print(f"  {name}: {parts} = {sum(spent):.0f} s{price}")
+
+
+def _lengths(model_dir: Path, test_csv: Path) -> list[int]:
+    from prompt_recovery.answers import encode_rows
+    from prompt_recovery.data import read_test
+    from prompt_recovery.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model_dir, pad="unk", side="left")
+    prompts = encode_rows(
+        tokenizer, read_test(test_csv), max_tokens=4096 - NEW_TOKENS, style="plain", system_placement="user"
+    )
+    return [len(prompt) for prompt in prompts]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""How a model answers with the memory that is left beside its weights: one table of bytes, which `plan` prints, `generate`
+obeys and tests check; and what the whole test set takes, by measured and by reckoned rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from prompt_recovery.engine import memory
+from prompt_recovery.engine.batching import MOST_ROWS, make_batches
+from prompt_recovery.engine.memory import GIB, Sizes, kv_shape
+
+# Measured (docs/MEASURED.md): CUDA's context with the kernels' code; a stage's captured steps and what they compute in;
+# what cuBLAS and the allocator's fragments take beside what is counted here
+CONTEXT = round(0.55 * GIB)
+GRAPHS = round(0.15 * GIB)
+MARGIN = round(0.85 * GIB)
+PIECES = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # tokens that prefill reads at a time
+LONGEST = 4_096  # tokens of a prompt and its answer
+# What choosing takes a row to be: tokens read and written, in a cache with padding
+TYPICAL_READ, TYPICAL_WRITTEN, TYPICAL_COLUMNS = 700, 64, 832
+CPU_CELLS = 16_384  # rows * columns of a batch on the CPU, where larger ones gain nothing
+ADAPTER_RANK = 16  # assumed where the adapter isn't known
+
+
+class Shape(NamedTuple):
+    """What a model's forward computes with: sizes of the hidden state, of an expert (or of a dense layer), of all query
+    heads and of all key heads; experts, and how many a token has; the vocabulary; bytes of a value."""
+
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    experts: int
+    chosen: int
+    vocabulary: int
+    wide: int
+
+
+def shape_of(config: Any, dtype: torch.dtype) -> Shape:
+    config = config.get_text_config()
+    heads, size = kv_shape(config)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    wide = torch.finfo(dtype).bits // 8
+    return Shape(
+        config.hidden_size, inner, config.num_attention_heads * size, heads * size, experts, chosen, config.vocab_size,
+        wide,
+    )  # fmt: skip
+
+
+class StageBytes(NamedTuple):
+    """Bytes on a card whose stage answers: the weights of its layers; the adapter's; the layers that it adapts once more,
+    merged in 16 bit; the KV cache; 16-bit weights of the experts that are computed at a time; what a piece of prefill
+    computes in; captured steps; CUDA's context; what is left free on purpose."""
+
+    weights: int
+    adapter: int
+    merged: int
+    cache: int
+    experts: int
+    activations: int
+    graphs: int
+    context: int = CONTEXT
+    margin: int = MARGIN
+
+    @property
+    def to_come(self) -> int:
+        """What a loaded model has yet to ask for."""
+        return sum(self) - self.weights - self.adapter - self.context
+
+
+def bytes_of(
+    shape: Shape, layers: int, *, weights: int, last: bool, piece: int, rows: int, cells: int, merged: bool,
+    adapter: bool = True, grouped: bool = False, triton: bool = True, sampled: bool = False,
+) -> StageBytes:  # fmt: skip
+    """What a stage of so many layers takes on its card.
+
+    last: it has the head. piece: tokens that prefill reads at a time. rows, cells: of the largest batch; a cell is a
+    token's keys and values in every layer. merged: the adapter is merged, else it stands beside the weights.
+    grouped: experts by one grouped GEMM, for which a layer's weights are dequantised; else an expert's. triton: its
+    kernels run; torch's SwiGLU has fp32 copies. sampled: some answers are drawn.
+    """
+    hidden, wide = shape.hidden * shape.wide, shape.wide
+    sides = [shape.queries, shape.keys, shape.keys, shape.queries]  # of q, k, v and o beside the hidden state
+    attention = wide * shape.hidden * sum(sides)
+    lora = 4 * ADAPTER_RANK * sum(shape.hidden + side for side in sides) if adapter else 0
+    # queries, keys and values, rotated and not, with the parts that the rotation makes
+    looking = piece * wide * (6 * shape.queries + 6 * shape.keys)
+    # keys and values once more for each query head of a group, of up to twice a piece's tokens or one row's; the mask
+    looking += max(2 * piece, LONGEST) * 2 * shape.queries * wide + piece * LONGEST * (wide + 2)
+    if adapter and not merged:
+        looking += (
+            4 * piece * (shape.hidden + 2 * shape.queries) + shape.queries * hidden
+        )  # in fp32; a dequantised weight
+    matrix = 2 * shape.inner * hidden  # gate and up of an expert
+    if shape.experts == 1:
+        weight, computing = 0, piece * 3 * shape.inner * wide
+    elif grouped:
+        weight, computing = (
+            shape.experts * matrix * 3 // 2,
+            shape.chosen * piece * (2 * hidden + 3 * shape.inner * wide),
+        )
+    else:
+        # rows in expert order; gate and up of the worst case, in which one expert has all tokens
+        weight, computing = matrix, shape.chosen * piece * hidden + 2 * piece * shape.inner * wide
+        computing += 0 if triton else 4 * piece * shape.inner * 4
+    logits = rows * shape.vocabulary * (60 if sampled else 14) if last else 0
+    return StageBytes(
+        weights, layers * lora, layers * attention if merged and adapter else 0, layers * 2 * shape.keys * wide * cells,
+        weight, 4 * piece * hidden + max(looking, computing), GRAPHS + logits,
+    )  # fmt: skip
+
+
+class AnswerPlan(NamedTuple):
+    """How a model answers: layers of each stage; whether the adapter is merged into 16-bit weights or computed beside those
+    in 4 bits; tokens that prefill reads at a time; most rows * columns of a batch's KV cache."""
+
+    layers: tuple[int, ...]
+    merged: bool
+    piece: int
+    cells: int
+
+
+def answer_plan(
+    shape: Shape,
+    layers: Sequence[int],
+    free: Sequence[int],
+    *,
+    adapter: bool = True,
+    rows: int = MOST_ROWS,
+    **how: bool,
+) -> AnswerPlan:
+    """The fastest plan, by `seconds_a_row`, for stages of so many layers with so many free bytes beside the weights.
+    how: grouped, triton and sampled of `bytes_of`. Where nothing fits, the smallest pieces and no cells."""
+    best: tuple[float, AnswerPlan] | None = None
+    for merged in (True, False) if adapter else (False,):
+        for piece in PIECES:
+            cells = min(
+                (room - bytes_of(shape, count, weights=0, last=number == len(layers) - 1, piece=piece, rows=rows, cells=0,
+                                 merged=merged, adapter=adapter, **how).to_come)
+                // (count * 2 * shape.keys * shape.wide)
+                for number, (count, room) in enumerate(zip(layers, free, strict=True))
+            )  # fmt: skip
+            if cells >= LONGEST:
+                plan = AnswerPlan(tuple(layers), merged, piece, cells)
+                spent = seconds_a_row(plan, adapter)
+                if best is None or spent < best[0]:
+                    best = spent, plan
+    return best[1] if best else AnswerPlan(tuple(layers), False, PIECES[-1], 0)
+
+
+# A decode step's milliseconds by rows, fp16 lowered to sm_75 on an H100 (performance.md): merged, and beside 4-bit weights
+STEPS = {
+    True: ((1, 7.4), (16, 15.6), (32, 18.6), (64, 32.2)),
+    False: ((1, 9.1), (8, 18.4), (16, 20.7), (24, 23.5), (32, 24.5), (40, 31.5), (64, 38.0)),
+}
+READ = 20_900  # tokens a second of prefill there, in pieces of 16,384; a ninth fewer beside 4-bit weights
+DEQUANTISED = 800  # tokens in whose time all experts are dequantised, which each piece does
+
+
+def step_ms(rows: int, merged: bool) -> float:
+    """Milliseconds of a decode step there, between the rows that were measured."""
+    rows_measured, spent = zip(*STEPS[merged], strict=True)
+    return float(np.interp(rows, rows_measured, spent))
+
+
+def seconds_a_row(plan: AnswerPlan, adapter: bool = True) -> float:
+    """Seconds that a row takes on an H100 with a T4's kernels: what plans are compared by."""
+    merged = plan.merged or not adapter
+    rows = max(1, min(MOST_ROWS, plan.cells // TYPICAL_COLUMNS))
+    reading = TYPICAL_READ * (1 + DEQUANTISED / plan.piece) / READ * (1 if merged else 9 / 8)
+    return reading + step_ms(rows, merged) / 1e3 * (TYPICAL_WRITTEN - 1) / rows
+
+
+class Planned(NamedTuple):
+    """A model on cards that need not be there: its sizes, its shape, its layers by card, how it answers, what that takes on
+    each card that has layers, and whether the 16-bit folder must be put together by the CPU."""
+
+    sizes: Sizes
+    shape: Shape
+    answering: AnswerPlan
+    bytes: list[StageBytes]
+    on_cpu: bool
+
+
+def plan(model_dir: str | Path, cards: Sequence[float]) -> Planned:
+    """How the model of a folder answers in 4 bits, with an adapter, on cards that leave so many GiB to a process.
+
+    Raises TooLittleMemory with what is needed and what there is.
+    """
+    sizes = memory.sizes(model_dir, torch.float16, four_bit=True)
+    free = [round(card * GIB) - CONTEXT for card in cards]
+    split = memory.place(sizes, free)
+    weights = memory.stage_weights(sizes, split)
+    layers = [count for count in split if count]
+    shape = shape_of(memory.load_config(model_dir), torch.float16)
+    used = [room for room, count in zip(free, split, strict=True) if count]
+
+    def table(cells: int, merged: bool, piece: int) -> list[StageBytes]:
+        return [
+            bytes_of(shape, count, weights=own, last=number == len(layers) - 1, piece=piece, rows=MOST_ROWS, cells=cells,
+                     merged=merged)
+            for number, (count, own) in enumerate(zip(layers, weights, strict=True))
+        ]  # fmt: skip
+
+    beside = [room - own - part.adapter for room, own, part in zip(used, weights, table(0, False, 1), strict=True)]
+    answering = answer_plan(shape, layers, beside)
+    found = table(answering.cells, answering.merged, answering.piece)
+    return Planned(sizes, shape, answering, found, memory.merges_on_cpu(sizes, split, free))
+
+
+class Seconds(NamedTuple):
+    """What a job takes: reading the weights, the prompts, writing the answers."""
+
+    loading: float
+    reading: float
+    writing: float
+
+
+def on_h100s(planned: Planned, lengths: Sequence[int], new_tokens: int) -> Seconds:
+    """By the rates measured for Mixtral on H100s with a T4's kernels."""
+    groups = _groups(planned, lengths, new_tokens)
+    merged = planned.answering.merged
+    reading = sum(lengths) * (1 + DEQUANTISED / planned.answering.piece) / READ * (1 if merged else 9 / 8)
+    return Seconds(20.0, reading, sum(step_ms(rows, merged) for rows, _ in groups) / 1e3 * (new_tokens - 1))
+
+
+def on_t4s(planned: Planned, lengths: Sequence[int], new_tokens: int) -> Seconds:
+    """Reckoned, in one way only: a step is the largest of its bytes over 260 GB/s, and of what its tensor cores and its
+    instructions take, which is less (13 to 26 ms and 10 to 20 a card, where bytes take 54); prefill its multiplications at
+    25 TFLOP/s a card and, for each piece, the bytes of dequantising every expert, all cards at work; weights are read from
+    Kaggle's mount at 0.3 GB/s."""
+    shape, cards = planned.shape, len(planned.bytes)
+    layers = sum(planned.answering.layers)
+    pairs = shape.hidden * 2 * (shape.queries + shape.keys)
+    active = layers * (pairs + shape.chosen * 3 * shape.hidden * shape.inner) + shape.hidden * shape.vocabulary
+    experts = layers * shape.experts * 3 * shape.hidden * shape.inner
+    pieces = -(-sum(lengths) // planned.answering.piece)
+    reading = sum(lengths) * 2 * active / (T4_FLOPS * cards) + pieces * experts * 2.5 / (T4_BYTES * cards)
+    step = [part.weights + part.merged for part in planned.bytes]
+    writing = sum(
+        (sum(step) + rows * columns * layers * 2 * shape.keys * shape.wide) / T4_BYTES
+        for rows, columns in _groups(planned, lengths, new_tokens)
+    ) * (new_tokens - 1)  # fmt: skip
+    stored = (
+        2 * (active + experts * (1 - shape.chosen / shape.experts)) if planned.sizes.merging else planned.sizes.weights
+    )
+    return Seconds(stored / KAGGLE_BYTES, reading, writing)
+
+
+T4_FLOPS, T4_BYTES, KAGGLE_BYTES = 25e12, 260e9, 0.3e9
+
+
+def _groups(planned: Planned, lengths: Sequence[int], new_tokens: int) -> list[tuple[int, int]]:
+    """(rows, columns) of the batches."""
+    batches = make_batches(lengths, new_tokens, planned.answering.cells)
+    return [(len(batch), lengths[batch[0]] + new_tokens) for batch in batches]
