@@ -67,13 +67,13 @@ def inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def reference(experts: SimpleNamespace, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros(x.shape, device="cuda")
+    out, weight = torch.zeros(x.shape, device="cuda"), storage.expert_weights(experts, torch.float32)
     for expert in range(EXPERTS):
         rows, choice = (index == expert).nonzero(as_tuple=True)
-        both = x[rows].float() @ storage.expert_weight(experts, "gate_up_proj", expert, torch.float32).t()
+        both = x[rows].float() @ weight("gate_up_proj", expert).t()
         gate, up = both.chunk(2, -1)
         part = torch.nn.functional.silu(gate) * up
-        part = part @ storage.expert_weight(experts, "down_proj", expert, torch.float32).t()
+        part = part @ weight("down_proj", expert).t()
         out.index_add_(0, rows, part * weights[rows, choice, None])
     return out
 

@@ -51,7 +51,7 @@ def main() -> None:
         parametrize.register_parametrization(parametrised, name, Bnb4bitParametrization(state), unsafe=True)
         _register_parametrization_hooks(parametrised, name)
         getattr(stock, name).data = torch.stack(
-            [storage.expert_weight(ours, name, e, torch.float32).clone() for e in range(args.experts)]
+            [storage.expert_weights(ours, torch.float32)(name, e).clone() for e in range(args.experts)]
         )
 
     print(f"{args.tokens} tokens, {args.experts} experts of {args.hidden} x {args.inner}, fp32")

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prompt_recovery.adapter import ATTENTION
 from prompt_recovery.engine.merging import _merged_linear
-from prompt_recovery.engine.storage import expert_weight
+from prompt_recovery.engine.storage import expert_weights
 
 
 class Trace(NamedTuple):
@@ -59,7 +59,7 @@ def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Tr
         for expert in range(config.num_local_experts):
             rows, choice = (index == expert).nonzero(as_tuple=True)
             gate_up, down = (
-                expert_weight(layer.mlp.experts, name, expert, torch.float32).clone()
+                expert_weights(layer.mlp.experts, torch.float32)(name, expert).clone()
                 for name in ("gate_up_proj", "down_proj")
             )
             gate, up = (x[rows] @ gate_up.t()).chunk(2, -1)

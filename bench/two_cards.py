@@ -1,11 +1,12 @@
 """Two cards that look like T4s: the submission notebook's script on the whole test set, and what stands behind its figures.
 
 python bench/two_cards.py WORK TOKENIZER PART...     parts run one after the other, each at most 9 minutes
-    prepare   the 16-bit folder quantised while it loads, saved in 4 bits; an adapter, an encoder, 1,306 rows (100 s)
+    prepare   a 4-bit folder of the true shape, an adapter, 1,306 rows (60 s)
     t4        the submission's script: rows answered, peak a card, seconds, tokens a second
     equal     200 rows on the two cards and on one: the same plan, and one card's own
     speed     prefill with both cards at work and a stage at a time; decode steps; copies through the host
     kill      200 rows, killed half-way and run again: what was answered before stays
+    load      the 16-bit folder, of zeros, quantised while it loads
     bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, training by the train notebook's
 --one runs both stages on the first card, without a ballast, to debug.
 
@@ -98,9 +99,7 @@ class Work:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, args.work
-        self.nf4, self.zeros, self.adapter, self.encoder = (
-            args.work / name for name in ("nf4", "zeros", "adapter", "encoder")
-        )
+        self.nf4, self.adapter = args.work / "nf4", args.work / "adapter"
         self.ballast: Ballast | None = None
 
     def t4s(self) -> None:
@@ -160,38 +159,42 @@ def prepare(work: Work) -> None:
     import shutil
 
     import true_shape
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
-    from tokenizers import Tokenizer
 
     import notebooks
     from prompt_recovery import adapter
-    from prompt_recovery.engine import base_id, load_base, save_quantised
+    from prompt_recovery.engine import base_id, load_base
     from prompt_recovery.tokenizer import load_tokenizer
 
     start = time.monotonic()
-    true_shape.write_checkpoint(work.zeros, work.args.layers)
-    shutil.copy2(work.args.tokenizer, work.zeros / "tokenizer.model")
-    work.t4s()
-    base = load_base(work.zeros, four_bit=True)
-    where = [str(next(layer.parameters()).device) for layer in base.model.layers]
-    print(f"quantised while loading in {time.monotonic() - start:.0f} s, layers {[where.count(d) for d in sorted(set(where))]};"
-          f" {work.peak()}")  # fmt: skip
-    true_shape.fill(base)
-    save_quantised(base, work.zeros, work.nf4)
-    lora = adapter.add_lora(base, base=base_id(work.nf4))
+    true_shape.write_quantised(work.nf4, work.args.layers)
+    shutil.copy2(work.args.tokenizer, work.nf4 / "tokenizer.model")
+    lora = adapter.add_lora(load_base(work.nf4), base=base_id(work.nf4))
     for name, weight in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, 0, 0.01)
     adapter.save_adapter(lora, work.adapter, style="plain", system_placement="user")
-    words = Tokenizer.from_file(str(ROOT / "demo" / "tiny-mixtral" / "tokenizer.json"))
-    SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=64)]).save(str(work.encoder))
     notebooks.lengthened_rows(ROOT / "demo" / "natural_rows.csv", 160).to_csv(work.folder / "rows.csv", index=False)
     test = natural_rows(work.args.rows, load_tokenizer(work.nf4, pad="unk", side="left"))
     test.to_csv(work.folder / "test.csv", index=False)
     test.sample(min(200, len(test)), random_state=0).to_csv(work.folder / "test200.csv", index=False)
     test.sample(50, random_state=1).to_csv(work.folder / "test50.csv", index=False)
     print(f"prepared in {time.monotonic() - start:.0f} s")
+
+
+def load_16_bit(work: Work) -> None:
+    import true_shape
+
+    from prompt_recovery.engine import load_base
+
+    zeros = work.folder / "zeros"
+    if not zeros.exists():
+        true_shape.write_checkpoint(zeros, work.args.layers)
+    work.t4s()
+    start = time.monotonic()
+    base = load_base(zeros, four_bit=True)
+    where = [str(next(layer.parameters()).device) for layer in base.model.layers]
+    layers = [where.count(device) for device in sorted(set(where))]
+    print(f"quantised while loading in {time.monotonic() - start:.0f} s, layers {layers}; {work.peak()}")
 
 
 def t4(work: Work) -> None:
@@ -403,8 +406,15 @@ def rows200(work: Work) -> None:
 
 
 def bf16(work: Work) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer
+
     import notebooks
 
+    words = Tokenizer.from_file(str(ROOT / "demo" / "tiny-mixtral" / "tokenizer.json"))
+    encoder = work.folder / "encoder"
+    SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=64)]).save(str(encoder))
     work.ballast = Ballast(CARD_24)
     report = work.submission("test50.csv", "bf16.csv")["report"]
     print(report.groupby(["source", "how", "stopped"]).size().to_string())
@@ -412,14 +422,14 @@ def bf16(work: Work) -> None:
     torch.cuda.empty_cache()
     trained = notebooks.run_notebook(
         "train", model_dir=str(work.nf4), train_csv=str(work.folder / "rows.csv"), output_dir=str(work.folder / "out"),
-        encoder_dir=str(work.encoder), max_steps=2, eval_fraction=0.05, evaluations=1,
+        encoder_dir=str(encoder), max_steps=2, eval_fraction=0.05, evaluations=1,
     )  # fmt: skip
     print(pd.read_csv(work.folder / "out" / "training_log.csv").tail(2).to_string(), trained["evaluation"])
     print(f"trained; {work.peak()}")
 
 
 PARTS = {
-    "prepare": prepare, "t4": t4, "equal": equal, "speed": speed, "kill": kill, "bf16": bf16,
+    "prepare": prepare, "t4": t4, "equal": equal, "speed": speed, "kill": kill, "load": load_16_bit, "bf16": bf16,
     "_one": one, "_rows200": rows200,
 }  # fmt: skip
 

@@ -166,12 +166,12 @@ def seeming(monkeypatch):
                 return None
             return SimpleNamespace(dequantise=dequantise)
 
-        def dequantise(packed, absmax, nested, offset, code, nf4, out):
+        def dequantise(packed, absmax, nested, offset, code, nf4, out, first):
             calls.append("dequantise")
             with dispatch.using(CPU, "torch"):
                 pieces = dict(packed=packed, absmax=absmax, nested=nested.view(torch.int32))
                 pieces["offset"] = offset.view(torch.int32)
-                storage.dequantise(pieces, out.dtype, out)
+                storage.dequantise(pieces, out.dtype, out, first)
             dequantised(out)
 
         monkeypatch.setattr(forward, "_few_rows", few_rows)

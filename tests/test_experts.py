@@ -128,7 +128,7 @@ def test_a_hub_folder_becomes_what_bitsandbytes_makes_of_every_matrix(dtype, tmp
                 assert torch.equal(pieces["packed"][expert].flatten(), packed.flatten())
                 assert torch.equal(pieces["absmax"][expert], absmax)
                 assert torch.equal(storage.dequantise(pieces, dtype)[expert], values)
-                assert torch.equal(storage.expert_weight(layer.mlp.experts, projection, expert, dtype), values)
+                assert torch.equal(storage.expert_weights(layer.mlp.experts, dtype)(projection, expert), values)
         for name in adapter.ATTENTION:
             weight = getattr(layer.self_attn, name).weight
             values = bnb_functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -185,6 +185,35 @@ def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypat
         peaks[layers] = max(seen)
     gate_up = 4 * 192 * 128 * 2
     assert peaks[1] == peaks[3] == gate_up  # a layer's experts are gate_up and half as much for down
+
+
+def test_experts_put_together_by_the_cpu_are_the_same(hub, monkeypatch):
+    """As on small GPUs: from the host's memory, a matrix at a time to the device that the map names."""
+    config = quantiser.Nf4Config(merge_on_cpu=True)
+    quantiser.register()
+    places = []
+    quantise = quantiser.quantise
+    monkeypatch.setattr(
+        quantiser, "quantise", lambda weight, device: places.append((weight.device, device)) or quantise(weight, device)
+    )
+    forced = []
+    update = quantiser.Nf4Quantizer.update_weight_conversions
+
+    def noted(self, *args):
+        found = update(self, *args)
+        forced.extend(getattr(conversion, "force_cpu", None) for conversion in found)
+        return found
+
+    monkeypatch.setattr(quantiser.Nf4Quantizer, "update_weight_conversions", noted)
+    model = AutoModelForCausalLM.from_pretrained(
+        hub, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=config
+    )
+    assert forced.count(True) == 2 and False not in forced  # gate and up; down
+    assert set(places) == {(torch.device("cpu"), torch.device("cpu"))}
+    expected = loading.load_base(hub, torch.bfloat16, four_bit=True).state_dict()
+    found = model.state_dict()
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "merge_on_cpu" not in model.config.quantization_config.to_dict()
 
 
 def test_summary_adds_up(hub, capsys):

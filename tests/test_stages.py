@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import TINY
+from peft.tuners.lora import LoraLayer
 from test_generation import Ids, answers, random_model, random_prompts, with_lora
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
@@ -85,6 +86,29 @@ def test_an_adapter_on_four_bits_answers_as_one_stage(merged):
     assert found(lora, prompts, plan(2, 3, merged=merged, piece=32), new=8) == whole
     bare = found(loading.load_base(TINY, four_bit=True), prompts, plan(5), new=8)
     assert bare != whole  # the adapter counts
+
+
+def test_a_lora_in_16_bit_is_peft_s_within_rounding():
+    lora = with_lora(loading.load_base(TINY, torch.bfloat16, four_bit=True))
+    ids = torch.tensor([[1, *range(300, 340)]])
+    layers = [module for module in lora.modules() if isinstance(module, LoraLayer)]
+
+    def distance(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    with torch.inference_mode():
+        expected = lora(input_ids=ids).logits.float()
+        with lora.disable_adapter():
+            plain = lora(input_ids=ids).logits.float()
+        with ready(lora, plan(5, merged=False)) as prepared:
+            assert all("sixteen" in vars(layer) for layer in layers)
+            found = prepared.model(input_ids=ids).logits.float()
+        assert distance(found, expected) < 0.05 < 0.5 < distance(plain, expected)
+        assert not any({"sixteen", "forward"} & set(vars(layer)) for layer in layers)
+        assert torch.equal(lora(input_ids=ids).logits.float(), expected)
+        with lora.disable_adapter(), ready(lora, plan(5, merged=False)) as prepared:
+            assert not any("sixteen" in vars(layer) for layer in layers)
+            assert torch.equal(prepared.model(input_ids=ids).logits.float(), plain)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])

@@ -96,6 +96,9 @@ class Decoder:
         same number for each. finished: whether an answer without EOS may end, judged from its ids.
         """
         count, share = len(prompts), len(seeds[0])
+        if self.device.type == "cuda":
+            # a batch of another shape: what the allocator keeps of the last one's would grow until the card is full
+            torch.cuda.empty_cache()
         rests = [list(prompt[len(self.prefix) :]) for prompt in prompts]
         width = max(len(rest) for rest in rests)
         started = time.monotonic()

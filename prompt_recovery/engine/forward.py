@@ -15,7 +15,7 @@ from transformers.integrations import moe
 
 from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
-from prompt_recovery.engine.storage import expert_weight, four_bit_experts, weights, workspace
+from prompt_recovery.engine.storage import expert_weights, four_bit_experts, weights, workspace
 
 
 class Routing(NamedTuple):
@@ -209,14 +209,14 @@ def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_
     """The output [T, H], with the 16-bit weights of one projection of one expert at a time: a T4 has no room for a layer's.
     No gradients."""
     assert routing.bounds is not None
-    rows = _gather(x, routing)
+    rows, weight = _gather(x, routing), expert_weights(experts, x.dtype)
     start = 0
     for expert, end in enumerate(routing.bounds):
         if end > start:
             mine = rows[start:end]
-            gate_up = mine @ expert_weight(experts, "gate_up_proj", expert, x.dtype).t()
+            gate_up = mine @ weight("gate_up_proj", expert).t()
             inner = _activate(gate_up, experts, top_k_weights, routing.order[start:end], in_place=True)
-            torch.mm(inner, expert_weight(experts, "down_proj", expert, x.dtype).t(), out=mine)
+            torch.mm(inner, weight("down_proj", expert).t(), out=mine)
             start = end
     return _combine(rows, routing)
 

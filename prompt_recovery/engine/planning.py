@@ -14,10 +14,10 @@ from prompt_recovery.engine import memory
 from prompt_recovery.engine.batching import MOST_ROWS, make_batches
 from prompt_recovery.engine.memory import GIB, Sizes, kv_shape
 
-# Measured (docs/MEASURED.md): CUDA's context with the kernels' code; a stage's captured steps and what they compute in;
-# what cuBLAS and the allocator's fragments take beside what is counted here
+# CUDA's context at load; it grew by 0.2 GiB until the end of a run, and the allocator's fragments took 0.2
+# (docs/MEASURED.md). Those are in the margin, which also leaves half a GiB free
 CONTEXT = round(0.55 * GIB)
-GRAPHS = round(0.15 * GIB)
+GRAPHS = round(0.15 * GIB)  # a stage's captured steps and what they compute in
 MARGIN = round(0.85 * GIB)
 PIECES = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # tokens that prefill reads at a time
 LONGEST = 4_096  # tokens of a prompt and its answer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes.functional as bnb_functional
@@ -167,16 +168,21 @@ def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Te
     return matrices
 
 
-def expert_weight(experts: nn.Module, projection: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
-    """One expert's weight [N, K] in `dtype`, valid until another one is asked for."""
-    pieces = {piece: getattr(experts, f"{projection}_{piece}") for piece in PIECES}
-    device, (count, rows, half) = pieces["packed"].device, pieces["packed"].shape
+def expert_weights(experts: nn.Module, dtype: torch.dtype) -> Callable[[str, int], torch.Tensor]:
+    """A function (projection, expert) -> that expert's weight [N, K] in `dtype`, valid until another one is asked for."""
+    pieces = {name: {piece: getattr(experts, f"{name}_{piece}") for piece in PIECES} for name in PROJECTIONS}
+    device = pieces["down_proj"]["packed"].device
+    shapes = {name: (1, each["packed"].shape[1], 2 * each["packed"].shape[2]) for name, each in pieces.items()}
+    sizes = {name: rows * columns for name, (_, rows, columns) in shapes.items()}
     buffer = workspace(experts).buffers.setdefault((device, "expert", dtype), _Buffer())
-    if buffer.room is None or buffer.room.numel() < rows * half * 2:
-        buffer.room = None
-        most = max(getattr(experts, f"{name}_packed").numel() for name in PROJECTIONS)
+    if buffer.room is None or buffer.room.numel() < max(sizes.values()):
+        buffer.room = None  # freed before the new one is asked for
         with torch.inference_mode(False):
-            buffer.room = torch.empty(2 * most // count, dtype=dtype, device=device)
-    out = buffer.room[: rows * half * 2].view(1, rows, half * 2)
-    with torch.no_grad():
-        return dequantise(pieces, dtype, out=out, first=expert)[0]
+            buffer.room = torch.empty(max(sizes.values()), dtype=dtype, device=device)
+    out = {name: buffer.room[: sizes[name]].view(shapes[name]) for name in PROJECTIONS}
+
+    @torch.no_grad()
+    def weight(projection: str, expert: int) -> torch.Tensor:
+        return dequantise(pieces[projection], dtype, out[projection], expert)[0]
+
+    return weight
