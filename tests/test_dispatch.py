@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from prompt_recovery.engine import forward, loading, storage
+from prompt_recovery.engine import check, forward, loading, storage
 from prompt_recovery.engine.kernels import dispatch, sm75
 from prompt_recovery.engine.kernels.dispatch import KIB, Card, Config, choose, fits, tile_rows
 
@@ -22,7 +22,7 @@ def nothing_chosen(monkeypatch):
     """Nothing is chosen, failed or checked yet, and the state from before is there again afterwards."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    kept = [dispatch._chosen, dispatch._failed, dispatch._cards, forward._checked]
+    kept = [dispatch._chosen, dispatch._failed, dispatch._cards, check._checked]
     before = [copy.copy(each) for each in kept]
     for each in kept:
         each.clear()
@@ -186,11 +186,11 @@ def test_right_kernels_pass_their_check_which_is_made_once(seeming, capsys):
     rounded = 1 + torch.finfo(torch.float32).eps
     model, calls = seeming(lambda out: out * rounded, lambda out: out)
     capsys.readouterr()
-    forward.check_kernels(model)
+    check.check_kernels(model)
     assert 5 in calls and "dequantise" in calls
     assert dispatch.uses_triton(CPU) and CPU not in dispatch._failed
     calls.clear()
-    forward.check_kernels(model)
+    check.check_kernels(model)
     assert calls == [] and capsys.readouterr().out == ""
 
 
@@ -212,7 +212,7 @@ def fails(out):
 def test_wrong_kernels_are_refused(seeming, capsys, wrong, why):
     model, calls = seeming(**wrong)
     capsys.readouterr()
-    forward.check_kernels(model)
+    check.check_kernels(model)
     said = capsys.readouterr().out
     assert calls and said.count("\n") == 1 and "triton's failed their check" in said
     assert re.search(why, said), said
@@ -221,6 +221,26 @@ def test_wrong_kernels_are_refused(seeming, capsys, wrong, why):
     found = model(torch.tensor([[1, 300, 400]])).logits
     expected = loading.load_base(TINY, four_bit=True)(torch.tensor([[1, 300, 400]])).logits
     assert torch.equal(found, expected) and choose(CPU) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (lambda *_: 0.5, r"off by 5\.0e-01"),
+        (lambda *_: float("nan"), "off by nan"),
+        (fails, r"RuntimeError: ptxas fatal\)"),
+    ],
+)
+def test_wrong_attention_is_refused_where_it_is_ours(seeming, capsys, monkeypatch, error, why):
+    model, _ = seeming(lambda out: out, lambda out: out)
+    monkeypatch.setattr(check, "_attention_error", error if error is not fails else lambda *_: fails(None))
+    check.check_kernels(model)  # on a card that is not lowered
+    assert CPU not in dispatch._failed
+    check._checked.clear()
+    dispatch._cards[CPU] = Card(75, 64 * KIB)
+    capsys.readouterr()
+    check.check_kernels(model)
+    assert CPU in dispatch._failed and re.search(why, capsys.readouterr().out)
 
 
 # --- launch parameters --------------------------------------------------------------------------------------

@@ -31,8 +31,16 @@ FEW_ROWS = {
     "16-bit routing weights": (4, 128, 192, 3, 2, "bfloat16", "random"),
     "larger tiles": (4, 64, 128, 130, 2, "float16", "random"),
 }
-EXACT = ("dequantise float32", "dequantise float16", "gather", "few rows twice")
+ATTENTION = {  # rows, column, columns that all rows share, rows of the batch
+    "attention of one row": (1, 300, 0, 1),
+    "attention of three rows behind a prefix": (3, 255, 70, 3),
+    "attention of many rows": (40, 64, 9, 40),
+    "attention with rows beyond the batch's": (8, 200, 3, 5),
+    "attention to the first column": (2, 0, 0, 2),
+}
+EXACT = ("a row beyond the batch's", "dequantise float32", "dequantise float16", "gather", "few rows twice")
 PLAIN = ("combine", "swiglu", "swiglu in place", "swiglu backward", "swiglu backward of the weights")
+DECODER = [f"step {number} of a decoder" for number in range(4)]
 STEP = (
     "rotated query",
     "keys in the cache",
@@ -133,7 +141,8 @@ def step_differences() -> dict[str, float]:
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
     keys, values = torch.randn(2, rows, key_heads, columns, size)
     before = keys.clone(), values.clone()
-    query = decode_step.rotate_and_store(qkv, cos, sin, torch.tensor([7]), keys, values)
+    now = torch.tensor([columns, rows])
+    query = decode_step.rotate_and_store(qkv, cos, sin, keys, values, torch.tensor([7]), now, key_heads)
     parts = qkv.view(rows, -1, size)
     turned = torch.cat([-parts[..., size // 2 :], parts[..., : size // 2]], -1)
     want = parts * cos[:, None] + turned * sin[:, None]
@@ -141,6 +150,27 @@ def step_differences() -> dict[str, float]:
     before[0][:, :, 7], before[1][:, :, 7] = want[:, heads : heads + key_heads], parts[:, heads + key_heads :]
     found["keys in the cache"] = relative(keys, before[0])
     found["values in the cache"] = relative(values, before[1])
+    kept = keys.clone(), values.clone()
+    decode_step.rotate_and_store(qkv, cos, sin, keys, values, torch.tensor([9]), torch.tensor([columns, 2]), key_heads)
+    changed = torch.stack([a != b for a, b in zip(kept, (keys, values), strict=True)])
+    found["a row beyond the batch's"] = float(changed[:, 2].any() or not changed[:, :2, :, 9].all())
+
+    for name, (rows, place, start, live) in ATTENTION.items():
+        columns, size = 320, 32
+        keys, values = torch.randn(2, rows, key_heads, columns, size).half()
+        keys[:, :, place + 1 :] = values[:, :, place + 1 :] = torch.nan  # what is not there yet may hold anything
+        padding = torch.randint(0, max(1, place - start - 5), (rows, 1))
+        query = torch.randn(rows, heads, size).half()
+        now, column = torch.tensor([columns, live]), torch.tensor([place])
+        got = decode_step.attend(query, keys, values, padding, column, now, start, key_heads, 0.2)[:live]
+        seen = torch.arange(columns)
+        visible = ((seen < start) | (seen >= start + padding)) & (seen <= place)
+        grouped = query.view(rows, key_heads, heads // key_heads, size).float()
+        odds = (grouped @ keys.float().nan_to_num().transpose(2, 3) * 0.2).masked_fill(
+            ~visible[:, None, None], -torch.inf
+        )
+        want = (odds.softmax(-1) @ values.float().nan_to_num()).view(rows, heads, size)[:live]
+        found[name] = relative(got, want)
 
     x, gate = torch.randn(5, 192), torch.randn(6, 192) * 0.1
     weights, index = decode_step.choose_experts(x, gate, 2)
@@ -167,6 +197,40 @@ def whole_model_differences() -> dict[str, float]:
     return found
 
 
+def decode_differences() -> dict[str, float]:
+    """Steps of three prompts, told what to write: whose attention finds its rows by itself, in a step of four rows, against
+    plain torch with a mask."""
+    from prompt_recovery.engine import check, load_base
+    from prompt_recovery.engine.decoding import Decoder
+    from prompt_recovery.engine.generation import ready
+    from prompt_recovery.engine.kernels import dispatch
+    from prompt_recovery.engine.planning import AnswerPlan
+
+    cpu = torch.device("cpu")
+    base = load_base(ROOT / "demo" / "tiny-mixtral", torch.float16, four_bit=True, kernels="triton")
+    prompts = [[1, *range(300, 300 + length)] for length in (40, 3, 17)]
+    logits: dict[str, list[torch.Tensor]] = {}
+    shapes = []
+    dispatch._cards[cpu] = dispatch.Card(75, 64 * dispatch.KIB)  # where attention is ours
+    for kernels in dispatch.KERNELS:
+        with dispatch.using(cpu, kernels), ready(base, AnswerPlan((5,), False, 64, 4096)) as prepared:
+            decoder = Decoder(prepared.parts, [1], rows=3, cells=4 * 64, max_new_tokens=4, eos=-1, pad=0)
+            choose, kept = decoder._choose, logits.setdefault(kernels, [])
+
+            def told(found, rows, choose=choose, kept=kept, decoder=decoder):
+                kept.append(found[:3].clone())
+                choose(found, rows)
+                decoder.tokens[:3, 0] = torch.tensor([400, 500, 600]) + len(kept)
+                shapes.append(rows)
+
+            decoder._choose = told
+            decoder.answer(prompts, [[None]] * 3)
+    assert shapes == [3, 4, 4, 4, 3, 3, 3, 3], shapes
+    pairs = list(zip(logits["triton"], logits["torch"], strict=True))
+    found = {f"step {number} of a decoder": relative(*pair) for number, pair in enumerate(pairs)}
+    return found | {"the check's own attention": check._attention_error(base.config, torch.float16, cpu)}
+
+
 @pytest.fixture(scope="module")
 def differences() -> dict[str, float]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -184,6 +248,16 @@ def test_few_rows_matches_dequantised_experts(differences, name):
 @pytest.mark.parametrize("name", [*EXACT, "no kernel for odd shapes"])
 def test_same_bits(differences, name):
     assert differences[name] == 0
+
+
+@pytest.mark.parametrize("name", [*ATTENTION, "the check's own attention"])
+def test_attention_in_16_bit(differences, name):
+    assert differences[name] < 1e-3
+
+
+@pytest.mark.parametrize("name", DECODER)
+def test_a_decoder_in_fp16(differences, name):
+    assert 0 < differences[name] < 5e-3
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *STEP])
@@ -294,4 +368,5 @@ def test_lookups_in_ptx_give_both_values_of_every_byte(dtype):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(json.dumps(few_rows_differences() | kernels_differences() | step_differences() | whole_model_differences()))
+    found = few_rows_differences() | kernels_differences() | step_differences() | whole_model_differences()
+    print(json.dumps(found | decode_differences()))

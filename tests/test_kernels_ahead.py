@@ -196,12 +196,14 @@ def many_rows(dtype: torch.dtype, tokens: int = 512) -> None:
     experts_training.swiglu_backward(gate_up, weights, order, empty(rows, INNER, dtype=dtype))
 
 
-def decode_attention(dtype: torch.dtype, rows: int = 31, columns: int = 1024) -> None:
-    """The launches of decode_step: rotary embedding with the cache, and the router."""
+def decode_attention(dtype: torch.dtype, rows: int, columns: int = 1024) -> None:
+    """The launches of decode_step: rotary embedding with the cache, attention, and the router."""
     qkv = empty(rows, (HEADS + 2 * KEY_HEADS) * HEAD_SIZE, dtype=dtype)
     angle, column = empty(rows, HEAD_SIZE, dtype=dtype), empty(1, dtype=torch.int64)
-    cache = empty(rows, KEY_HEADS, columns, HEAD_SIZE, dtype=dtype)
-    decode_step.rotate_and_store(qkv, angle, angle, column, cache, cache)
+    cache = empty(rows * KEY_HEADS * columns * HEAD_SIZE, dtype=dtype)
+    now, padding = empty(2, dtype=torch.int64), empty(rows, 1, dtype=torch.int64)
+    query = decode_step.rotate_and_store(qkv, angle, angle, cache, cache, column, now, KEY_HEADS)
+    decode_step.attend(query, cache, cache, padding, column, now, 17, KEY_HEADS, HEAD_SIZE**-0.5)
     x, gate = empty(rows, HIDDEN, dtype=dtype), empty(EXPERTS, HIDDEN, dtype=dtype)
     decode_step.choose_experts(x, gate, TOP_K)
 
@@ -230,7 +232,8 @@ def test_every_kernel_compiles_and_fits(pretend, capability):
     for tokens in range(1, dispatch.FEW_TOKENS + 1):
         few_rows(tokens, dtype)
     many_rows(dtype)
-    decode_attention(dtype)
+    for rows in (1, 2, 8, 16, 24, 32, 64):
+        decode_attention(dtype, rows)
     compiled = [*launches.values()]
     projections = [each for each in compiled if each.name == "_project"]
 

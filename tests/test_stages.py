@@ -89,7 +89,9 @@ def test_an_adapter_on_four_bits_answers_as_one_stage(merged):
 
 
 def test_a_lora_in_16_bit_is_as_near_to_fp32_as_peft_s():
-    lora, exact = (with_lora(loading.load_base(TINY, dtype, four_bit=True)) for dtype in (torch.bfloat16, torch.float32))
+    lora, exact = (
+        with_lora(loading.load_base(TINY, dtype, four_bit=True)) for dtype in (torch.bfloat16, torch.float32)
+    )
     ids = torch.tensor([[1, *range(300, 340)]])
     layers = [module for module in lora.modules() if isinstance(module, LoraLayer)]
 

@@ -16,8 +16,8 @@ import torch
 from prompt_recovery.engine.kernels.dispatch import on
 from prompt_recovery.engine.stage import Part, Stage, flow, hand_over
 
-# rows that a batch shrinks to: so few shapes that their graphs serve many batches
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# rows of a step, and those that a batch shrinks to: so few shapes that their graphs serve many batches
+ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256)
 CHECK = 8  # steps between two looks at what is done, for which the host waits; not tuned
 ALIGNMENT = 64  # cache lengths are multiples, so that batches of like lengths share a graph and masks are aligned
 
@@ -68,6 +68,9 @@ class Decoder:
         piece: int = 16_384,
         graphs: bool = True,
     ) -> None:
+        # a step whose attention knows the rows of the batch may have more: its graph serves batches of all lengths
+        self.rounds = parts[-1].knows_rows
+        rows = self._step_rows(rows)
         self.prefix, self.max_new, self.eos, self.pad = list(prefix), max_new_tokens, eos, pad
         self.temperature, self.top_p, self.piece = temperature, top_p, piece
         self.stages = [
@@ -123,6 +126,7 @@ class Decoder:
         self.draws[:rows] = torch.from_numpy(np.stack([d - (s is None) for d, s in zip(draws, flat, strict=True)]))
         self.number.zero_()
         self.done[:rows] = self.bad[:rows] = False
+        self.done[rows:] = True
         with on(self.device):
             self._choose(logits, rows)
         return self._decode(rows, count, share, finished)
@@ -170,13 +174,17 @@ class Decoder:
         self.tokens[:rows] = tokens[:, None]
         self.number += 1
 
+    def _step_rows(self, rows: int) -> int:
+        return next((size for size in ROWS if size >= rows), rows) if self.rounds else rows
+
     def _step(self, rows: int) -> None:
         """One token of each row, through the stages; nothing waits for the host."""
+        rows = self._step_rows(rows)
         y = self.tokens
         for stage in self.stages:
             if y is not stage.x:
                 hand_over(y[:rows], stage.x[:rows])
-            stage.replay(rows, (rows, stage.cache.columns, self.sampled), self._choose)
+            stage.replay(rows, self.sampled, self._choose)
             y = stage.y
 
     def _decode(
@@ -218,6 +226,7 @@ class Decoder:
         index = index.to(self.device)
         for state in (self.tokens, self.out, self.done, self.bad, self.draws):
             state[:rows] = state.index_select(0, index)
+        self.done[rows:] = True
         return [live[row] for row in kept]
 
 

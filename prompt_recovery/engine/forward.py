@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from transformers.integrations import moe
 
-from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
-from prompt_recovery.engine.storage import expert_weights, four_bit_experts, weights, workspace
+from prompt_recovery.engine.storage import expert_weights, four_bit_experts, weights
 
 
 class Routing(NamedTuple):
@@ -228,44 +227,3 @@ def keep_gate_up(model: nn.Module, checkpointed: int, kept: int) -> None:
     for number, experts in enumerate(four_bit_experts(model)):
         experts.__dict__.pop("_kept_gate_up", None)
         experts.keep_gate_up = checkpointed - kept <= number < checkpointed
-
-
-def check_kernels(model: nn.Module) -> None:
-    """Compare Triton's kernels with plain torch on one layer's experts, once a device. Where they differ by more than
-    rounding or can't run, plain torch computes there from then on, which is printed."""
-    for experts in four_bit_experts(model):
-        device = experts.gate_up_proj_packed.device
-        if device in _checked or not uses_triton(device):
-            continue
-        _checked.add(device)
-        dtype = next(model.parameters()).dtype
-        try:
-            error = _kernels_error(experts, dtype)
-        except Exception as problem:  # a compiler's or a driver's; plain torch goes on, and says why
-            dispatch.refuse(device, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}")
-            continue
-        limit = 4 * torch.finfo(dtype).eps  # rounding gives 3e-3 to 5e-3 in bf16, 5e-4 in fp16
-        if not error <= limit:
-            dispatch.refuse(device, f"off by {error:.1e}, at most {limit:.1e}")
-
-
-_checked: set[torch.device] = set()
-
-
-@torch.no_grad()
-def _kernels_error(experts: nn.Module, dtype: torch.dtype) -> float:
-    """The larger relative error of Triton's two ways, for few rows and for many, against plain torch."""
-    device, count = experts.gate_up_proj_packed.device, experts.num_experts
-    generator = torch.Generator(device).manual_seed(0)
-    errors = []
-    for tokens in (5, FEW_TOKENS + 1):
-        x = torch.randn(tokens, experts.gate_up_proj_packed.shape[2] * 2, generator=generator, device=device).to(dtype)
-        chosen, index = torch.rand(tokens, count, generator=generator, device=device).topk(min(2, count))
-        with dispatch.using(device, "torch"):
-            expected = experts_forward(experts, x, index, chosen.to(dtype)).float()
-        workspace(experts).buffers.clear()  # else Triton would be spared the dequantisation
-        found = experts_forward(experts, x, index, chosen.to(dtype)).float()
-        workspace(experts).buffers.clear()
-        # weights of zeros give 0 of 0
-        errors.append((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
-    return torch.stack(errors).max().item()  # NaN if one of them is

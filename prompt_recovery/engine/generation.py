@@ -146,8 +146,8 @@ def ready(model: Any, plan: AnswerPlan | None = None) -> Iterator[Ready]:
         if plan.merged:
             base = stack.enter_context(merged(model))
         parts = stack.enter_context(in_parts(base, plan.layers))
-        stack.enter_context(fast_layers(base))
-        yield Ready(base, parts, plan)
+        knows_rows = stack.enter_context(fast_layers(base))
+        yield Ready(base, [part._replace(knows_rows=knows_rows) for part in parts], plan)
 
 
 def plan_of(model: Any) -> AnswerPlan:

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, uses_triton
+from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, card, on, uses_triton
 
 ATTENTION = "prompt_recovery_decode"
 
@@ -48,10 +48,16 @@ def _decode_attention(self, hidden_states, position_embeddings, attention_mask=N
     else:
         qkv = nn.functional.linear(x, self.joined)
     cos, sin = (part.expand(len(x), 1, -1)[:, 0].contiguous() for part in position_embeddings)
-    keys, values = past_key_values.layer(self.layer_idx)
+    cache, (keys, values) = past_key_values, past_key_values.memory(self.layer_idx)
     with on(x.device):
-        query = decode_step.rotate_and_store(qkv, cos, sin, at, keys, values)
-    out, _ = _attention(self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling)
+        query = decode_step.rotate_and_store(qkv, cos, sin, keys, values, at, cache.now, cache.heads)
+        if self.knows_rows:
+            out = decode_step.attend(
+                query, keys, values, cache.padding, at, cache.now, cache.start, cache.heads, self.scaling
+            )
+        else:
+            keys, values = cache.layer(self.layer_idx)
+            out, _ = _attention(self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling)
     return self.o_proj(out.reshape(len(x), 1, -1)), None
 
 
@@ -102,9 +108,10 @@ def _join(attention: nn.Module) -> torch.Tensor | None:
 
 
 @contextmanager
-def fast_layers(model: Any) -> Iterator[None]:
+def fast_layers(model: Any) -> Iterator[bool]:
     """Let the model's attention, its LoRAs in 16 bit, and Mixtral's layers on devices with Triton, be those of this module
-    inside."""
+    inside. Gives whether every layer's attention knows by itself what a row sees in a decode step, which then needs no
+    mask."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
     before = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
@@ -118,6 +125,8 @@ def fast_layers(model: Any) -> Iterator[None]:
         devices = {parameter.device for parameter in model.parameters()}
         dtype = model.get_input_embeddings().weight.dtype
         triton = all(map(uses_triton, devices)) and dtype.itemsize == 2
+        # elsewhere SDPA has kernels for one query a row, beside which ours has not been measured
+        lowered = triton and all(card(device).lowered for device in devices)
         for module in model.modules():
             kind = type(module).__name__
             if "forward" in vars(module):
@@ -127,13 +136,14 @@ def fast_layers(model: Any) -> Iterator[None]:
                 if matrices is not None:
                     change(module, _lora_forward, sixteen=matrices)
             elif kind == "MixtralAttention" and triton:
-                change(module, _decode_attention, joined=_join(module))
+                knows_rows = lowered and module.head_dim in (16, 32, 64, 128, 256)
+                change(module, _decode_attention, joined=_join(module), knows_rows=knows_rows)
             elif kind == "MixtralTopKRouter" and triton:
                 change(module, _decode_router)
-        yield
+        yield sum(vars(module).get("knows_rows", False) for module in changed) == len(model.get_decoder().layers)
     finally:
         model.config._attn_implementation = before
         for module in changed:
             del module.forward
-            for name in ("joined", "sixteen"):
+            for name in ("joined", "knows_rows", "sixteen"):
                 vars(module).pop(name, None)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from prompt_recovery.engine import memory, quantiser
-from prompt_recovery.engine.forward import check_kernels
+from prompt_recovery.engine.check import check_kernels
 from prompt_recovery.engine.kernels import dispatch
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from prompt_recovery.engine.kernels.dispatch import on
 from prompt_recovery.engine.memory import kv_shape
 from prompt_recovery.engine.storage import share_workspace
 
-GRAPHS = 4  # captured steps that a stage keeps; each takes memory of its own on the card
+GRAPHS = 12  # captured steps that a stage keeps; each takes memory of its own on the card
 AHEAD = 2  # pieces that a stage may be ahead of the next one, for which its hidden states wait
 
 
@@ -29,7 +29,8 @@ class StageError(RuntimeError):
 
 class Part(NamedTuple):
     """What a stage computes with: a module that takes token ids (the first) or hidden states, and gives logits (the last)
-    or hidden states; the numbers of its layers; where they are, and the dtype of what they compute."""
+    or hidden states; the numbers of its layers; where they are, and the dtype of what they compute; whether its attention
+    knows by itself what a row sees in a decode step (`layers.fast_layers`)."""
 
     module: Any
     layers: range
@@ -37,6 +38,7 @@ class Part(NamedTuple):
     dtype: torch.dtype
     first: bool
     last: bool
+    knows_rows: bool = False
 
     def __call__(self, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """Logits [R, 1, vocabulary] after the last column, or hidden states [R, C, H], of ids [R, C] or hidden states."""
@@ -141,10 +143,17 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 class StaticCache:
     """Keys and values of [rows, heads, columns, size] a layer, in one piece of memory a layer that batches of other
-    shapes use again: a captured graph finds them where they were. It has what attention layers ask of transformers' Cache."""
+    shapes use again: a captured graph finds them where they were. It has what attention layers ask of transformers' Cache.
 
-    def __init__(self, part: Part, cells: int) -> None:
+    now: int64 [2] on the device, columns and rows of the batch. padding [R, 1]: columns of each row that hold nothing, from
+    `start` on.
+    """
+
+    def __init__(self, part: Part, cells: int, rows: int, start: int) -> None:
         self.heads, self.size = kv_shape(part.module.config)
+        self.start = start
+        self.padding = torch.zeros(rows, 1, dtype=torch.long, device=part.device)
+        self.now = torch.zeros(2, dtype=torch.long, device=part.device)
         self.before = part.layers.start
         count = cells * self.heads * self.size
         self.room = [torch.zeros(2, count, dtype=part.dtype, device=part.device) for _ in part.layers]
@@ -153,6 +162,12 @@ class StaticCache:
         count = rows * columns * self.heads * self.size
         self.views = [[part[:count].view(rows, self.heads, columns, self.size) for part in room] for room in self.room]
         self.columns = columns
+        self.now.copy_(torch.tensor([columns, rows]))
+
+    def memory(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, of which the batch takes the first part."""
+        keys, values = self.room[layer_idx - self.before]
+        return keys, values
 
     def at(self, rows: slice, columns: slice | torch.Tensor) -> None:
         """Where the next forward writes; it reads everything up to there, or all columns for a tensor of one column."""
@@ -189,15 +204,15 @@ class StaticCache:
 class Stage:
     """A part, the KV cache of its layers, and where the rows of the batch stand.
 
-    padding [R, 1]: columns of each row that hold nothing, behind the prefix of `start` columns. positions [R, 1]: of the
-    next token. column [1]: where it goes. x: what a step takes, ids [R, 1] or hidden states [R, 1, H]; y: what it gives.
+    start: columns of the prefix. positions [R, 1]: of the next token. column [1]: where it goes. x: what a step takes, ids
+    [R, 1] or hidden states [R, 1, H]; y: what it gives.
     """
 
     def __init__(self, part: Part, start: int, *, rows: int, cells: int, graphs: bool, alone: bool) -> None:
         self.part, self.device, self.start = part, part.device, start
-        self.cache = StaticCache(part, cells)
+        self.cache = StaticCache(part, cells, rows, start)
         whole = dict(device=part.device, dtype=torch.long)
-        self.padding, self.positions = torch.zeros(rows, 1, **whole), torch.zeros(rows, 1, **whole)
+        self.padding, self.positions = self.cache.padding, torch.zeros(rows, 1, **whole)
         self.column = torch.zeros(1, **whole)
         hidden = (rows, 1, part.module.config.get_text_config().hidden_size)
         states = dict(device=part.device, dtype=part.dtype)
@@ -232,6 +247,7 @@ class Stage:
     def begin(self, rows: int, columns: int, padding: torch.Tensor) -> None:
         """A batch of prompts: the shape of its cache, which begins with the prefix."""
         self.cache.shape(rows, columns)
+        self.padding.zero_()
         self.padding[: len(padding)] = padding.to(self.device)
         for views, fixed in zip(self.cache.views, self.prefix_kv, strict=True):
             for view, part in zip(views, fixed, strict=False):
@@ -246,10 +262,13 @@ class Stage:
 
     def step(self, rows: int, choose: Callable[[torch.Tensor, int], None]) -> None:
         """One token of each row; the last stage hands its logits, fp32 [R, vocabulary], to `choose`."""
-        seen = torch.arange(self.cache.columns, device=self.device)[None]
-        visible = ((seen < self.start) | (seen >= self.start + self.padding[:rows])) & (seen <= self.column)
-        # added to the scores rather than true or false: SDPA would make the one of the other in every layer
-        mask = torch.where(visible, 0.0, float("-inf")).to(self.part.dtype)
+        if self.part.knows_rows:
+            mask = torch.zeros(1, 1, dtype=self.part.dtype, device=self.device)  # for nobody but transformers
+        else:
+            seen = torch.arange(self.cache.columns, device=self.device)[None]
+            visible = ((seen < self.start) | (seen >= self.start + self.padding[:rows])) & (seen <= self.column)
+            # added to the scores rather than true or false: SDPA would make the one of the other in every layer
+            mask = torch.where(visible, 0.0, float("-inf")).to(self.part.dtype)
         y = self._forward(self.x[:rows], self.positions[:rows], mask[:, None, None])
         if self.part.last:
             choose(y[:, -1].float(), rows)
@@ -258,9 +277,10 @@ class Stage:
         self.positions[:rows] += 1
         self.column += 1
 
-    def replay(self, rows: int, key: tuple, choose: Callable[[torch.Tensor, int], None]) -> None:
-        """`step` by its CUDA graph, which the first step of a key runs before and captures."""
+    def replay(self, rows: int, sampled: bool, choose: Callable[[torch.Tensor, int], None]) -> None:
+        """`step` by its CUDA graph, which the first step of its kind runs before and captures."""
         self.cache.at(slice(0, rows), self.column)
+        key = rows, sampled, 0 if self.part.knows_rows else self.cache.columns
         if self.graphs is not None and key in self.graphs:
             with on(self.device):
                 self.graphs[key].replay()

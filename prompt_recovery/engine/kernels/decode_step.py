@@ -1,6 +1,7 @@
-"""Triton kernels for the small work of a decode step: what takes some twenty launches a layer in
-transformers takes two. With a mask made once a step and the experts' launches tuned, a step at B1
-took 1.7 ms less on an H200 (LOG.md)."""
+"""Triton kernels for the small work of a decode step: what takes some twenty launches a layer in transformers takes four.
+
+Rows and columns of the cache are read from the device, so that one captured step serves batches of all lengths.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from prompt_recovery.engine.kernels.dispatch import launch_options
+from prompt_recovery.engine.kernels.dispatch import card, launch_options
+
+# Programs that a launch of attention should have: twice the multiprocessors of an H100, three times those of a T4
+PROGRAMS = 264
 
 
 @triton.jit
 def _rotate_and_store(
-    qkv, cos, sin, column, query, keys, values, columns,
+    qkv, cos, sin, column, now, query, keys, values,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -23,7 +27,8 @@ def _rotate_and_store(
     source = qkv + (row * (HEADS + 2 * KEY_HEADS) + head) * size
     low, high = tl.load(source + at), tl.load(source + HALF + at)
     kind = qkv.dtype.element_ty
-    place = tl.load(column)
+    place, columns = tl.load(column), tl.load(now)
+    there = (head < HEADS) | (row < tl.load(now + 1))  # rows beyond those of the batch have no cache
     if head < HEADS + KEY_HEADS:
         cosine, sine = tl.load(cos + row * size + at).to(tl.float32), tl.load(sin + row * size + at).to(tl.float32)
         left, right = low.to(tl.float32), high.to(tl.float32)
@@ -34,31 +39,124 @@ def _rotate_and_store(
         target = keys + ((row * KEY_HEADS + head - HEADS) * columns + place) * size
     else:
         target = values + ((row * KEY_HEADS + head - HEADS - KEY_HEADS) * columns + place) * size
-    tl.store(target + at, low)
-    tl.store(target + HALF + at, high)
+    tl.store(target + at, low, mask=(at >= 0) & there)
+    tl.store(target + HALF + at, high, mask=(at >= 0) & there)
 
 
 def rotate_and_store(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    column: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    column: torch.Tensor,
+    now: torch.Tensor,
+    key_heads: int,
 ) -> torch.Tensor:
     """Rotary embedding of one token a row; its key and value go to `column` of the cache. Gives the query [R, heads, D].
 
-    qkv: [R, (heads + 2 * key heads) * D], one after the other; cos, sin: [R, D], both halves alike; column: int64 [1];
-    keys, values: contiguous [R, key heads, columns, D].
+    qkv: [R, (heads + 2 * key heads) * D], one after the other; cos, sin: [R, D], both halves alike; keys, values: memory
+    that begins with [rows, key heads, columns, D]; column: int64 [1]; now: int64 [2], columns and rows of the cache. Rows
+    of qkv beyond those of the cache leave nothing there.
     """
-    rows, key_heads, columns, size = keys.shape
+    rows, size = cos.shape
     heads = qkv.shape[1] // size - 2 * key_heads
     query = qkv.new_empty(rows, heads, size)
     _rotate_and_store[(rows, heads + 2 * key_heads)](
-        qkv, cos, sin, column, query, keys, values, columns,
+        qkv, cos, sin, column, now, query, keys, values,
         HEADS=heads, KEY_HEADS=key_heads, HALF=size // 2, num_warps=1, **launch_options(qkv.device),
     )  # fmt: skip
     return query
+
+
+@triton.jit(do_not_specialize=["start"])
+def _attend(
+    query, keys, values, padding, column, now, partial, sums, start, scale,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    group: tl.constexpr = HEADS // KEY_HEADS
+    columns, place = tl.load(now), tl.load(column)
+    pad = tl.load(padding + row)
+    cell = tl.minimum(row, tl.load(now + 1) - 1) * KEY_HEADS + head  # rows beyond the batch's read its last one's
+    keys += cell * columns * SIZE
+    values += cell * columns * SIZE
+    mine, at, near = tl.arange(0, ROOM), tl.arange(0, SIZE), tl.arange(0, BLOCK)
+    own = mine < group
+    q = tl.load(query + (row * HEADS + head * group + mine[:, None]) * SIZE + at[None, :], mask=own[:, None], other=0.0)
+    each = tl.cdiv(tl.cdiv(place + 1, BLOCK), SPLIT) * BLOCK
+    top = tl.full((ROOM,), float("-inf"), tl.float32)
+    total = tl.zeros((ROOM,), tl.float32)
+    found = tl.zeros((ROOM, SIZE), tl.float32)
+    for first in range(split * each, tl.minimum((split + 1) * each, place + 1), BLOCK):
+        there = first + near
+        seen = (there <= place) & ((there < start) | (there >= start + pad))
+        k = tl.load(keys + there[None, :] * SIZE + at[:, None], mask=seen[None, :], other=0.0)
+        score = tl.where(seen[None, :], tl.dot(q, k) * scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        level = tl.where(higher == float("-inf"), 0.0, higher)  # so far nothing but padding
+        odds = tl.exp(score - level[:, None])
+        before = tl.exp(top - level)
+        v = tl.load(values + there[:, None] * SIZE + at[None, :], mask=seen[:, None], other=0.0)
+        found = found * before[:, None] + tl.dot(odds.to(v.dtype), v)
+        total = total * before + tl.sum(odds, 1)
+        top = higher
+    part = ((row * KEY_HEADS + head) * SPLIT + split) * group + mine
+    tl.store(partial + part[:, None] * SIZE + at[None, :], found, mask=own[:, None])
+    tl.store(sums + part * 2, top, mask=own)
+    tl.store(sums + part * 2 + 1, total, mask=own)
+
+
+@triton.jit
+def _join_parts(
+    partial, sums, out,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group: tl.constexpr = HEADS // KEY_HEADS
+    split, at = tl.arange(0, SPLIT), tl.arange(0, SIZE)
+    part = ((row * KEY_HEADS + head // group) * SPLIT + split) * group + head % group
+    top, total = tl.load(sums + part * 2), tl.load(sums + part * 2 + 1)
+    share = tl.exp(top - tl.max(top, 0))
+    found = tl.load(partial + part[:, None] * SIZE + at[None, :]) * share[:, None]
+    value = tl.sum(found, 0) / tl.sum(total * share, 0)
+    tl.store(out + (row * HEADS + head) * SIZE + at, value.to(out.dtype.element_ty))
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    padding: torch.Tensor,
+    column: torch.Tensor,
+    now: torch.Tensor,
+    start: int,
+    key_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of one token a row over the columns of the cache up to `column`, but for `padding` columns from `start` on.
+
+    query: [R, heads, D] of 16 bit, D a power of 2 from 16 on; padding: int64 [R, 1]; the others as in `rotate_and_store`.
+    Gives [R, heads, D]. The columns are split among programs where rows are few, and summed in a fixed order.
+    """
+    rows, heads, size = query.shape
+    group, device = heads // key_heads, query.device
+    split = min(32, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * key_heads)))
+    partial = torch.empty(rows, key_heads, split, group, size, dtype=torch.float32, device=device)
+    sums = torch.empty(rows, key_heads, split, group, 2, dtype=torch.float32, device=device)
+    options = {"num_stages": 1 if card(device).lowered else 2, **launch_options(device)}
+    _attend[(rows, key_heads, split)](
+        query, keys, values, padding, column, now, partial, sums, start, scale,
+        HEADS=heads, KEY_HEADS=key_heads, SIZE=size, ROOM=max(16, triton.next_power_of_2(group)), BLOCK=64, SPLIT=split,
+        num_warps=4, **options,
+    )  # fmt: skip
+    out = torch.empty_like(query)
+    _join_parts[(rows, heads)](
+        partial, sums, out, HEADS=heads, KEY_HEADS=key_heads, SIZE=size, SPLIT=split, num_warps=1,
+        **launch_options(device),
+    )  # fmt: skip
+    return out
 
 
 @triton.jit
