@@ -59,6 +59,19 @@ def test_the_program_prints_a_plan_without_a_gpu(true_shape, capsys):  # noqa: F
     assert "reckoned" not in capsys.readouterr().out
 
 
+def test_the_program_quantises_a_folder_once(tmp_path, tiny, capsys):
+    target = tmp_path / "nf4"
+    assert program.main(["quantise", str(tiny), str(target)]) == 0
+    assert f"written: {target}" in capsys.readouterr().out
+    ids = torch.tensor([[1, 300, 400]])
+    saved, loaded = loading.load_base(target), loading.load_base(tiny, four_bit=True)
+    assert torch.equal(saved(ids).logits, loaded(ids).logits)
+    before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
+    assert program.main(["quantise", str(tiny), str(target)]) == 1
+    assert "is there already; give a new folder" in capsys.readouterr().err
+    assert before == {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
+
+
 def test_a_test_set_s_own_lengths_are_reckoned(tmp_path, mistral_dir, true_shape, capsys):  # noqa: F811
     import shutil
 
