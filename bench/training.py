@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn import functional
 from true_shape import device_rates, fill, write_checkpoint
 
-from prompt_recovery import training
 from prompt_recovery.adapter import add_lora
 from prompt_recovery.engine import checkpointing, forward, load_base, release_buffers, save_quantised, storage
+from prompt_recovery.examples import IGNORED
 
 GIB = 2**30
 LENGTH, LABELS = 512, 64
@@ -43,7 +43,7 @@ def timed_steps(step, rows: int, steps: int = 4, warm: int = 2) -> tuple[float, 
     for _ in range(warm + steps):
         ids = torch.randint(5, 32000, (rows, LENGTH), device="cuda")
         labels = ids.clone()
-        labels[:, :-LABELS] = training.IGNORED
+        labels[:, :-LABELS] = IGNORED
         torch.cuda.synchronize()
         start = time.monotonic()
         step(ids, labels)
@@ -135,7 +135,7 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     optimiser = bnb.optim.PagedAdamW8bit([p for p in lora.parameters() if p.requires_grad], lr=1e-5)
 
     def step(ids: torch.Tensor, labels: torch.Tensor) -> None:
-        columns = (labels[:, 1:] != training.IGNORED).any(0).nonzero()[:, 0]
+        columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         with torch.autocast("cuda", dtype=torch.bfloat16):
             output = lora(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=columns)
         targets = labels[:, columns + 1].flatten()

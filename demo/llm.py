@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prompt_recovery import adapter, comparison, engine, metric, training
+from prompt_recovery import adapter, comparison, engine, metric, plots
 from prompt_recovery.combine import LIMIT, combine
 from prompt_recovery.tokenizer import encode_text
 
@@ -108,7 +108,7 @@ def plot_curve(table: pd.DataFrame, label: str, scale: str, base: float, path: P
     axes.set_xticks(table["x"], [f"{value:.0f}" for value in table["x"]])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    training.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def curve_cells(kinds: Sequence[str], rows: int, steps: int) -> dict[str, dict[str, Any]]:

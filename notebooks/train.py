@@ -48,7 +48,7 @@ from pathlib import Path
 from accelerate import PartialState
 from IPython.display import Image, display
 
-from prompt_recovery import adapter, answers, data, engine, metric, tokenizer, training
+from prompt_recovery import adapter, answers, data, engine, examples, metric, plots, tokenizer, training
 
 output = Path(output_dir)
 output.mkdir(parents=True, exist_ok=True)
@@ -76,15 +76,15 @@ train_rows.head(3)
 # %%
 tok = tokenizer.load_tokenizer(model_dir, pad=pad)
 render = dict(max_tokens=max_tokens, style=style, system_placement=system_placement)
-train_examples = training.make_examples(tok, train_rows, **render)
-eval_examples = training.make_examples(tok, eval_rows, **render) if len(eval_rows) else []
-print(training.show_example(tok, train_examples[0]))
+train_examples = examples.make_examples(tok, train_rows, **render)
+eval_examples = examples.make_examples(tok, eval_rows, **render) if len(eval_rows) else []
+print(examples.show_example(tok, train_examples[0]))
 
 # %% [markdown]
 # Texts that are too long lose their middle, in proportion to their lengths; the instruction and the answer never do.
 
 # %%
-training.plot_lengths(train_examples, max_tokens, output / "lengths.png")
+plots.plot_lengths(train_examples, max_tokens, output / "lengths.png")
 display(Image(str(output / "lengths.png")))
 
 # %% [markdown]
@@ -95,7 +95,7 @@ display(Image(str(output / "lengths.png")))
 encoder = metric.load_encoder(encoder_dir)
 base = engine.load_base(model_dir, four_bit=four_bit)
 answer_options = render | dict(
-    max_new_tokens=math.ceil(1.5 * max(training.answer_length(example) for example in train_examples)),
+    max_new_tokens=math.ceil(1.5 * max(examples.answer_length(example) for example in train_examples)),
     fallback_prompt="Please improve this text.",
 )
 before = answers.answer_table(base, tok, eval_rows, description="answers before", **answer_options)
@@ -147,7 +147,7 @@ if not PartialState().is_main_process:
 # answers to 64 held-out rows decides which adapter is kept: the one of the marked step.
 
 # %%
-training.plot_log(log, output / "loss.png")
+plots.plot_log(log, output / "loss.png")
 display(Image(str(output / "loss.png")))
 
 # %% [markdown]

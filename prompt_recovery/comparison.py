@@ -19,11 +19,12 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prompt_recovery import adapter, data, metric, training
+from prompt_recovery import adapter, data, files, metric, plots, training
 from prompt_recovery.answers import answer_rows
 from prompt_recovery.base import config_hash
 from prompt_recovery.combine import agreements, combine, pick_threshold
 from prompt_recovery.engine import Sampling, base_id
+from prompt_recovery.examples import make_examples
 
 SETTINGS: dict[str, Any] = dict(
     style="plain",
@@ -168,7 +169,7 @@ def run_cell(
     )
     if trained:
         answering.unload()
-    training.write_atomically(table, answers_csv)
+    files.write_csv(table, answers_csv)
     return pd.read_csv(answers_csv, keep_default_na=False, dtype={"id": str})
 
 
@@ -178,7 +179,7 @@ def _train(
 ) -> Any:  # fmt: skip
     if cell["supervise"] not in ("answer", "text"):
         raise ComparisonError(f"supervise={cell['supervise']!r}: choose answer or text.")
-    examples = training.make_examples(
+    examples = make_examples(
         tokenizer, rows, max_tokens=cell["max_tokens"], style=cell["style"], system_placement=cell["system_placement"]
     )
     if cell["supervise"] == "text":
@@ -271,7 +272,7 @@ def plot_results(table: pd.DataFrame, path: str | Path) -> None:
     for number, (x, y) in enumerate(zip(table["seconds_a_row"], table["scs"], strict=True)):
         axes.annotate(str(number), (x, y), xytext=(5, 5), textcoords="offset points")
     axes.set(xlabel="seconds a row", ylabel="SCS, 95% interval", xlim=(0, None))
-    training.save_figure(figure, Path(path))
+    plots.save_figure(figure, Path(path))
 
 
 def _key(loaded: Sequence[Any], settings: Mapping[str, Any], *tables: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Fine-tune a LoRA on rows: examples, collator, transformers.Trainer, its log and its picture.
+"""Fine-tune a LoRA on rows: settings, memory plan, checkpoints, resume.
 
 A run killed at any moment goes on from its last whole checkpoint, with the same batches and the same random numbers
 as if it had not been killed.
@@ -9,225 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainingArguments
 
-from prompt_recovery.engine import (
-    TooLittleMemory,
-    TrainingPlan,
-    apply_plan,
-    processes,
-    release_buffers,
-    training_plan,
-)
-from prompt_recovery.templates import TemplateError, render_answer
-from prompt_recovery.tokenizer import TokenizerError, encode_row
-
-IGNORED = -100  # torch's cross_entropy leaves this label out
-Example = dict[str, list[int]]
-
-
-class TrainingError(ValueError):
-    """Rows or settings that cannot be trained on."""
-
-
-def make_examples(
-    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, style: str, system_placement: str
-) -> list[Example]:
-    """Rows as `input_ids` and `labels` (lists of equal length, at most max_tokens): labels are the ids where the answer
-    and its EOS stand and -100 elsewhere. Masked by position, so it does not matter which id pads.
-
-    Raises TrainingError naming the rows that have no answer in this style, whose answer does not fit, or that have no
-    supervised token.
-    """
-    examples = []
-    refused: list[tuple[str, str]] = []
-    for number, row in enumerate(rows.to_dict("records"), 1):
-        try:
-            answer = render_answer(row["rewrite_prompt"], style, row.get("response", ""))
-            ids, supervised = encode_row(
-                tokenizer, row, max_tokens=max_tokens, style=style, system_placement=system_placement, answer=answer
-            )
-        except (TemplateError, TokenizerError) as error:
-            refused.append((str(row.get("source", f"row {number}")), str(error)))
-            continue
-        labels = [i if keep else IGNORED for i, keep in zip(ids, supervised, strict=True)]
-        examples.append({"input_ids": ids, "labels": labels})
-    if refused:
-        places = ", ".join(place for place, _ in refused[:10]) + (" ..." if len(refused) > 10 else "")
-        raise TrainingError(f"{len(refused)} of {len(rows)} rows are refused ({places}); the first: {refused[0][1]}")
-    check_supervised(examples, tokenizer.eos_token_id)
-    return examples
-
-
-def check_supervised(examples: Sequence[Example], eos: int) -> None:
-    """Raises TrainingError for examples without a supervised token (their loss is silently 0), or not ending in EOS."""
-    if not examples:
-        raise TrainingError("there are no rows to train on; check what was dropped and eval_fraction.")
-    bad = [n for n, example in enumerate(examples) if example["labels"][-1] != eos]
-    if bad:
-        raise TrainingError(
-            f"{len(bad)} of {len(examples)} rows do not end in a supervised EOS (positions {bad[:5]}): the model would "
-            "never learn to stop. Do not truncate examples; encode_row shortens the texts instead."
-        )
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """int64 input_ids, attention_mask and labels of shape [batch, longest], padded on the right.
-
-    Padding is pad_id / 0 / -100 by position; an id equal to pad_id inside an example keeps its label and attention.
-    """
-    width = max(len(example["input_ids"]) for example in examples)
-
-    def pad(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([example[name] + [value] * (width - len(example[name])) for example in examples])
-
-    mask = [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
-    return {
-        "input_ids": pad("input_ids", pad_id),
-        "attention_mask": torch.tensor(mask),
-        "labels": pad("labels", IGNORED),
-    }
-
-
-def answer_length(example: Example) -> int:
-    """Number of supervised tokens, EOS included."""
-    return sum(label != IGNORED for label in example["labels"])
-
-
-def show_example(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
-    """The example decoded, with the supervised part between »»» and «««."""
-    ids, labels = example["input_ids"], example["labels"]
-    start = next(n for n, label in enumerate(labels) if label != IGNORED)
-    return f"{tokenizer.decode(ids[:start])}»»»{tokenizer.decode(ids[start:])}«««"
-
-
-class LengthGroupedBatches(Sampler[int]):
-    """Shuffled indices in which neighbours have similar lengths; a function of (seed, epoch) alone, so that a resumed
-    run sees the same order (transformers' own sampler draws from the global generator). The `fill` indices after those
-    of `lengths` come last."""
-
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int, fill: int = 0) -> None:
-        self.lengths, self.batch, self.seed, self.fill, self.epoch = list(lengths), batch, seed, fill, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths) + self.fill
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
-        return iter([*order, *range(len(self.lengths), len(self))])
-
-
-class _Trainer(Trainer):
-    score: Callable[[], float] | None = None
-    rows_in_order = 1  # rows of one optimiser step, all processes together: they are sorted among themselves
-    fill = 0  # rows without a label at the end of the training set
-    rows_at_a_time: int | None = None  # set when a micro-batch ran out of memory
-    all_recomputed = False  # the same: every layer checkpointed, nothing kept
-
-    def compute_loss(
-        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean cross-entropy over the supervised tokens of the whole batch. lm_head runs on the columns in which some row
-        has a label: all of B8 x S512 would be 1 GiB of fp32 logits and their gradient."""
-        labels = inputs["labels"]
-        # an array, which no hook moves: a tensor would go to the first card, and lm_head may be on the last
-        columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0].cpu().numpy()
-        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=columns)
-        targets = labels[:, columns + 1].flatten()
-        logits = outputs.logits.float().flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        tokens = targets.ne(IGNORED).sum()
-        if not model.training:
-            self.evaluated += torch.stack((loss.detach(), tokens))
-        if num_items_in_batch is None:
-            loss = loss / tokens
-        else:
-            # processes average their gradients, and each holds its part of a sum
-            loss = loss * self.accelerator.num_processes / num_items_in_batch
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
-        """A forward and backward pass. Out of memory, the rows are halved and, at one row, every layer checkpointed; the
-        gradients so far are kept, and the sum over the parts is the same."""
-        rows = len(inputs["labels"])
-        if self.rows_at_a_time is None or rows <= self.rows_at_a_time:
-            grads = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
-            try:
-                return super().training_step(model, inputs, num_items_in_batch)
-            except torch.OutOfMemoryError as error:
-                self._make_room(rows, error)
-            # outside of the handler, whose traceback would hold the activations
-            for parameter, grad in grads:
-                parameter.grad = grad
-            torch.cuda.empty_cache()
-        parts = min(rows, self.rows_at_a_time or rows)
-        losses = [
-            self.training_step(model, {k: v[start : start + parts] for k, v in inputs.items()}, num_items_in_batch)
-            for start in range(0, rows, parts)
-        ]
-        return torch.stack(losses).sum()
-
-    def _make_room(self, rows: int, error: torch.OutOfMemoryError) -> None:
-        base = self.accelerator.unwrap_model(self.model)
-        count = base.config.get_text_config().num_hidden_layers
-        if self.args.world_size > 1 or (rows == 1 and self.all_recomputed):
-            raise TooLittleMemory(
-                f"Out of memory with {rows} rows at a time and no way left to use less: {error}. Lower max_tokens or, with "
-                "several processes, batch_size."
-            ) from error
-        if rows == 1:
-            apply_plan(base, TrainingPlan(1, 1, checkpointed=count))
-            self.all_recomputed = True
-        self.rows_at_a_time = max(1, rows // 2)
-        recomputed = " and activations recomputed in every layer" if self.all_recomputed else ""
-        print(f"out of memory with {rows} rows at a time: going on with {self.rows_at_a_time}{recomputed}")
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.evaluated = torch.zeros(2, device=self.args.device)
-        output = super().evaluation_loop(*args, **kwargs)
-        # a token's mean: Trainer's depends on which rows share a batch, and so on the number of processes
-        loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
-        output.metrics["eval_loss"] = loss / tokens
-        if self.score is not None:
-            # one score for all processes: if theirs differed in a last bit, one might stop and the others wait for it
-            output.metrics["eval_scs"] = broadcast_object_list([self.score()])[0]
-        return output
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # the default would look the base up on the hub, to see whether embeddings must be saved: they must not
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        lengths = lengths[: len(lengths) - self.fill]
-        return LengthGroupedBatches(lengths, self.rows_in_order, self.args.seed, self.fill)
-
-
-class _WriteLog(TrainerCallback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            write_atomically(training_log(state.log_history), self.path)
+from prompt_recovery.engine import TrainingPlan, apply_plan, processes, release_buffers, training_plan
+from prompt_recovery.examples import IGNORED, Example, TrainingError, answer_length, check_supervised, collate
+from prompt_recovery.files import write_csv
+from prompt_recovery.trainer import RowTrainer, WriteLog, training_log
 
 
 def train(
@@ -292,7 +88,7 @@ def train(
             set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
             log = training_log(saved["log_history"])
             if state.is_main_process:
-                write_atomically(log, output_dir / "training_log.csv")
+                write_csv(log, output_dir / "training_log.csv")
             model.eval()
             return log
     on_gpu = torch.cuda.is_available()
@@ -311,48 +107,18 @@ def train(
         )
     )
     has_eval = len(eval_examples) > 0
-    best = "eval_scs" if score else "eval_loss"
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=total,
-        learning_rate=learning_rate,
-        warmup_steps=min(warmup_steps, total // 10),
-        lr_scheduler_type="linear",
-        optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
-        per_device_train_batch_size=plan.rows,
-        per_device_eval_batch_size=batch_size,
-        gradient_accumulation_steps=plan.accumulation,
-        max_grad_norm=1.0,
-        bf16=bf16,
-        fp16=on_gpu and not bf16,
-        use_cpu=not on_gpu,
-        logging_steps=log_every,
-        eval_strategy="steps" if has_eval else "no",
-        eval_steps=eval_every,
-        save_strategy="steps",
-        save_steps=eval_every,
-        save_total_limit=2,
-        load_best_model_at_end=has_eval,
-        restore_callback_states_from_checkpoint=True,  # else a resumed run forgets how long it has not improved
-        metric_for_best_model=best if has_eval else None,
-        greater_is_better=best == "eval_scs" if has_eval else None,
-        report_to=["tensorboard"] if tensorboard else [],
-        remove_unused_columns=False,
-        label_names=["labels"],
-        seed=seed,
-        dataloader_pin_memory=on_gpu,
-        ddp_find_unused_parameters=False,
-    )
-    # one process computes on one card: of several that it sees, Trainer would give each a batch and train on all rows
-    # of these, or copy the model to them
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = _Trainer(
+    arguments = _arguments(
+        checkpoints, plan, eval_every, has_eval, score is not None, bf16, max_steps=total,
+        learning_rate=learning_rate, warmup_steps=min(warmup_steps, total // 10), logging_steps=log_every,
+        per_device_eval_batch_size=batch_size, report_to=["tensorboard"] if tensorboard else [], seed=seed,
+    )  # fmt: skip
+    trainer = RowTrainer(
         model=model,
         args=arguments,
         train_dataset=[*train_examples, *filler * fill],
         eval_dataset=[*eval_examples, *filler * eval_fill] if has_eval else None,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-        callbacks=[_WriteLog(output_dir / "training_log.csv")]
+        callbacks=[WriteLog(output_dir / "training_log.csv")]
         + ([EarlyStoppingCallback(early_stopping_patience=patience)] if has_eval else []),
     )
     trainer.score = score
@@ -363,6 +129,42 @@ def train(
     release_buffers(model)
     model.eval()
     return training_log(trainer.state.log_history)
+
+
+def _arguments(
+    checkpoints: Path, plan: TrainingPlan, every: int, has_eval: bool, scored: bool, bf16: bool, **settings: Any
+) -> TrainingArguments:
+    """Trainer's own settings. every: steps from one evaluation and checkpoint to the next."""
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        lr_scheduler_type="linear",
+        optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+        per_device_train_batch_size=plan.rows,
+        gradient_accumulation_steps=plan.accumulation,
+        max_grad_norm=1.0,
+        bf16=bf16,
+        fp16=on_gpu and not bf16,
+        use_cpu=not on_gpu,
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=has_eval,
+        restore_callback_states_from_checkpoint=True,  # else a resumed run forgets how long it has not improved
+        metric_for_best_model=("eval_scs" if scored else "eval_loss") if has_eval else None,
+        greater_is_better=scored if has_eval else None,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+        **settings,
+    )
+    # one process computes on one card: of several that it sees, Trainer would give each a batch and train on all rows
+    # of these, or copy the model to them
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _plan(
@@ -411,68 +213,3 @@ def _prepare_checkpoints(checkpoints: Path, settings: Mapping[str, Any], resume:
     checkpoints.mkdir(parents=True, exist_ok=True)
     note.write_text(key)
     return last
-
-
-def training_log(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
-    """transformers' log history as one row a step:
-    step, epoch, loss, eval_loss, eval_scs, learning_rate; NaN where not measured."""
-    columns = ["step", "epoch", "loss", "eval_loss", "eval_scs", "learning_rate"]
-    frame = pd.DataFrame([{k: entry[k] for k in columns if k in entry} for entry in history], columns=columns)
-    frame = frame[frame["loss"].notna() | frame["eval_loss"].notna()]
-    return frame.groupby("step", as_index=False).first().reindex(columns=columns)
-
-
-def plot_log(log: pd.DataFrame, path: str | Path) -> None:
-    """Train and eval loss, and the eval score if it was measured, against the step; the best step marked. A PNG."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for column, label in (("loss", "train"), ("eval_loss", "eval")):
-        part = log[log[column].notna()]
-        axes.plot(part["step"], part[column], marker="o" if column == "eval_loss" else None, ms=3, label=label)
-    scored = log["eval_scs"].notna().any()
-    if scored:
-        part = log[log["eval_scs"].notna()]
-        right = axes.twinx()
-        right.plot(
-            part["step"], part["eval_scs"], color="tab:green", marker="s", ms=3, ls="--", label="eval SCS (right)"
-        )
-        right.set(ylim=(0, None), ylabel="SCS of held-out answers")
-    if log["eval_loss"].notna().any():
-        best = log.iloc[int(np.nanargmax(log["eval_scs"]) if scored else np.nanargmin(log["eval_loss"]))]
-        value = f"SCS {best['eval_scs']:.3f}" if scored else f"eval loss {best['eval_loss']:.3f}"
-        axes.axvline(best["step"], color="grey", lw=0.8, ls=":", label=f"best: {value} at step {best['step']:.0f}")
-    axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))
-    figure.legend(frameon=False, loc="outside upper center", ncols=4)
-    save_figure(figure, Path(path))
-
-
-def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path) -> None:
-    """Histogram of the examples' lengths in tokens, with the limit marked, as a PNG."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 2.5), layout="constrained")
-    axes.hist([len(example["input_ids"]) for example in examples], bins=40)
-    axes.axvline(max_tokens, color="tab:red", lw=1, label=f"max_tokens = {max_tokens}")
-    axes.set(xlabel="tokens in an example", ylabel="examples")
-    axes.legend(frameon=False)
-    save_figure(figure, Path(path))
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG and close the figure. Several processes may draw the same picture: each one's file is whole when it
-    takes its place."""
-    import matplotlib.pyplot as plt
-
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.png")
-    figure.savefig(partial, dpi=120)
-    plt.close(figure)
-    os.replace(partial, path)
-
-
-def write_atomically(frame: pd.DataFrame, path: Path) -> None:
-    """Write a CSV beside `path` and move it there, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    frame.to_csv(partial, index=False)
-    os.replace(partial, path)

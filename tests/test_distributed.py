@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
-from prompt_recovery import adapter, metric, training
+from prompt_recovery import adapter, metric, trainer, training
 from prompt_recovery.engine import memory
 
 # without a GPU `--cpu` starts one process, whatever --num_processes says; `--multi_gpu` starts as many as it is told
@@ -103,7 +103,7 @@ def test_rows_that_cannot_be_shared_out_are_refused(monkeypatch):
 
 
 def test_rows_without_labels_stand_last_and_once():
-    sampler = training.LengthGroupedBatches([5, 9, 3, 7, 1], batch=2, seed=0, fill=3)
+    sampler = trainer.LengthGroupedBatches([5, 9, 3, 7, 1], batch=2, seed=0, fill=3)
     for epoch in range(3):
         sampler.set_epoch(epoch)
         order = list(sampler)

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from prompt_recovery import adapter, training
+from prompt_recovery import adapter, trainer, training
 from prompt_recovery.engine import TooLittleMemory, TrainingPlan, checkpointing, loading, memory, quantiser, storage
 from prompt_recovery.engine.memory import GIB, RESERVE, Sizes
+from prompt_recovery.examples import IGNORED, collate, make_examples
 
 TRUE_SHAPE = MixtralConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -219,12 +220,12 @@ def step(lora, rows, tokens, answer, autocast=None):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 320, (rows, tokens), generator=generator)
     labels = ids.clone()
-    labels[:, :-answer] = training.IGNORED
+    labels[:, :-answer] = IGNORED
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     lora.zero_grad(set_to_none=True)
     with Alive() as alive:
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            loss = training._Trainer.compute_loss(None, lora, inputs)
+            loss = trainer.RowTrainer.compute_loss(None, lora, inputs)
         between = alive.now
         loss.backward()
     return between, alive.peak
@@ -285,7 +286,7 @@ def test_a_plan_says_what_it_does():
 def run(folder, *, break_it=None, rows=12, steps=4, dropout=0.0, **options):
     """A short run on the tiny model: its log and its adapter. break_it(lora) may install hooks."""
     tok, lora = build(dropout=dropout)
-    examples = training.make_examples(tok, demo_rows(rows), **SHORT)
+    examples = make_examples(tok, demo_rows(rows), **SHORT)
     if break_it is not None:
         break_it(lora)
     log = training.train(lora, tok, examples, [], folder, max_steps=steps, **FAST | options)
@@ -308,14 +309,14 @@ def undisturbed(tmp_path_factory):
 
 def test_loss_on_label_columns_is_the_model_s_own_loss():
     tok, lora = build()
-    examples = training.make_examples(tok, demo_rows(5), **SHORT)
-    batch = training.collate(examples, tok.pad_token_id)
+    examples = make_examples(tok, demo_rows(5), **SHORT)
+    batch = collate(examples, tok.pad_token_id)
     asked = []
     lora.get_base_model().lm_head.register_forward_hook(lambda module, args, out: asked.append(out.shape[1]))
     results = []
     for ours in (True, False):
         lora.zero_grad()
-        loss = training._Trainer.compute_loss(None, lora, batch) if ours else lora(**batch).loss
+        loss = trainer.RowTrainer.compute_loss(None, lora, batch) if ours else lora(**batch).loss
         loss.backward()
         results.append((loss.item(), {n: p.grad.clone() for n, p in lora.named_parameters() if p.requires_grad}))
     (found, grads), (expected, others) = results
@@ -433,7 +434,7 @@ def test_a_4_bit_model_trains_and_resumes(tmp_path, capsys):
         adapter.resize_input_embeddings(base, len(tok))
         lora = adapter.add_lora(base, base="tiny-mixtral", dropout=0.1, seed=0)
         before = {name: p.detach().clone() for name, p in lora.named_parameters() if "lora" not in name}
-        examples = training.make_examples(tok, demo_rows(4), **SHORT)
+        examples = make_examples(tok, demo_rows(4), **SHORT)
         log = training.train(
             lora, tok, examples, examples[:2], tmp_path / folder, max_steps=3, resume=number == 2,
             activation_checkpointing=True, **FAST,

@@ -13,10 +13,18 @@ from conftest import NASTY, ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_recovery import adapter, answers, training
+from prompt_recovery import adapter, answers, trainer, training
 from prompt_recovery.engine import loading
+from prompt_recovery.examples import (
+    IGNORED,
+    TrainingError,
+    answer_length,
+    check_supervised,
+    collate,
+    make_examples,
+    show_example,
+)
 from prompt_recovery.tokenizer import load_tokenizer
-from prompt_recovery.training import IGNORED, TrainingError, collate
 
 OPTIONS = dict(max_tokens=320, style="plain", system_placement="user")
 SHORT = OPTIONS | dict(max_tokens=120)
@@ -63,11 +71,11 @@ def test_collator_never_supervises_padding_or_prompt(sizes, pad_id):
 
 def test_rows_without_a_supervised_end_are_refused():
     with pytest.raises(TrainingError, match="positions \\[1\\]"):
-        training.check_supervised(
+        check_supervised(
             [{"input_ids": [1, 2], "labels": [IGNORED, 2]}, {"input_ids": [1, 5], "labels": [IGNORED] * 2}], 2
         )
     with pytest.raises(TrainingError, match="no rows"):
-        training.check_supervised([], 2)
+        check_supervised([], 2)
 
 
 def test_nasty_rows_keep_answer_and_eos():
@@ -76,7 +84,7 @@ def test_nasty_rows_keep_answer_and_eos():
         {"original_text": NASTY, "rewritten_text": NASTY[::-1], "rewrite_prompt": [t[:200] for t in NASTY]}
     )
     for example, prompt in zip(
-        training.make_examples(tok, rows, **OPTIONS | dict(max_tokens=900)), rows["rewrite_prompt"], strict=True
+        make_examples(tok, rows, **OPTIONS | dict(max_tokens=900)), rows["rewrite_prompt"], strict=True
     ):
         assert tok.decode([i for i in example["labels"] if i != IGNORED]) == prompt.strip() + "</s>"
 
@@ -92,7 +100,7 @@ def test_adapter_is_fp32_on_any_base(dtype):
 def test_adapter_moves_and_the_base_does_not(tmp_path):
     tok, lora = build(dropout=0.1)
     before = {name: p.detach().clone() for name, p in lora.named_parameters()}
-    examples = training.make_examples(tok, demo_rows(24), **OPTIONS)
+    examples = make_examples(tok, demo_rows(24), **OPTIONS)
     log = training.train(lora, tok, examples, [], tmp_path, max_steps=3, **FAST)
     moved = {name for name, p in lora.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora" in name}
@@ -104,7 +112,7 @@ def test_pad_token_and_unk_give_the_same_losses_and_adapter(tmp_path):
     results = {}
     for pad in ("<pad>", "unk"):
         tok, lora = build(pad)
-        examples = training.make_examples(tok, demo_rows(20), **OPTIONS)
+        examples = make_examples(tok, demo_rows(20), **OPTIONS)
         log = training.train(lora, tok, examples, examples[:4], tmp_path / pad.strip("<>"), max_steps=4, **FAST)
         results[pad] = (log, lora_state(lora))
     (log, state), (other_log, other) = results.values()
@@ -118,7 +126,7 @@ def test_masking_by_id_with_pad_eos_never_stops_and_ours_does():
     rows = demo_rows(4).assign(rewrite_prompt="Make it rhyme.")
     for way in ("by position", "by id, pad = eos"):
         tok, lora = build()
-        examples = training.make_examples(tok, rows, **OPTIONS)
+        examples = make_examples(tok, rows, **OPTIONS)
         optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=5e-3)
         for _ in range(15):
             batch = collate(examples, tok.pad_token_id)
@@ -140,7 +148,7 @@ def test_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tok, lora = build()
-    examples = training.make_examples(tok, demo_rows(6), **SHORT)
+    examples = make_examples(tok, demo_rows(6), **SHORT)
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 1.0])
     log = training.train(
         lora, tok, examples[:4], examples[4:], tmp_path, max_steps=20, patience=3, score=lambda: next(scores),
@@ -164,7 +172,7 @@ def test_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
 
 def test_batches_hold_similar_lengths_in_an_order_of_their_own_each_epoch(tmp_path):
     lengths = list(range(1, 401))
-    sampler = training.LengthGroupedBatches(lengths, batch=4, seed=0)
+    sampler = trainer.LengthGroupedBatches(lengths, batch=4, seed=0)
     orders = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
@@ -188,7 +196,7 @@ def test_activation_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_
         tok, lora = build()
         calls = []
         lora.get_base_model().model.layers[1].mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
-        examples = training.make_examples(tok, demo_rows(4), **SHORT)
+        examples = make_examples(tok, demo_rows(4), **SHORT)
         training.train(
             lora, tok, examples, [], tmp_path / str(on), max_steps=2, activation_checkpointing=on,
             **FAST | dict(batch_size=2),
@@ -204,8 +212,9 @@ import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 from test_training import FAST, SHORT, build, demo_rows
 from prompt_recovery import adapter, training
+from prompt_recovery.examples import make_examples
 tok, lora = build(dropout=0.1)
-examples = training.make_examples(tok, demo_rows(20), **SHORT)
+examples = make_examples(tok, demo_rows(20), **SHORT)
 options = FAST | dict(batch_size=2, gradient_accumulation=2, max_steps=20, patience=5, score=lambda: 0.5)
 training.train(lora, tok, examples[:16], examples[16:], Path(sys.argv[1]), resume=True, **options)
 adapter.save_adapter(lora, Path(sys.argv[1], "adapter"))
@@ -253,7 +262,7 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path):
     results = []
     for folder in ("first", "first", "moved"):
         tok, lora = build(dropout=0.1)
-        examples = training.make_examples(tok, demo_rows(6), **SHORT)
+        examples = make_examples(tok, demo_rows(6), **SHORT)
         options = FAST | dict(batch_size=2, max_steps=8, patience=2, score=lambda: 0.5, evaluations=4)
         log = training.train(lora, tok, examples[:4], examples[4:], tmp_path / folder, resume=True, **options)
         assert not lora.training
@@ -270,7 +279,7 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path):
 
 def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tmp_path):
     tok, lora = build()
-    examples = training.make_examples(tok, demo_rows(4), **SHORT)
+    examples = make_examples(tok, demo_rows(4), **SHORT)
     training.train(lora, tok, examples, [], tmp_path, max_steps=1, **FAST)
     stale = tmp_path / "checkpoints" / "checkpoint-1" / "stale"
     stale.touch()
@@ -286,17 +295,17 @@ def test_rows_without_an_answer_in_the_style_are_named():
     tok = load_tokenizer(TINY)
     rows = demo_rows(3).assign(response=["1. why", "", " "], source=["a.csv:1", "a.csv:2", "a.csv:3"])
     with pytest.raises(TrainingError, match=r"2 of 3 rows are refused \(a.csv:2, a.csv:3\).*reason_json"):
-        training.make_examples(tok, rows, max_tokens=400, style="reason_json", system_placement="user")
+        make_examples(tok, rows, max_tokens=400, style="reason_json", system_placement="user")
     with pytest.raises(TrainingError, match=r"1 of 1 rows are refused \(row 1\).*raise max_tokens to"):
-        training.make_examples(tok, demo_rows(1), max_tokens=20, style="plain", system_placement="user")
+        make_examples(tok, demo_rows(1), max_tokens=20, style="plain", system_placement="user")
 
 
 def test_shown_example_marks_the_supervised_part():
     tok = load_tokenizer(TINY)
-    example = training.make_examples(tok, demo_rows(1), **OPTIONS)[0]
+    example = make_examples(tok, demo_rows(1), **OPTIONS)[0]
     prompt = demo_rows(1)["rewrite_prompt"][0]
-    assert training.show_example(tok, example).endswith(f"[/INST]»»»{prompt}</s>«««")
-    assert training.answer_length(example) == len(tok(prompt, add_special_tokens=False)["input_ids"]) + 1
+    assert show_example(tok, example).endswith(f"[/INST]»»»{prompt}</s>«««")
+    assert answer_length(example) == len(tok(prompt, add_special_tokens=False)["input_ids"]) + 1
 
 
 def test_a_host_that_shows_several_cards_trains_on_the_planned_rows_of_a_step(
@@ -307,7 +316,7 @@ def test_a_host_that_shows_several_cards_trains_on_the_planned_rows_of_a_step(
     import functools
 
     tok, lora = build()
-    examples = training.make_examples(tok, demo_rows(24), **SHORT)
+    examples = make_examples(tok, demo_rows(24), **SHORT)
     given, set_up = [], vars(training.TrainingArguments)["_setup_devices"].func
 
     def two_cards(arguments):

@@ -1,0 +1,61 @@
+"""Pictures of a training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from prompt_recovery.examples import Example
+
+
+def plot_log(log: pd.DataFrame, path: str | Path) -> None:
+    """Train and eval loss, and the eval score if it was measured, against the step; the best step marked. A PNG."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for column, label in (("loss", "train"), ("eval_loss", "eval")):
+        part = log[log[column].notna()]
+        axes.plot(part["step"], part[column], marker="o" if column == "eval_loss" else None, ms=3, label=label)
+    scored = log["eval_scs"].notna().any()
+    if scored:
+        part = log[log["eval_scs"].notna()]
+        right = axes.twinx()
+        right.plot(
+            part["step"], part["eval_scs"], color="tab:green", marker="s", ms=3, ls="--", label="eval SCS (right)"
+        )
+        right.set(ylim=(0, None), ylabel="SCS of held-out answers")
+    if log["eval_loss"].notna().any():
+        best = log.iloc[int(np.nanargmax(log["eval_scs"]) if scored else np.nanargmin(log["eval_loss"]))]
+        value = f"SCS {best['eval_scs']:.3f}" if scored else f"eval loss {best['eval_loss']:.3f}"
+        axes.axvline(best["step"], color="grey", lw=0.8, ls=":", label=f"best: {value} at step {best['step']:.0f}")
+    axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))
+    figure.legend(frameon=False, loc="outside upper center", ncols=4)
+    save_figure(figure, Path(path))
+
+
+def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path) -> None:
+    """Histogram of the examples' lengths in tokens, with the limit marked, as a PNG."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 2.5), layout="constrained")
+    axes.hist([len(example["input_ids"]) for example in examples], bins=40)
+    axes.axvline(max_tokens, color="tab:red", lw=1, label=f"max_tokens = {max_tokens}")
+    axes.set(xlabel="tokens in an example", ylabel="examples")
+    axes.legend(frameon=False)
+    save_figure(figure, Path(path))
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG and close the figure. Several processes may draw the same picture: each one's file is whole when it
+    takes its place."""
+    import matplotlib.pyplot as plt
+
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.png")
+    figure.savefig(partial, dpi=120)
+    plt.close(figure)
+    os.replace(partial, path)

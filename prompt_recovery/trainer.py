@@ -1,0 +1,142 @@
+"""transformers.Trainer for rows of unlike length: loss on label columns, fewer rows where memory ends, the score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from prompt_recovery.engine import TooLittleMemory, TrainingPlan, apply_plan
+from prompt_recovery.examples import IGNORED
+from prompt_recovery.files import write_csv
+
+
+class LengthGroupedBatches(Sampler[int]):
+    """Shuffled indices in which neighbours have similar lengths; a function of (seed, epoch) alone, so that a resumed
+    run sees the same order (transformers' own sampler draws from the global generator). The `fill` indices after those
+    of `lengths` come last."""
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, fill: int = 0) -> None:
+        self.lengths, self.batch, self.seed, self.fill, self.epoch = list(lengths), batch, seed, fill, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths) + self.fill
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
+        return iter([*order, *range(len(self.lengths), len(self))])
+
+
+class RowTrainer(Trainer):
+    score: Callable[[], float] | None = None
+    rows_in_order = 1  # rows of one optimiser step, all processes together: they are sorted among themselves
+    fill = 0  # rows without a label at the end of the training set
+    rows_at_a_time: int | None = None  # set when a micro-batch ran out of memory
+    all_recomputed = False  # the same: every layer checkpointed, nothing kept
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy over the supervised tokens of the whole batch. lm_head runs on the columns in which some row
+        has a label: all of B8 x S512 would be 1 GiB of fp32 logits and their gradient."""
+        labels = inputs["labels"]
+        # an array, which no hook moves: a tensor would go to the first card, and lm_head may be on the last
+        columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0].cpu().numpy()
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=columns)
+        targets = labels[:, columns + 1].flatten()
+        logits = outputs.logits.float().flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        tokens = targets.ne(IGNORED).sum()
+        if not model.training:
+            self.evaluated += torch.stack((loss.detach(), tokens))
+        if num_items_in_batch is None:
+            loss = loss / tokens
+        else:
+            # processes average their gradients, and each holds its part of a sum
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+        """A forward and backward pass. Out of memory, the rows are halved and, at one row, every layer checkpointed; the
+        gradients so far are kept, and the sum over the parts is the same."""
+        rows = len(inputs["labels"])
+        if self.rows_at_a_time is None or rows <= self.rows_at_a_time:
+            grads = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                self._make_room(rows, error)
+            # outside of the handler, whose traceback would hold the activations
+            for parameter, grad in grads:
+                parameter.grad = grad
+            torch.cuda.empty_cache()
+        parts = min(rows, self.rows_at_a_time or rows)
+        losses = [
+            self.training_step(model, {k: v[start : start + parts] for k, v in inputs.items()}, num_items_in_batch)
+            for start in range(0, rows, parts)
+        ]
+        return torch.stack(losses).sum()
+
+    def _make_room(self, rows: int, error: torch.OutOfMemoryError) -> None:
+        base = self.accelerator.unwrap_model(self.model)
+        count = base.config.get_text_config().num_hidden_layers
+        if self.args.world_size > 1 or (rows == 1 and self.all_recomputed):
+            raise TooLittleMemory(
+                f"Out of memory with {rows} rows at a time and no way left to use less: {error}. Lower max_tokens or, with "
+                "several processes, batch_size."
+            ) from error
+        if rows == 1:
+            apply_plan(base, TrainingPlan(1, 1, checkpointed=count))
+            self.all_recomputed = True
+        self.rows_at_a_time = max(1, rows // 2)
+        recomputed = " and activations recomputed in every layer" if self.all_recomputed else ""
+        print(f"out of memory with {rows} rows at a time: going on with {self.rows_at_a_time}{recomputed}")
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.evaluated = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        # a token's mean: Trainer's depends on which rows share a batch, and so on the number of processes
+        loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
+        output.metrics["eval_loss"] = loss / tokens
+        if self.score is not None:
+            # one score for all processes: if theirs differed in a last bit, one might stop and the others wait for it
+            output.metrics["eval_scs"] = broadcast_object_list([self.score()])[0]
+        return output
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # the default would look the base up on the hub, to see whether embeddings must be saved: they must not
+        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        lengths = [len(example["input_ids"]) for example in self.train_dataset]
+        lengths = lengths[: len(lengths) - self.fill]
+        return LengthGroupedBatches(lengths, self.rows_in_order, self.args.seed, self.fill)
+
+
+class WriteLog(TrainerCallback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_csv(training_log(state.log_history), self.path)
+
+
+def training_log(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """transformers' log history as one row a step:
+    step, epoch, loss, eval_loss, eval_scs, learning_rate; NaN where not measured."""
+    columns = ["step", "epoch", "loss", "eval_loss", "eval_scs", "learning_rate"]
+    frame = pd.DataFrame([{k: entry[k] for k in columns if k in entry} for entry in history], columns=columns)
+    frame = frame[frame["loss"].notna() | frame["eval_loss"].notna()]
+    return frame.groupby("step", as_index=False).first().reindex(columns=columns)
