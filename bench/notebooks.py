@@ -43,9 +43,6 @@ def lengthened_rows(path: Path, count: int, seed: int = 0) -> pd.DataFrame:
 def run_notebook(name: str, **settings: Any) -> dict[str, Any]:
     """Run a notebook's script with these parameters, as a kernel would; its variables."""
     script = (ROOT / "notebooks" / f"{name}.py").read_text()
-    if name == "train":  # random weights do not learn, which would end the run
-        assert script.count("    resume=resume,") == 1
-        script = script.replace("    resume=resume,", "    resume=resume,\n    patience=10**9,")
     cells = script.split("# %%")
     place = next(number for number, cell in enumerate(cells) if 'tags=["parameters"]' in cell)
     cells.insert(place + 1, "\n" + "".join(f"{name} = {value!r}\n" for name, value in settings.items()))
@@ -98,6 +95,7 @@ def main() -> None:
     trained = run_notebook(
         "train", model_dir=str(args.model), train_csv=str(args.work / "rows.csv"), output_dir=str(args.work / "out"),
         encoder_dir=str(args.work / "encoder"), max_steps=args.steps, eval_fraction=0.05,
+        patience=10**9,  # random weights do not learn, which would end the run
     )  # fmt: skip
     lengths = pd.Series([len(example["input_ids"]) for example in trained["train_examples"]])
     print(f"rows {len(lengths)}, tokens a row: median {lengths.median():.0f}, longest {lengths.max()}")

@@ -38,6 +38,9 @@ pad = "<pad>"  # <pad> | unk
 encoder_dir = "/workspace/sentence-t5-base"  # sentence-transformers format
 seed = 0
 resume = False  # True: go on from the last whole checkpoint in output_dir
+patience = 3  # evaluations without gain after which training stops
+evaluations = 10  # in the whole run, each with a checkpoint
+report_to = "none"  # none | tensorboard | wandb | trackio
 
 # %%
 # %xmode Minimal
@@ -61,6 +64,7 @@ output.mkdir(parents=True, exist_ok=True)
 
 # %%
 engine.check_model_dir(model_dir)
+training.check_report_to(report_to)
 rows, account = data.clean_rows(data.read_rows(train_csv))
 train_rows, eval_rows = data.split_rows(rows, eval_fraction, seed)
 print(data.describe(rows, account))
@@ -127,6 +131,9 @@ log = training.train(
     gradient_accumulation=gradient_accumulation,
     seed=seed,
     resume=resume,
+    patience=patience,
+    evaluations=evaluations,
+    report_to=report_to,
     score=lambda: metric.sharpened_cosine(
         answers.answer_table(lora, tok, scored, description=None, **answer_options)["answer"],
         scored["rewrite_prompt"],

@@ -7,6 +7,7 @@ as if it had not been killed.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import shutil
@@ -24,6 +25,18 @@ from prompt_recovery.engine import TrainingPlan, apply_plan, processes, release_
 from prompt_recovery.examples import IGNORED, Example, TrainingError, answer_length, check_supervised, collate
 from prompt_recovery.files import write_csv
 from prompt_recovery.trainer import RowTrainer, WriteLog, training_log
+
+REPORTERS = ("none", "tensorboard", "wandb", "trackio")
+
+
+def check_report_to(report_to: str) -> None:
+    """Raises TrainingError unless it is one of REPORTERS whose package is installed. Call it before the model loads."""
+    if report_to not in REPORTERS:
+        raise TrainingError(f"report_to={report_to!r}: choose one of {', '.join(REPORTERS)}.")
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise TrainingError(
+            f"report_to={report_to!r}: the package {report_to} is not installed; pip install {report_to}."
+        )
 
 
 def train(
@@ -44,7 +57,7 @@ def train(
     activation_checkpointing: bool | None = None,
     seed: int = 0,
     resume: bool = False,
-    tensorboard: bool = False,
+    report_to: str = "none",
     score: Callable[[], float] | None = None,
 ) -> pd.DataFrame:
     """Train the adapter in place and leave it at its best checkpoint (the last one without eval rows).
@@ -59,11 +72,13 @@ def train(
     gradient accumulation up to batch_size * gradient_accumulation rows a step, and checkpoints nothing on the CPU; True
     and False take batch_size rows at a time with every layer or none. Out of memory, the run goes on with fewer rows.
     Under `accelerate launch` the rows of a step are shared out to the processes.
+    report_to: who is told of the run beside the log; see `check_report_to`.
     resume: go on from the last whole checkpoint under output_dir/checkpoints, if there is one; else they are removed.
     Returns the log (step, epoch, loss, eval_loss, eval_scs, learning_rate), also written to output_dir/training_log.csv.
     Raises TrainingError where the checkpoints belong to other rows or settings, or the rows of a step can't be shared
     out evenly; TooLittleMemory where one row does not fit.
     """
+    check_report_to(report_to)
     state = processes()
     check_supervised(train_examples, tokenizer.eos_token_id)
     steps_an_epoch = math.ceil(len(train_examples) / (batch_size * gradient_accumulation))
@@ -110,7 +125,7 @@ def train(
     arguments = _arguments(
         checkpoints, plan, eval_every, has_eval, score is not None, bf16, max_steps=total,
         learning_rate=learning_rate, warmup_steps=min(warmup_steps, total // 10), logging_steps=log_every,
-        per_device_eval_batch_size=batch_size, report_to=["tensorboard"] if tensorboard else [], seed=seed,
+        per_device_eval_batch_size=batch_size, report_to=report_to, seed=seed,
     )  # fmt: skip
     trainer = RowTrainer(
         model=model,

@@ -152,7 +152,7 @@ def test_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 1.0])
     log = training.train(
         lora, tok, examples[:4], examples[4:], tmp_path, max_steps=20, patience=3, score=lambda: next(scores),
-        tensorboard=True, **FAST | dict(batch_size=2),
+        report_to="tensorboard", **FAST | dict(batch_size=2),
     )  # fmt: skip
     assert log["eval_scs"].dropna().to_list() == [0.1, 0.9, 0.2, 0.3, 0.4]
     assert log.loc[log["eval_scs"].notna(), "step"].to_list() == [2, 4, 6, 8, 10] and log["step"].max() == 10
@@ -275,6 +275,21 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path):
         pd.testing.assert_frame_equal(log, other, check_exact=True)
         assert all(torch.equal(state[name], weights[name]) for name in state)
     pd.testing.assert_frame_equal(log, pd.read_csv(tmp_path / "moved" / "training_log.csv"))
+
+
+@pytest.mark.parametrize(
+    "report_to, why",
+    [
+        ("mlflow", "choose one of none, tensorboard, wandb, trackio"),
+        ("wandb", "wandb is not installed; pip install wandb"),
+    ],
+)
+def test_who_is_reported_to_is_checked_without_a_model(report_to, why, tmp_path):
+    with pytest.raises(TrainingError, match=why):
+        training.check_report_to(report_to)
+    with pytest.raises(TrainingError, match=why):
+        training.train(None, None, [], [], tmp_path, report_to=report_to)
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tmp_path):
