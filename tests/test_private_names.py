@@ -1,0 +1,74 @@
+"""The private names of other libraries that we lean on (docs/ARCHITECTURE.md lists them): one test a name, so that a pin
+that moves says which broke."""
+
+import functools
+import importlib
+import inspect
+import re
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from conftest import ROOT
+from torch import nn
+
+NAMES = [  # module, attribute path in it
+    ("transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS"),
+    ("transformers.integrations.moe", "_default_apply_gate"),
+    ("transformers.core_model_loading", "ConversionOps"),
+    ("transformers.core_model_loading", "WeightConverter.force_cpu"),
+    ("transformers.integrations.accelerate", "get_device"),
+    ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
+    ("transformers.quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer.update_weight_conversions"),
+    ("transformers.quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer.param_element_size"),
+    ("transformers.quantizers.quantizers_utils", "get_module_from_name"),
+    ("transformers.trainer_pt_utils", "get_length_grouped_indices"),
+    ("bitsandbytes.functional", "create_dynamic_map"),
+    ("bitsandbytes.functional", "get_4bit_type"),
+    ("torch", "_C._current_graph_task_id"),
+]
+
+
+@pytest.mark.parametrize("module, path", NAMES)
+def test_is_there(module, path):
+    found = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+    assert found is not None
+
+
+def test_bitsandbytes_operator():
+    import bitsandbytes  # noqa: F401  (registers it)
+
+    arguments = [each.name for each in torch.ops.bitsandbytes.dequantize_4bit.default._schema.arguments]
+    assert arguments == ["A", "absmax", "blocksize", "quant_type", "shape", "dtype"]
+    assert hasattr(torch.ops.bitsandbytes.dequantize_4bit, "out")
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "scaling", "lora_variant", "lora_bias", "active_adapters"])
+def test_peft_layers_have(name):
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    assert hasattr(Linear(nn.Linear(4, 4), "default", config=LoraConfig(r=2), r=2), name)
+
+
+def test_accelerate_s_hooks_stand_as_a_partial_before_the_old_forward():
+    module = nn.Linear(2, 2)
+    own = module.forward
+    add_hook_to_module(module, AlignDevicesHook())
+    assert isinstance(vars(module)["forward"], functools.partial) and vars(module)["_old_forward"] == own
+
+
+def test_triton_s_stages_can_be_hooked():
+    pytest.importorskip("triton")
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend, CUDAOptions
+
+    assert "add_stages_inspection_hook" in dir(knobs.runtime) and hasattr(CUDAOptions, "arch")
+    assert [*inspect.signature(CUDABackend.make_ptx).parameters][1:] == ["src", "metadata", "opt", "capability"]
+
+
+def test_the_list_is_the_one_of_the_docs():
+    listed = (ROOT / "docs" / "ARCHITECTURE.md").read_text().split("## Private names")[1]
+    words = set(re.findall(r"\w+", listed))
+    missing = [path for _, path in NAMES if path.split(".")[-1] not in words]
+    assert not missing
