@@ -1,5 +1,7 @@
 """Logits that overflow or are no numbers: no answer is read from them, and the rows beside them are none the worse."""
 
+import random
+
 import pytest
 import torch
 from conftest import TINY
@@ -8,7 +10,8 @@ from test_submission import FALLBACK, OPTIONS, read, rows
 from transformers import MixtralConfig
 
 from prompt_recovery import answers, inputs, submission, submission_file
-from prompt_recovery.engine import GREEDY, Answer, Sampling, generate
+from prompt_recovery.engine import GREEDY, Answer, Sampling, generate, ready
+from prompt_recovery.engine.planning import AnswerPlan
 from prompt_recovery.submission import answer_test
 from prompt_recovery.tokenizer import encode_row
 
@@ -54,6 +57,21 @@ def ids_in(prompts, found=None):
 
 
 # --- generate -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 1)])
+def test_the_batches_after_it_are_none_the_worse(layers):
+    """They get the memory of its keys and values."""
+    base = half_model()
+    mark(base, 96)
+    lengths = [200, 150, 30, 20, 10, 9, 8]
+    prompts = [[1, *(random.Random(n).randrange(3, 96) for _ in range(n))] for n in lengths]
+    with ready(base, AnswerPlan(layers, False, 16_384, 300)) as prepared:
+        good = answered(prepared, prompts)
+        prompts[0][100] = 96
+        found = answered(prepared, prompts)
+    assert healthy(good) and found.pop(0) == [NONE]
+    assert found == {position: answers for position, answers in good.items() if position}
 
 
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "one drawn", "three"])

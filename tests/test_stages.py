@@ -1,6 +1,8 @@
 """A model whose layers are called in parts answers as one: row by row, however many stages, however small the pieces."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_generation import Ids, answers, random_model, random_prompts, with_lor
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
 from prompt_recovery.engine import GREEDY, Sampling, decoding, generate, loading, stage
+from prompt_recovery.engine.cache import StaticCache
 from prompt_recovery.engine.generation import Ready, ready
 from prompt_recovery.engine.planning import AnswerPlan
 from prompt_recovery.engine.stage import StageError, in_parts
@@ -184,6 +187,47 @@ def test_too_large_a_plan_halves_finishes_and_grows_back(small, layers, monkeypa
     monkeypatch.setattr(stage.Stage, "read", tight)
     assert found(small, prompts, plan(*layers, cells=64 * 72), share_prefix=False) == expected
     assert max(shapes[:2]) > 10 and min(shapes) <= 10 and shapes[-1] > min(shapes)
+
+
+@pytest.mark.parametrize("layers", [(4,), (2, 2)])
+def test_out_of_memory_frees_the_caches_before_others_are_made(small, layers, monkeypatch):
+    alive, made, read = [], [], stage.Stage.read
+    init = StaticCache.__init__
+
+    def noted(self, *args):
+        alive.append(sum(each() is not None for each in made))
+        init(self, *args)
+        made.append(weakref.ref(self))
+
+    def tight(self, x, rows, columns):
+        if self.part.last and self.cache.views[0][0].shape[0] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return read(self, x, rows, columns)
+
+    monkeypatch.setattr(StaticCache, "__init__", noted)
+    monkeypatch.setattr(stage.Stage, "read", tight)
+    gc.collect()
+    gc.disable()
+    try:
+        found(small, random_prompts([60] * 8), plan(*layers))
+    finally:
+        gc.enable()
+    assert len(made) >= 3 * len(layers) and max(alive) < len(layers)
+
+
+@pytest.mark.parametrize("layers", [(4,), (1, 3)])
+def test_a_long_row_is_not_to_blame_for_the_cache_of_others(small, layers, monkeypatch):
+    prompts = random_prompts([900] + [60] * 40)
+    expected = found(small, prompts, plan(*layers))
+    init = StaticCache.__init__
+
+    def tight(self, config, layers, cells, *args):
+        if cells > 1100:
+            raise torch.OutOfMemoryError("no room")
+        init(self, config, layers, cells, *args)
+
+    monkeypatch.setattr(StaticCache, "__init__", tight)
+    assert found(small, prompts, plan(*layers, cells=2500)) == expected
 
 
 def test_a_row_that_does_not_fit_is_read_in_smaller_pieces(small, monkeypatch):

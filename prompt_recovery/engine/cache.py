@@ -34,6 +34,12 @@ class StaticCache:
         self.columns = columns
         self.now.copy_(torch.tensor([columns, rows]))
 
+    def clear(self) -> None:
+        """Zeros for the batch. What another batch left may be NaN, which a weight of 0 in attention would not undo."""
+        for views in self.views:
+            for view in views:
+                view.zero_()
+
     def memory(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values, of which the batch takes the first part."""
         keys, values = self.room[layer_idx - self.before]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -237,12 +238,14 @@ def generate(
         limit = whole = batch_tokens or plan.cells
         piece, well = plan.piece, 0
 
-        def batched(positions: Sequence[int]) -> list[list[int]]:
+        def batched(positions: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+            """Batches, and the rows * columns of the cache that each needs, over `share`."""
             most = max(1, MOST_ROWS // share)
             made = make_batches([lengths[i] for i in positions], max_new_tokens, limit // share, most)
-            return [[positions[i] for i in batch] for batch in spread_order(made)]
+            made = [[positions[i] for i in batch] for batch in spread_order(made)]
+            return made, [len(each) * cache_columns(lengths[each[0]], max_new_tokens) for each in made]
 
-        batches = batched(range(len(prompts)))
+        batches, cells = batched(range(len(prompts)))
         decoder: Decoder | None = None
         slowest = 0.0
         while batches:
@@ -252,7 +255,6 @@ def generate(
             batch = batches[0]
             try:
                 if decoder is None:
-                    cells = [len(each) * cache_columns(lengths[each[0]], max_new_tokens) for each in batches]
                     decoder = Decoder(
                         prepared.parts, prefix, rows=max(map(len, batches)) * share, cells=max(cells) * share,
                         max_new_tokens=max_new_tokens, eos=eos, pad=PAD_ID, temperature=temperature or 1.0,
@@ -263,11 +265,14 @@ def generate(
                 written = None
             if written is None or decoder is None:  # outside of the handler, whose traceback holds memory
                 decoder, well = None, 0
+                gc.collect()  # stages' threads and what they raised hold each other, and the cache
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 if len(batch) > 1:
                     # the room is halved, not the rows: shorter ones may still be as many
                     limit = len(batch) // 2 * share * (lengths[batch[0]] + max_new_tokens)
+                elif max(cells) > cells[0]:  # the cache was made for others
+                    limit //= 2
                 elif piece > PIECES[-1]:
                     piece //= 2
                 else:
@@ -275,9 +280,10 @@ def generate(
                         f"One prompt of {lengths[batch[0]]} tokens with {share} answers does not fit in memory: "
                         "give fewer answers_per_row, or shorter texts (max_tokens)."
                     )
-                batches = batched([i for each in batches for i in each])
+                batches, cells = batched([i for each in batches for i in each])
                 continue
             batches.pop(0)
+            cells.pop(0)
             answers = [[_answer(ids, bad, eos, stop) for ids, bad in each] for each in written]
             spent = time.monotonic() - started
             slowest = max(slowest, spent)
@@ -289,7 +295,7 @@ def generate(
             well += 1
             if well >= GROW and limit < whole and batches:
                 decoder, well, limit = None, 0, min(2 * limit, whole)
-                batches = batched([i for each in batches for i in each])
+                batches, cells = batched([i for each in batches for i in each])
             yield from map(Finished, batch, answers)
 
 

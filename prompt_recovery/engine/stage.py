@@ -187,6 +187,7 @@ class Stage:
     def begin(self, rows: int, columns: int, padding: torch.Tensor) -> None:
         """A batch of prompts: the shape of its cache, which begins with the prefix."""
         self.cache.shape(rows, columns)
+        self.cache.clear()
         self.padding.zero_()
         self.padding[: len(padding)] = padding.to(self.device)
         for views, fixed in zip(self.cache.views, self.prefix_kv, strict=True):
