@@ -65,7 +65,7 @@ def test_the_batches_after_it_are_none_the_worse(layers):
     base = half_model()
     mark(base, 96)
     lengths = [200, 150, 30, 20, 10, 9, 8]
-    prompts = [[1, *(random.Random(n).randrange(3, 96) for _ in range(n))] for n in lengths]
+    prompts = [[1, *map(random.Random(seed).randrange, [3] * n, [96] * n)] for seed, n in enumerate(lengths)]
     with ready(base, AnswerPlan(layers, False, 16_384, 300)) as prepared:
         good = answered(prepared, prompts)
         prompts[0][100] = 96
