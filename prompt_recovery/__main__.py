@@ -8,6 +8,8 @@ which loads in seconds."""
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quantise.add_argument("source_dir", type=Path, help="the 16-bit folder, as the hub has it")
     quantise.add_argument("target_dir", type=Path, help="a new folder")
     args = parser.parse_args(arguments)
+    from safetensors import SafetensorError
+
     from prompt_recovery.engine import ModelError, TooLittleMemory, load_base, save_quantised
 
     try:
@@ -42,9 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.target_dir.exists():
             raise ModelError(f"{args.target_dir} is there already; give a new folder, or remove it.")
         else:
+            args.target_dir.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(args.target_dir.parent, os.W_OK):
+                raise ModelError(f"{args.target_dir.parent} can't be written to; give another folder.")
             base = load_base(args.source_dir, four_bit=True)
             print(f"written: {save_quantised(base, args.source_dir, args.target_dir)}")
-    except (ModelError, TooLittleMemory, OSError, ValueError) as error:
+    except (ModelError, TooLittleMemory, SafetensorError, OSError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -53,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def print_plan(model_dir: Path, cards: Sequence[float], test_csv: Path | None, per_hour: float | None) -> None:
     from prompt_recovery.engine import on_h100s, on_t4s, plan
 
+    if not all(math.isfinite(card) for card in cards):
+        raise ValueError(f"--cards {' '.join(map(str, cards))}: give GiB, such as 14.7.")
+    if not (model_dir / "config.json").is_file():
+        raise FileNotFoundError(f"{model_dir} has no config.json; give a base model's folder as the hub has it.")
+    lengths = _lengths(model_dir, test_csv) if test_csv else [TYPICAL] * ROWS
     planned = plan(model_dir, cards)
     answering, gib = planned.answering, 2**30
     print(f"layers a card: {', '.join(map(str, answering.layers))} of {sum(answering.layers)}, in 4 bits\n")
@@ -66,7 +78,6 @@ def print_plan(model_dir: Path, cards: Sequence[float], test_csv: Path | None, p
     )
     if planned.on_cpu:
         print("16-bit experts are put together in the host's memory while the model loads and quantises")
-    lengths = _lengths(model_dir, test_csv) if test_csv else [TYPICAL] * ROWS
     print(
         f"\n{len(lengths)} rows, {sum(lengths)} tokens to read, answers of {NEW_TOKENS}; seconds to load, read and write:"
     )

@@ -1,12 +1,14 @@
 """How a model answers on cards that aren't there: plans, what they print, and the table of bytes against what torch holds."""
 
+import shutil
+
 import pytest
 import torch
 from test_experts import MIXTRAL, write
 from test_generation import random_prompts
 from test_memory import Alive, true_shape  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import MixtralConfig
+from transformers import GPT2Config, MixtralConfig
 
 from prompt_recovery import __main__ as program
 from prompt_recovery import adapter
@@ -72,9 +74,30 @@ def test_the_program_quantises_a_folder_once(tmp_path, tiny, capsys):
     assert before == {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
 
 
-def test_a_test_set_s_own_lengths_are_reckoned(tmp_path, mistral_dir, true_shape, capsys):  # noqa: F811
-    import shutil
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["plan", "{tmp}/none", "--cards", "40"], "has no config.json"),
+        (["plan", "{tmp}/gpt2", "--cards", "40"], "models of type gpt2 are not known"),
+        (["plan", "{tiny}", "--cards", "inf"], "give GiB, such as 14.7"),
+        (["plan", "{tiny}", "--cards", "40", "--rows", "{tmp}/none.csv"], "none.csv"),
+        (["quantise", "{tmp}/cut", "{tmp}/out"], "SafetensorError"),
+        (["quantise", "{tiny}", "/proc/none/out"], "proc"),
+    ],
+)
+def test_bad_input_is_a_line(arguments, why, tmp_path, tiny, capsys):
+    (tmp_path / "gpt2").mkdir()
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    shutil.copytree(tiny, tmp_path / "cut")
+    (weights,) = (tmp_path / "cut").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    capsys.readouterr()
+    assert program.main([each.format(tmp=tmp_path, tiny=tiny) for each in arguments]) == 1
+    captured = capsys.readouterr()
+    assert why in captured.err and "layers a card" not in captured.out
 
+
+def test_a_test_set_s_own_lengths_are_reckoned(tmp_path, mistral_dir, true_shape, capsys):  # noqa: F811
     import pandas as pd
 
     folder = shutil.copytree(true_shape[1], tmp_path / "base")

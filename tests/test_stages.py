@@ -9,12 +9,12 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import TINY
 from peft.tuners.lora import LoraLayer
-from test_generation import Ids, answers, random_model, random_prompts, with_lora
-from transformers import LlamaConfig, MixtralConfig, Qwen3Config
+from test_generation import Ids, answers, random_model, random_prompts, stock, with_lora
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config
 
 from prompt_recovery.engine import GREEDY, Sampling, decoding, generate, loading, stage
 from prompt_recovery.engine.cache import StaticCache
-from prompt_recovery.engine.generation import Ready, ready
+from prompt_recovery.engine.generation import AttentionError, Ready, ready
 from prompt_recovery.engine.planning import AnswerPlan
 from prompt_recovery.engine.stage import StageError, in_parts
 
@@ -121,6 +121,15 @@ def test_other_models_in_parts(config):
     base = random_model(config, head_dim=16)
     prompts = random_prompts(LENGTHS[:6])
     assert found(base, prompts, plan(1, 1)) == found(base, prompts, plan(2))
+
+
+def test_a_window_shorter_than_the_texts_is_refused():
+    base = random_model(MistralConfig, sliding_window=40)
+    with pytest.raises(AttentionError, match="sliding window of 40 tokens.*takes 42"):
+        found(base, random_prompts([30, 5]), plan(2))
+    prompts = random_prompts([28, 5])
+    expected = [stock(base, prompt, 12, eos=-1) for prompt in prompts]
+    assert [row[0].ids for row in found(base, prompts, plan(2))] == expected
 
 
 def test_a_model_that_can_t_be_split_is_refused(small):

@@ -121,6 +121,26 @@ class Meter:
         )
 
 
+class AttentionError(ValueError):
+    """A model whose attention is another one than that of every token to all before it."""
+
+
+def check_attention(model: Any, longest: int) -> None:
+    """Raises AttentionError where tokens see a window that is shorter than the longest prompt with its answer, or where
+    SDPA lacks what the model's attention has (sinks, capped scores): the answers would be wrong without a word."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    window = getattr(base.config.get_text_config(), "sliding_window", None)
+    if window and longest > window:
+        raise AttentionError(
+            f"{type(base).__name__} has a sliding window of {window} tokens, which is not built here, and a prompt with its"
+            f" answer takes {longest}: shorten the texts (max_tokens) to {window}, or take a model without a window."
+        )
+    if not getattr(base, "_supports_sdpa", True):
+        raise AttentionError(
+            f"{type(base).__name__} can't compute its attention by SDPA, the only one that is built here."
+        )
+
+
 class Ready(NamedTuple):
     """A model as it answers: its parts and its plan."""
 
@@ -218,10 +238,12 @@ def generate(
         meter: is kept up to date, before the rows that it counts are yielded.
         numbers: by which the prompts' answers are drawn, if they are a part of others; None: their positions.
 
-    Raises torch.OutOfMemoryError if a single row does not fit.
+    Raises torch.OutOfMemoryError if a single row does not fit, AttentionError for a model whose attention is not the one
+    that runs here.
     """
     if not prompts:
         return
+    check_attention(model.model if isinstance(model, Ready) else model, max(map(len, prompts)) + max_new_tokens)
     meter = Meter() if meter is None else meter
     begun, wall = time.monotonic(), meter.wall
     prefix = common_prefix(prompts) if share_prefix else []

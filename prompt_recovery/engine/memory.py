@@ -106,6 +106,10 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
 def kv_shape(config: Any) -> tuple[int, int]:
     """(key heads, size of a head) of a model's layers."""
     config = config.get_text_config()
+    if not hasattr(config, "num_key_value_heads"):
+        raise ValueError(
+            f"models of type {config.model_type} are not known here: no num_key_value_heads in the config."
+        )
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, size
 

@@ -311,3 +311,4 @@ def flow(
         raise
     finally:
         wait([future for line in lines for future in line])
+        lines.clear()  # what was raised holds this frame, and they hold what was raised
