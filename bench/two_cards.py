@@ -93,6 +93,7 @@ def look_like_t4() -> None:
     torch.cuda.is_bf16_supported = lambda *a, **k: False
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:2:16:8"  # torch's own below sm_90, where it takes 32 MiB a stream
 
 
 class Work:
@@ -199,6 +200,8 @@ def load_16_bit(work: Work) -> None:
 
 
 def t4(work: Work) -> None:
+    from prompt_recovery.engine import planning
+
     work.t4s()
     meters: list[Any] = []
     (work.folder / "submission.csv").unlink(missing_ok=True)
@@ -214,9 +217,11 @@ def t4(work: Work) -> None:
     print(f"{meter.tokens_in} tokens read in {meter.reading:.0f} s, {meter.tokens_in / meter.reading:.0f} a second;"
           f" {meter.tokens_out} written in {meter.writing:.0f} s, {meter.tokens_out / meter.writing:.0f} a second, in"
           f" {meter.batches} batches of {meter.rows / meter.batches:.1f} rows")  # fmt: skip
-    for device in range(torch.cuda.device_count()):
+    table = planning.plan(work.nf4, [work.args.leave] * torch.cuda.device_count()).bytes
+    for device, part in enumerate(table):
+        reckoned = sum(part) - part.context - part.margin
         print(f"card {device}: torch's own peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB, reserved"
-              f" {torch.cuda.max_memory_reserved(device) / GIB:.2f}")  # fmt: skip
+              f" {torch.cuda.max_memory_reserved(device) / GIB:.2f}; by the table {reckoned / GIB:.2f}")  # fmt: skip
 
 
 def keep_meters(meters: list[Any]) -> None:
@@ -295,10 +300,10 @@ def one(work: Work) -> None:
                 gaps.append(((logits[a[differs]] - logits[b[differs]]).abs() / logits.std()).item())
         upto = sum(next((n + 1 for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
                    for a, b in zip(found, two, strict=True))  # fmt: skip
-        worst = max(gaps, default=0.0)
+        worst = ", ".join(f"{gap:.2g}" for gap in sorted(gaps, reverse=True)) or "0"
         print(f"one card, {name} {each}: {alike / tokens:.2%} of {tokens} tokens equal, {first} of {len(prompts)} rows"
               f" differ; up to and with the first that differs {(upto - first) / upto:.2%} of {upto} equal; the two logits"
-              f" there are apart by at most {worst:.1e} of the logits' spread", flush=True)  # fmt: skip
+              f" there are apart by {worst} of the logits' spread", flush=True)  # fmt: skip
 
 
 def speed(work: Work) -> None:
@@ -309,14 +314,18 @@ def speed(work: Work) -> None:
     plan = generation.plan_of(model)
     shape = np.random.default_rng(0)
     with generation.ready(model, plan) as prepared:
-        busy = dict.fromkeys(range(len(prepared.parts)), 0.0)
+        begun: dict[bool, list[Any]] = {
+            True: [],
+            False: [],
+        }  # events around each piece, by whether the stage is the last
         plain_read = stage.Stage.read
 
         def read(self: Any, *arguments: Any) -> Any:
-            start = time.monotonic()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             y = plain_read(self, *arguments)
-            torch.cuda.synchronize(self.device)
-            busy[0 if self.part.first else 1] += time.monotonic() - start
+            end.record()
+            begun[self.part.last].append((start, end))
             return y
 
         def in_turn(stages: Any, pieces: Any, read: Any) -> Any:
@@ -324,6 +333,7 @@ def speed(work: Work) -> None:
             for number, x in enumerate(pieces):
                 for each in stages:
                     x = each.call(read, each, x.to(each.device), number).result()
+                    torch.cuda.synchronize(each.device)
                 found.append(x)
             return found
 
@@ -331,31 +341,31 @@ def speed(work: Work) -> None:
         rows, length = min(24, plan.cells // 704), 640
         prompts = [shape.integers(5, 32000, length).tolist() for _ in range(rows)]
 
-        def run(rows: int, new: int, graphs: bool = True) -> tuple[float, float]:
+        def run(rows: int, new: int, piece: int = plan.piece) -> tuple[float, float]:
             decoder = decoding.Decoder(
                 prepared.parts, [], rows=rows, cells=rows * decoding.cache_columns(length, new), max_new_tokens=new,
-                eos=-1, pad=0, piece=plan.piece, graphs=graphs,
+                eos=-1, pad=0, piece=piece,
             )  # fmt: skip
             spent = float("inf")
             for _ in range(2):
-                for key in busy:
-                    busy[key] = 0.0
+                for events in begun.values():
+                    events.clear()
                 start = time.monotonic()
                 decoder.answer(prompts[:rows], [[None]] * rows)
                 spent = time.monotonic() - start
             return decoder.prefill_seconds, (spent - decoder.prefill_seconds) / max(1, new - 1)
 
         stage.Stage.read = read
-        times = {}
-        for name, way in (("a stage at a time", in_turn), ("both at work", flow)):
-            decoding.flow = way
-            times[name] = run(rows, 1)[0]
-            shares = ", ".join(f"{each / times[name]:.0%}" for each in busy.values())
-            print(
-                f"prefill of {rows} x {length}, {name}: {rows * length / times[name]:.0f} tok/s, busy {shares}",
-                flush=True,
-            )
-        print(f"both at work: {times['a stage at a time'] / times['both at work']:.2f} times as fast")
+        for piece in (2048, 4096):
+            times = {}
+            for name, way in (("a stage at a time", in_turn), ("both at work", flow)):
+                decoding.flow = way
+                times[name] = run(rows, 1, piece)[0]
+                busy = [sum(a.elapsed_time(b) for a, b in events) / 1e3 for events in (begun[False], begun[True])]
+                shares = ", ".join(f"{each / times[name]:.0%}" for each in busy)
+                print(f"prefill of {rows} x {length} in pieces of {piece}, {name}: {rows * length / times[name]:.0f} tok/s,"
+                      f" busy {shares}", flush=True)  # fmt: skip
+            print(f"both at work: {times['a stage at a time'] / times['both at work']:.2f} times as fast")
         stage.Stage.read, decoding.flow = plain_read, flow
 
         def through_host(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -412,31 +422,40 @@ def rows200(work: Work) -> None:
 
 
 def bf16(work: Work) -> None:
+    """Both scripts, each in a process of its own."""
+    with_ballast = Ballast(CARD_24)
+    for part in ("_answer24", "_train24"):
+        done = subprocess.run(command(work.args, part))
+        print(f"{part}: rc {done.returncode}, peak a card {with_ballast.peak()} GiB so far", flush=True)
+    with_ballast.process.kill()
+
+
+def answer24(work: Work) -> None:
+    report = work.submission("test50.csv", "bf16.csv")["report"]
+    print(report.groupby(["source", "how", "stopped"]).size().to_string())
+
+
+def train24(work: Work) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer
 
     import notebooks
 
+    notebooks.without_pictures()
     words = Tokenizer.from_file(str(ROOT / "demo" / "tiny-mixtral" / "tokenizer.json"))
     encoder = work.folder / "encoder"
     SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=64)]).save(str(encoder))
-    work.ballast = Ballast(CARD_24)
-    report = work.submission("test50.csv", "bf16.csv")["report"]
-    print(report.groupby(["source", "how", "stopped"]).size().to_string())
-    print(f"50 rows; {work.peak()}", flush=True)
-    torch.cuda.empty_cache()
     trained = notebooks.run_notebook(
         "train", model_dir=str(work.nf4), train_csv=str(work.folder / "rows.csv"), output_dir=str(work.folder / "out"),
         encoder_dir=str(encoder), max_steps=2, eval_fraction=0.05, evaluations=1, patience=10**9,
     )  # fmt: skip
     print(pd.read_csv(work.folder / "out" / "training_log.csv").tail(2).to_string(), trained["evaluation"])
-    print(f"trained; {work.peak()}")
 
 
 PARTS = {
     "prepare": prepare, "t4": t4, "equal": equal, "speed": speed, "kill": kill, "load": load_16_bit, "bf16": bf16,
-    "_one": one, "_rows200": rows200,
+    "_one": one, "_rows200": rows200, "_answer24": answer24, "_train24": train24,
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ NAMES = [  # module, attribute path in it
     ("transformers.trainer_pt_utils", "get_length_grouped_indices"),
     ("bitsandbytes.functional", "create_dynamic_map"),
     ("bitsandbytes.functional", "get_4bit_type"),
+    ("torch", "_C._accelerator_setAllocatorSettings"),
     ("torch", "_C._current_graph_task_id"),
 ]
 

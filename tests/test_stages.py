@@ -2,7 +2,10 @@
 
 import gc
 import random
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from test_generation import Ids, answers, random_model, random_prompts, stock, with_lora
 from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config
 
-from prompt_recovery.engine import GREEDY, Sampling, decoding, generate, loading, stage
+from prompt_recovery.engine import GREEDY, Sampling, decoding, generate, loading, stage, turns
 from prompt_recovery.engine.cache import StaticCache
 from prompt_recovery.engine.generation import AttentionError, Ready, ready
 from prompt_recovery.engine.planning import AnswerPlan
@@ -266,3 +269,49 @@ def test_a_failure_in_one_stage_ends_the_others(small, monkeypatch):
     monkeypatch.setattr(stage.Stage, "read", broken)
     with pytest.raises(ValueError, match="damaged"):
         found(small, random_prompts([900]), plan(2, 2, piece=32))
+
+
+def test_no_batch_takes_more_cells_than_planned(small, monkeypatch):
+    """Columns are rounded up to multiples, but not beyond the plan, which a card of 14.7 GiB has no room for."""
+    shapes, shape = [], StaticCache.shape
+
+    def noted(self, rows, columns):
+        shapes.append((rows, columns))
+        shape(self, rows, columns)
+
+    monkeypatch.setattr(StaticCache, "shape", noted)
+    prompts = random_prompts([60, 59, 58, 57, 30, 29, 28, 5])
+    whole = found(small, prompts, plan(4), new=12)
+    shapes.clear()
+    assert found(small, prompts, plan(2, 2, cells=300), new=12) == whole
+    batches = [(rows, columns) for rows, columns in shapes if columns > 12]
+    assert max(rows for rows, _ in batches) == 4 and max(rows * columns for rows, columns in batches) <= 300
+    assert {columns for _, columns in batches} & {64, 72}  # both kinds are there
+
+
+def test_a_thread_that_waits_for_its_card_lets_another_launch():
+    order, may = [], threading.Event()
+
+    def first():
+        with turns.turn():
+            order.append("first launches")
+            with turns.waiting():
+                assert may.wait(10)
+            order.append("first goes on")
+
+    def second():
+        with turns.turn():
+            order.append("second launches")
+            may.set()
+            time.sleep(0.05)  # the first wants its turn back meanwhile
+            order.append("second is done")
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first)
+        while not order:
+            time.sleep(0.001)
+        pool.submit(second).result(10)
+        one.result(10)
+    assert order == ["first launches", "second launches", "second is done", "first goes on"]
+    with turns.waiting():  # without a turn there is nothing to let go
+        pass

@@ -17,7 +17,7 @@ from prompt_recovery.engine.kernels.dispatch import on
 from prompt_recovery.engine.stage import Part, Stage, flow, hand_over
 
 # rows of a step, and those that a batch shrinks to: so few shapes that their graphs serve many batches
-ROWS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256)
+ROWS = (1, 2, *range(4, 64, 4), 64, 96, 128, 192, 256)
 CHECK = 8  # steps between two looks at what is done, for which the host waits; not tuned
 ALIGNMENT = 64  # cache lengths are multiples, so that batches of like lengths share a graph and masks are aligned
 
@@ -48,7 +48,8 @@ def cut(rows: int, columns: int, piece: int) -> list[tuple[slice, slice]]:
 class Decoder:
     """Answers batches of prompts that share a prefix, with a model in parts.
 
-    rows: most rows (answers) of a batch; cells: most rows * `cache_columns`. prefill_seconds: of the last batch.
+    rows: most rows (answers) of a batch; cells: of the cache, at least rows * (prompt + max_new_tokens) of every batch, or
+    rows * `cache_columns` of those that shall share a graph. prefill_seconds: of the last batch.
     temperature, top_p: of the sampled answers. piece: most tokens that prefill reads at a time. graphs: replay steps as
     CUDA graphs where that can be.
     """
@@ -72,7 +73,7 @@ class Decoder:
         self.rounds = parts[-1].knows_rows
         rows = self._step_rows(rows)
         self.prefix, self.max_new, self.eos, self.pad = list(prefix), max_new_tokens, eos, pad
-        self.temperature, self.top_p, self.piece = temperature, top_p, piece
+        self.temperature, self.top_p, self.piece, self.cells = temperature, top_p, piece, cells
         self.stages = [
             Stage(part, len(prefix), rows=rows, cells=cells, graphs=graphs, alone=len(parts) == 1) for part in parts
         ]
@@ -104,8 +105,12 @@ class Decoder:
             torch.cuda.empty_cache()
         rests = [list(prompt[len(self.prefix) :]) for prompt in prompts]
         width = max(len(rest) for rest in rests)
+        longest = len(self.prefix) + width
+        columns = cache_columns(longest, self.max_new)
+        if count * share * columns > self.cells:
+            columns = longest + self.max_new
         started = time.monotonic()
-        logits = self._prefill(rests, width, cache_columns(len(self.prefix) + width, self.max_new))
+        logits = self._prefill(rests, width, columns)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.prefill_seconds = time.monotonic() - started
@@ -113,8 +118,8 @@ class Decoder:
         spread = torch.arange(count).repeat_interleave(share)
         for stage in self.stages:
             with on(stage.device):
-                stage.positions[:count] = len(self.prefix) + width - stage.padding[:count]
-                stage.column.fill_(len(self.prefix) + width)
+                stage.positions[:count] = longest - stage.padding[:count]
+                stage.column.fill_(longest)
                 if share > 1:
                     stage.select(spread, rows)
         logits = logits[spread.to(self.device)] if share > 1 else logits

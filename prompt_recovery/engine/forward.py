@@ -15,6 +15,9 @@ from transformers.integrations import moe
 
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
 from prompt_recovery.engine.storage import expert_weights, four_bit_experts, weights
+from prompt_recovery.engine.turns import waiting
+
+SLICE = 2_048  # most rows of an expert at a time without gradients: gate and up take 56 KiB a row of Mixtral's
 
 
 class Routing(NamedTuple):
@@ -46,7 +49,10 @@ def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype) -> Routin
     inverse[order] = torch.arange(order.numel(), device=order.device)
     numbers = torch.arange(experts, device=order.device, dtype=torch.int32)
     ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
-    bounds = None if grouped_gemm(flat.device, dtype) else ends.tolist()
+    bounds = None
+    if not grouped_gemm(flat.device, dtype):
+        with waiting():
+            bounds = ends.tolist()
     return Routing(order, inverse, ends, bounds, top_k_index.shape[-1])
 
 
@@ -211,12 +217,13 @@ def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_
     rows, weight = _gather(x, routing), expert_weights(experts, x.dtype)
     start = 0
     for expert, end in enumerate(routing.bounds):
-        if end > start:
-            mine = rows[start:end]
-            gate_up = mine @ weight("gate_up_proj", expert).t()
-            inner = _activate(gate_up, experts, top_k_weights, routing.order[start:end], in_place=True)
-            torch.mm(inner, weight("down_proj", expert).t(), out=mine)
-            start = end
+        for first in range(start, end, SLICE):
+            some = slice(first, min(first + SLICE, end))
+            gate_up = rows[some] @ weight("gate_up_proj", expert).t()
+            inner = _activate(gate_up, experts, top_k_weights, routing.order[some], in_place=True)
+            torch.mm(inner, weight("down_proj", expert).t(), out=rows[some])
+            del gate_up, inner  # before the next ones are made
+        start = end
     return _combine(rows, routing)
 
 

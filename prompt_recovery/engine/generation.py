@@ -265,7 +265,13 @@ def generate(
             most = max(1, MOST_ROWS // share)
             made = make_batches([lengths[i] for i in positions], max_new_tokens, limit // share, most)
             made = [[positions[i] for i in batch] for batch in spread_order(made)]
-            return made, [len(each) * cache_columns(lengths[each[0]], max_new_tokens) for each in made]
+            return made, [room(batch) for batch in made]
+
+        def room(batch: list[int]) -> int:
+            """Columns in multiples, in which batches share graphs, as long as that keeps the limit."""
+            longest = lengths[batch[0]]
+            least = len(batch) * (longest + max_new_tokens)
+            return max(least, min(len(batch) * cache_columns(longest, max_new_tokens), limit // share))
 
         batches, cells = batched(range(len(prompts)))
         decoder: Decoder | None = None

@@ -20,16 +20,23 @@ from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, card, on, uses_t
 ATTENTION = "prompt_recovery_decode"
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """SDPA; for one query a row, the query heads of a key head stand as its queries, so that no key is copied for them."""
-    if query.shape[2] != 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    rows, heads, _, size = query.shape
-    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    out = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(rows, 1, heads, size), None
+def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """SDPA of queries [R, heads, C, D] over keys and values [R, key heads, K, D], none of which is copied: for one query a
+    row, the query heads of a key head stand as its queries; for more, one of each key head goes at a time."""
+    if attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    rows, heads, columns, size = query.shape
+    group = heads // key.shape[1]
+    if columns == 1:
+        grouped = query.reshape(rows, key.shape[1], group, size)
+        out = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(rows, 1, heads, size), None
+    out = query.new_empty(rows, columns, heads, size)
+    for number in range(group):
+        one = query[:, number::group]
+        found = scaled_dot_product_attention(one, key, value, attn_mask=attention_mask, scale=scaling)
+        out[:, :, number::group] = found.transpose(1, 2)
+    return out, None
 
 
 def _decode_attention(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):

@@ -79,6 +79,7 @@ def load_base(
     processes = memory.processes()
     placed, on_cpu = None, False
     if torch.cuda.is_available():
+        memory.let_segments_grow()
         free = memory.free_memory()
         sizes = memory.sizes(folder, dtype, four_bit)
         split = memory.place(sizes, list(free.values()))

@@ -12,13 +12,14 @@ import torch
 
 from prompt_recovery.engine import memory
 from prompt_recovery.engine.batching import MOST_ROWS, make_batches
+from prompt_recovery.engine.forward import SLICE
 from prompt_recovery.engine.memory import GIB, Sizes, kv_shape
 
-# CUDA's context at load; it grew by 0.2 GiB until the end of a run, and the allocator's fragments took 0.2
-# (docs/MEASURED.md). Those are in the margin, which also leaves half a GiB free
+# CUDA's context at load, which grows by 0.1 GiB until the end of a run (docs/MEASURED.md); that is in the margin, which
+# also leaves half a GiB free
 CONTEXT = round(0.55 * GIB)
-GRAPHS = round(0.15 * GIB)  # a stage's captured steps and what they compute in
-MARGIN = round(0.85 * GIB)
+GRAPHS = round(0.15 * GIB)  # a stage's captured steps and what they compute in; what the allocator holds in vain
+MARGIN = round(0.7 * GIB)
 PIECES = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # tokens that prefill reads at a time
 LONGEST = 4_096  # tokens of a prompt and its answer
 # What choosing takes a row to be: tokens read and written, in a cache with padding
@@ -89,15 +90,12 @@ def bytes_of(
     hidden, wide = shape.hidden * shape.wide, shape.wide
     sides = [shape.queries, shape.keys, shape.keys, shape.queries]  # of q, k, v and o beside the hidden state
     attention = wide * shape.hidden * sum(sides)
-    lora = 4 * ADAPTER_RANK * sum(shape.hidden + side for side in sides) if adapter else 0
+    # in fp32, and in 16 bit beside the weights
+    lora = (4 if merged else 6) * ADAPTER_RANK * sum(shape.hidden + side for side in sides) if adapter else 0
     # queries, keys and values, rotated and not, with the parts that the rotation makes
-    looking = piece * wide * (6 * shape.queries + 6 * shape.keys)
-    # keys and values once more for each query head of a group, of up to twice a piece's tokens or one row's; the mask
-    looking += max(2 * piece, LONGEST) * 2 * shape.queries * wide + piece * LONGEST * (wide + 2)
+    looking = piece * wide * (5 * shape.queries + 6 * shape.keys)
     if adapter and not merged:
-        looking += (
-            4 * piece * (shape.hidden + 2 * shape.queries) + shape.queries * hidden
-        )  # in fp32; a dequantised weight
+        looking += shape.queries * hidden  # a dequantised weight
     matrix = 2 * shape.inner * hidden  # gate and up of an expert
     if shape.experts == 1:
         weight, computing = 0, piece * 3 * shape.inner * wide
@@ -108,12 +106,13 @@ def bytes_of(
         )
     else:
         # rows in expert order; gate and up of the worst case, in which one expert has all tokens
-        weight, computing = matrix, shape.chosen * piece * hidden + 2 * piece * shape.inner * wide
-        computing += 0 if triton else 4 * piece * shape.inner * 4
+        at_once = min(piece, SLICE) * shape.inner
+        weight, computing = matrix, shape.chosen * piece * hidden + 2 * at_once * wide
+        computing += 0 if triton else 4 * at_once * 4
     logits = rows * shape.vocabulary * (60 if sampled else 14) if last else 0
     return StageBytes(
         weights, layers * lora, layers * attention if merged and adapter else 0, layers * 2 * shape.keys * wide * cells,
-        weight, 4 * piece * hidden + max(looking, computing), GRAPHS + logits,
+        weight, 5 * piece * hidden + piece * LONGEST * wide + max(looking, computing), GRAPHS + logits,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from prompt_recovery.engine.cache import StaticCache
 from prompt_recovery.engine.kernels.dispatch import on
 from prompt_recovery.engine.storage import share_workspace
+from prompt_recovery.engine.turns import turn
 
 GRAPHS = 12  # captured steps that a stage keeps; each takes memory of its own on the card
 AHEAD = 2  # pieces that a stage may be ahead of the next one, for which its hidden states wait
@@ -168,14 +169,22 @@ class Stage:
         """A piece of the prompts: ids or hidden states of these rows and columns, whose keys and values are kept. Gives
         what the part gives."""
         places = torch.arange(columns.start, columns.stop, device=self.device)
-        seen = torch.arange(columns.stop, device=self.device)
+        # rows of the mask begin at multiples of 16 values, or SDPA would copy it in each layer
+        seen = torch.arange(-(-columns.stop // 16) * 16, device=self.device)
         shift = self.padding[rows]
         visible = (seen[None] < self.start) | (seen[None] >= self.start + shift)
         # a padded place sees itself, lest a softmax over nothing makes NaN that 0 weights would spread
-        mask = (visible[:, None] & (seen[None, :] <= places[:, None])) | (seen[None, :] == places[:, None])
+        visible = (visible[:, None] & (seen[None, :] <= places[:, None])) | (seen[None, :] == places[:, None])
+        mask = self._added(visible)[..., : columns.stop]
+        del visible
         self.cache.at(rows, columns)
         positions = torch.where(places[None] < self.start, places[None], (places[None] - shift).clamp(min=0))
         return self._forward(x, positions, mask[:, None])
+
+    def _added(self, visible: torch.Tensor) -> torch.Tensor:
+        """A mask to add to the scores, rather than true or false: SDPA would make the one of the other in every layer."""
+        mask = torch.zeros(visible.shape, dtype=self.part.dtype, device=self.device)
+        return mask.masked_fill_(~visible, float("-inf"))
 
     def _forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.part(x, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True)
@@ -208,8 +217,7 @@ class Stage:
         else:
             seen = torch.arange(self.cache.columns, device=self.device)[None]
             visible = ((seen < self.start) | (seen >= self.start + self.padding[:rows])) & (seen <= self.column)
-            # added to the scores rather than true or false: SDPA would make the one of the other in every layer
-            mask = torch.where(visible, 0.0, float("-inf")).to(self.part.dtype)
+            mask = self._added(visible)
         y = self._forward(self.x[:rows], self.positions[:rows], mask[:, None, None])
         if self.part.last:
             choose(y[:, -1].float(), rows)
@@ -296,7 +304,8 @@ def flow(
             free[number].acquire()
         if stopped.is_set():
             raise StageError("a piece before this one failed")
-        return read(stage, x, piece)
+        with turn():
+            return read(stage, x, piece)
 
     lines: list[list[Future]] = []
     for piece in range(len(pieces)):
