@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
@@ -38,6 +39,7 @@ ATTENTION = {  # rows, column, columns that all rows share, rows of the batch
     "attention with rows beyond the batch's": (8, 200, 3, 5),
     "attention to the first column": (2, 0, 0, 2),
 }
+LINEAR = {"one matrix, one row": 1, "one matrix, two tiles": 9, "one matrix, rows of a prompt": 70}
 EXACT = ("a row beyond the batch's", "dequantise float32", "dequantise float16", "gather", "few rows twice")
 PLAIN = ("combine", "swiglu", "swiglu in place", "swiglu backward", "swiglu backward of the weights")
 DECODER = [f"step {number} of a decoder" for number in range(4)]
@@ -94,6 +96,11 @@ def few_rows_differences() -> dict[str, float]:
         found[name] = relative(got, plain_experts(x, index, weights, experts))
         if name == "one token":
             found["few rows twice"] = float(not torch.equal(got, decode.few_rows(x, index, weights, experts, configs)))
+    pieces = storage.quantise(torch.randn(1, 72, 320) * 0.05)
+    for name, tokens in LINEAR.items():
+        x = torch.randn(tokens, 320).half()
+        want = x.float() @ storage.dequantise(pieces, torch.float32)[0].t()
+        found[name] = relative(decode.linear(x, pieces), want)
     odd = SimpleNamespace(**{f"down_proj_{piece}": torch.zeros(2, 8, 80) for piece in storage.PIECES})
     for piece in storage.PIECES:
         setattr(odd, f"gate_up_proj_{piece}", torch.zeros(2, 8, 16))
@@ -228,7 +235,9 @@ def decode_differences() -> dict[str, float]:
     assert shapes == [3, 4, 4, 4, 3, 3, 3, 3], shapes
     pairs = list(zip(logits["triton"], logits["torch"], strict=True))
     found = {f"step {number} of a decoder": relative(*pair) for number, pair in enumerate(pairs)}
-    return found | {"the check's own attention": check._attention_error(base.config, torch.float16, cpu)}
+    found["the check's own attention"] = check._attention_error(base.config, torch.float16, cpu)
+    (first, *_) = [module for module in base.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    return found | {"the check's own matrix": check._linear_error(first, torch.float16)}
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +259,8 @@ def test_same_bits(differences, name):
     assert differences[name] == 0
 
 
-@pytest.mark.parametrize("name", [*ATTENTION, "the check's own attention"])
-def test_attention_in_16_bit(differences, name):
+@pytest.mark.parametrize("name", [*LINEAR, *ATTENTION, "the check's own attention", "the check's own matrix"])
+def test_one_matrix_and_attention_in_16_bit(differences, name):
     assert differences[name] < 1e-3
 
 

@@ -178,6 +178,14 @@ def few_rows(tokens: int, dtype: torch.dtype, **others) -> None:
     assert out is not None and out.shape == (tokens, HIDDEN)
 
 
+def attention_matrices(tokens: int, dtype: torch.dtype) -> None:
+    """The launches for queries (as wide as the output) and for keys (as wide as values), in 4 bits."""
+    for size in (HEADS * HEAD_SIZE, KEY_HEADS * HEAD_SIZE):
+        matrix = {piece: tensor[:1] for piece, tensor in pieces(size, HIDDEN).items()}
+        out = experts_decode.linear(empty(tokens, HIDDEN, dtype=dtype), matrix)
+        assert out.shape == (tokens, size)
+
+
 def many_rows(dtype: torch.dtype, tokens: int = 512) -> None:
     """The launches of experts_training: prefill and training."""
     rows = tokens * TOP_K
@@ -231,6 +239,8 @@ def test_every_kernel_compiles_and_fits(pretend, capability):
     launches = pretend(card)
     for tokens in range(1, dispatch.FEW_TOKENS + 1):
         few_rows(tokens, dtype)
+    for tokens in (1, 9, 64):
+        attention_matrices(tokens, dtype)
     many_rows(dtype)
     for rows in (1, 2, 8, 16, 24, 32, 64):
         decode_attention(dtype, rows)

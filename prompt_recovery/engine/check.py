@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from prompt_recovery.engine.forward import experts_forward
 from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, uses_triton
 from prompt_recovery.engine.memory import kv_shape
-from prompt_recovery.engine.storage import four_bit_experts, workspace
+from prompt_recovery.engine.storage import dequantise, four_bit_experts, linear_pieces, workspace
 
 
 def check_kernels(model: nn.Module) -> None:
@@ -25,6 +27,9 @@ def check_kernels(model: nn.Module) -> None:
         dtype = next(model.parameters()).dtype
         try:
             errors = [_experts_error(experts, dtype)]
+            linear = next((each for each in _four_bit_layers(model) if each.weight.device == device), None)
+            if linear is not None:
+                errors.append(_linear_error(linear, dtype))
             if dispatch.card(device).lowered:
                 errors.append(_attention_error(model.config, dtype, device))
         except Exception as problem:  # a compiler's or a driver's; plain torch goes on, and says why
@@ -56,6 +61,25 @@ def _experts_error(experts: nn.Module, dtype: torch.dtype) -> float:
         # weights of zeros give 0 of 0
         errors.append((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
     return torch.stack(errors).max().item()  # NaN if one of them is
+
+
+def _four_bit_layers(model: nn.Module) -> Iterator[bnb.nn.Linear4bit]:
+    return (module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit) and linear_pieces(module))
+
+
+@torch.no_grad()
+def _linear_error(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> float:
+    """The relative error of one 4-bit matrix for the rows of a decode step, against plain torch."""
+    from prompt_recovery.engine.kernels import experts_decode
+
+    pieces, device = linear_pieces(layer), layer.weight.device
+    assert pieces is not None
+    x = torch.randn(20, layer.in_features, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+    with dispatch.using(device, "torch"):
+        expected = nn.functional.linear(x, dequantise(pieces, dtype)[0]).float()
+    with on(device):
+        found = experts_decode.linear(x, pieces).float()
+    return ((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
 
 
 @torch.no_grad()

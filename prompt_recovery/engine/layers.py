@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -15,7 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prompt_recovery.engine.batching import MOST_ROWS
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, card, on, uses_triton
+from prompt_recovery.engine.storage import dequantise, linear_pieces
 
 ATTENTION = "prompt_recovery_decode"
 
@@ -76,6 +79,20 @@ def _decode_router(self, hidden_states):
 
     with on(hidden_states.device):
         return None, *decode_step.choose_experts(hidden_states.contiguous(), self.weight, self.top_k)
+
+
+def _four_bit_forward(self, x):
+    """bitsandbytes' Linear4bit in 16 bit without gradients: for the rows of a decode step each weight is read once, for
+    more they are dequantised first."""
+    rows = x.flatten(0, -2)
+    with on(x.device):
+        if len(rows) > MOST_ROWS:
+            y = nn.functional.linear(rows, dequantise(self.pieces, x.dtype)[0])
+        else:
+            from prompt_recovery.engine.kernels import experts_decode
+
+            y = experts_decode.linear(rows, self.pieces)
+    return y.view(*x.shape[:-1], -1)
 
 
 def _lora_forward(self, x, *args, **kwargs):
@@ -142,6 +159,10 @@ def fast_layers(model: Any) -> Iterator[bool]:
                 matrices = _sixteen(module, dtype)
                 if matrices is not None:
                     change(module, _lora_forward, sixteen=matrices)
+            elif isinstance(module, bnb.nn.Linear4bit) and triton:
+                pieces = linear_pieces(module)
+                if pieces is not None:
+                    change(module, _four_bit_forward, pieces=pieces)
             elif kind == "MixtralAttention" and triton:
                 knows_rows = lowered and module.head_dim in (16, 32, 64, 128, 256)
                 change(module, _decode_attention, joined=_join(module), knows_rows=knows_rows)
@@ -152,5 +173,5 @@ def fast_layers(model: Any) -> Iterator[bool]:
         model.config._attn_implementation = before
         for module in changed:
             del module.forward
-            for name in ("joined", "knows_rows", "sixteen"):
+            for name in ("joined", "knows_rows", "sixteen", "pieces"):
                 vars(module).pop(name, None)

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
 from torch import nn
@@ -186,3 +187,18 @@ def expert_weights(experts: nn.Module, dtype: torch.dtype) -> Callable[[str, int
         return dequantise(pieces[projection], dtype, out[projection], expert)[0]
 
     return weight
+
+
+def linear_pieces(layer: bnb.nn.Linear4bit) -> dict[str, torch.Tensor] | None:
+    """bitsandbytes' own 4-bit matrix as pieces [1, N, K], which share its memory; None for another layout than ours."""
+    state = layer.weight.quant_state
+    size, columns = state.shape
+    ours = state.quant_type == "nf4" and state.blocksize == BLOCK and state.nested
+    if not ours or state.state2.blocksize != NESTED_BLOCK or columns % BLOCK or layer.bias is not None:
+        return None
+    return {
+        "packed": layer.weight.data.view(1, size, columns // 2),
+        "absmax": state.absmax.view(1, -1),
+        "nested": state.state2.absmax.view(1, -1).view(torch.int32),
+        "offset": state.offset.view(1).view(torch.int32),
+    }

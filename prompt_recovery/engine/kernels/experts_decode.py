@@ -329,10 +329,38 @@ def few_rows(
     order, tiles, most = _route_rows(top_k_index.contiguous(), count, m)
     inner = _launch_project(x.contiguous(), gate_up, order, tiles, most, top_k_weights.contiguous(), m, top_k, first)
     partial = _launch_project(inner, down, order, tiles, most, None, m, 1, second)
-    out = x.new_empty(tokens, hidden)
-    block = min(1024, triton.next_power_of_2(hidden))
-    _combine[(tokens, triton.cdiv(hidden, block))](
-        partial, out, tokens * top_k, hidden, TOP_K=top_k, SPLIT=partial.shape[0], BLOCK=block, num_warps=4,
-        **dispatch.launch_options(x.device),
+    return _sum(partial, tokens, x.dtype)
+
+
+def _sum(partial: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """[tokens, N] of `dtype`: the parts [split, tokens * choices, N] of each token, added in fp32."""
+    split, rows, size = partial.shape
+    out = torch.empty(tokens, size, dtype=dtype, device=partial.device)
+    block = min(1024, triton.next_power_of_2(size))
+    _combine[(tokens, triton.cdiv(size, block))](
+        partial, out, rows, size, TOP_K=rows // tokens, SPLIT=split, BLOCK=block, num_warps=4,
+        **dispatch.launch_options(partial.device),
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def _whole(device: torch.device, tokens: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """order and tiles, as `_route` makes them, of tokens that all go to one matrix."""
+    with torch.inference_mode(False):
+        first = torch.arange(0, tokens, m, dtype=torch.int32)
+        tiles = torch.stack((torch.zeros_like(first), first, (tokens - first).clamp(max=m)), 1)
+        return torch.arange(tokens, dtype=torch.int32).to(device), tiles.to(device)
+
+
+def linear(x: torch.Tensor, pieces: dict[str, torch.Tensor]) -> torch.Tensor:
+    """x [T, K] of 16 bit times the only matrix [1, N, K] of these NF4 pieces, transposed: [T, N].
+
+    K a multiple of 64. Once it has run for so many tokens, it can be captured in a CUDA graph.
+    """
+    tokens, card = x.shape[0], dispatch.card(x.device)
+    m = dispatch.tile_rows(card, tokens)
+    order, tiles = _whole(x.device, tokens, m)
+    config = dispatch.configs(card, m)[1]
+    partial = _launch_project(x.contiguous(), pieces, order, tiles, len(tiles), None, m, 1, config)
+    return _sum(partial, tokens, x.dtype)
