@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prompt_recovery.adapter import ATTENTION
 from prompt_recovery.engine.merging import _merged_linear
 from prompt_recovery.engine.storage import expert_weights
+from prompt_recovery.recipe import Recipe
 
 
 class Trace(NamedTuple):
@@ -40,7 +40,9 @@ def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Tr
         return x * cos + torch.cat((-right, left), -1) * sin
 
     for layer in decoder.layers:
-        q, k, v, o = (_merged_linear(getattr(layer.self_attn, name), torch.float32).weight.t() for name in ATTENTION)
+        q, k, v, o = (
+            _merged_linear(getattr(layer.self_attn, name), torch.float32).weight.t() for name in Recipe.target_modules
+        )
         for number, x in enumerate(hidden):
             cos, sin = decoder.rotary_emb(x[None], torch.arange(len(x), device=x.device)[None])
             inner = norm(layer.input_layernorm, x)

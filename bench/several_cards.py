@@ -17,6 +17,7 @@ from true_shape import fill, write_checkpoint
 from prompt_recovery import training
 from prompt_recovery.adapter import add_lora
 from prompt_recovery.engine import TrainingPlan, generate, load_base, memory
+from prompt_recovery.recipe import Recipe
 
 ROWS, ACCUMULATION, STEPS = 4, 2, 3
 
@@ -34,7 +35,8 @@ def train(base, work: Path, four_bit: bool) -> None:
     lora.get_input_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
     rows = [dict(input_ids=ids + [2], labels=[-100] * len(ids) + [2]) for ids in random_prompts([60] * 24)]
     training._plan = lambda *_: TrainingPlan(ROWS, ACCUMULATION)
-    training.train(lora, Tokenizer(), rows, [], work / f"train-{four_bit}", max_steps=STEPS)  # type: ignore[arg-type]
+    recipe = Recipe(output_dir=str(work / f"train-{four_bit}"), max_steps=STEPS)
+    training.train(lora, Tokenizer(), rows, [], recipe)  # type: ignore[arg-type]
     right = seen == [ROWS] * ACCUMULATION * STEPS
     print(f"4-bit {four_bit}: rows of each forward {seen}, {'as planned' if right else 'WRONG'}")
     lora.unload()

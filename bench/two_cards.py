@@ -165,6 +165,7 @@ def prepare(work: Work) -> None:
     import notebooks
     from prompt_recovery import adapter
     from prompt_recovery.engine import base_id, load_base
+    from prompt_recovery.recipe import Format
     from prompt_recovery.tokenizer import load_tokenizer
 
     start = time.monotonic()
@@ -174,7 +175,7 @@ def prepare(work: Work) -> None:
     for name, weight in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, 0, 0.01)
-    adapter.save_adapter(lora, work.adapter, style="plain", system_placement="user")
+    adapter.save_adapter(lora, work.adapter, Format())
     notebooks.lengthened_rows(ROOT / "demo" / "natural_rows.csv", 160).to_csv(work.folder / "rows.csv", index=False)
     test = natural_rows(work.args.rows, load_tokenizer(work.nf4, pad="unk", side="left"))
     test.to_csv(work.folder / "test.csv", index=False)
@@ -237,11 +238,12 @@ def keep_meters(meters: list[Any]) -> None:
 
 def prompts_of(work: Work, count: int) -> list[list[int]]:
     from prompt_recovery.answers import encode_rows
+    from prompt_recovery.recipe import Format
     from prompt_recovery.tokenizer import load_tokenizer
 
     test = pd.read_csv(work.folder / "test200.csv", dtype=str, keep_default_na=False).head(count)
     tokenizer = load_tokenizer(work.nf4, pad="unk", side="left")
-    return encode_rows(tokenizer, test, max_tokens=4096 - 64, style="plain", system_placement="user")
+    return encode_rows(tokenizer, test, max_tokens=4096 - 64, format=Format())
 
 
 def load(work: Work) -> Any:

@@ -23,8 +23,9 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prompt_recovery import adapter, comparison, engine, metric, plots
+from prompt_recovery import comparison, engine, metric, plots
 from prompt_recovery.combine import LIMIT, combine
+from prompt_recovery.recipe import Recipe
 from prompt_recovery.tokenizer import encode_text
 
 DEMO = Path(__file__).resolve().parent
@@ -38,7 +39,7 @@ MEAN_PROMPT = (
 )
 SETTINGS: dict[str, Any] = dict(
     lora_r=16, lora_alpha=32, lora_dropout=0.0, learning_rate=5e-4, batch_size=4, gradient_accumulation=1,
-    target_modules=[*adapter.ATTENTION, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
+    target_modules=[*Recipe.target_modules, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
     temperature=0.6, top_p=1.0,  # sorting 262,144 tokens for a top_p takes a CPU longer than the model does
 )  # fmt: skip
 

@@ -30,7 +30,7 @@ grid = [
     {"train_rows": 200},
     {"answers_per_row": 4, "combine": "join"},
 ]
-# the same in all cells; what is named neither here nor in grid is as in comparison.SETTINGS
+# the same in all cells; what is named neither here nor in grid is as in recipe.Cell
 shared = {
     "learning_rate": 5e-3,
     "lora_dropout": 0.0,
@@ -52,10 +52,12 @@ from pathlib import Path
 from IPython.display import Image, display
 
 from prompt_recovery import comparison, engine, metric, tokenizer
+from prompt_recovery.recipe import Grid
 
-output = Path(output_dir)
+settings = Grid.of(globals())  # the settings above, read and checked
+cells = comparison.make_cells(settings.grid, **settings.shared)
+output = Path(settings.output_dir)
 output.mkdir(parents=True, exist_ok=True)
-encoder_dir = encoder_dir or metric.minilm_dir()
 
 # %% [markdown]
 # ## Cells and rows
@@ -63,11 +65,10 @@ encoder_dir = encoder_dir or metric.minilm_dir()
 # trains on a wording that is held out.
 
 # %%
-engine.check_model_dir(model_dir)
-cells = comparison.make_cells(grid, **shared)
-train_rows, eval_rows = comparison.read_split(cells, train_csv, eval_fraction, seed)
-for cell in cells:
-    comparison.rows_of(cell, train_rows)  # a filter that leaves nothing is refused before anything is trained
+engine.check_model_dir(settings.model_dir)
+tok = tokenizer.load_tokenizer(settings.model_dir, pad="unk", side="left")
+train_rows, eval_rows = comparison.read_split(cells, settings.train_csv, settings.eval_fraction, settings.seed)
+comparison.check_cells(cells, tok, train_rows, eval_rows)
 print(f"{len(cells)} cells, {len(train_rows)} rows to train on, {len(eval_rows)} held out")
 
 # %% [markdown]
@@ -76,9 +77,9 @@ print(f"{len(cells)} cells, {len(train_rows)} rows to train on, {len(eval_rows)}
 # see them. Answers may run on after a JSON object has closed, so that it shows whether a cell learned to stop.
 
 # %%
-tok = tokenizer.load_tokenizer(model_dir, pad="unk", side="left")
-base = engine.load_base(model_dir, four_bit=four_bit)
-answers = [comparison.run_cell(cell, base, tok, train_rows, eval_rows, output, model_dir=model_dir) for cell in cells]
+base = engine.load_base(settings.model_dir, four_bit=settings.four_bit)
+run = dict(train_rows=train_rows, eval_rows=eval_rows, output_dir=output, model_dir=settings.model_dir)
+answers = [comparison.run_cell(cell, base, tok, **run) for cell in cells]
 
 # %% [markdown]
 # ## Table
@@ -90,8 +91,8 @@ answers = [comparison.run_cell(cell, base, tok, train_rows, eval_rows, output, m
 # `few_shot` stands in this notebook only.
 
 # %%
-encoder = metric.load_encoder(encoder_dir)
-table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt)
+encoder = metric.load_encoder(settings.encoder_dir or metric.minilm_dir())
+table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=settings.mean_prompt)
 table.to_csv(output / "comparison.csv", index_label="cell")
 table.round(4)
 

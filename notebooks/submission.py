@@ -57,9 +57,15 @@ if wheels:
     subprocess.run([*pip, *map(str, wheels)], check=True)
 
 # %%
-from prompt_recovery import base, data, inputs, metric, submission
+from dataclasses import asdict
 
-model_dir, adapter_dir, test_csv = inputs.find_inputs(model_dir, adapter_dir, test_csv, input_dir, allow_base)
+from prompt_recovery import base, data, inputs, metric, submission
+from prompt_recovery.recipe import SubmissionSettings
+
+asked = SubmissionSettings.of(globals())  # the settings above, read and checked
+model_dir, adapter_dir, test_csv = inputs.find_inputs(
+    asked.model_dir, asked.adapter_dir, asked.test_csv, asked.input_dir, asked.allow_base
+)
 print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}")
 
 # %% [markdown]
@@ -69,18 +75,18 @@ print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}")
 
 # %%
 test = data.read_test(test_csv)
-adapter_dir = inputs.usable_adapter(adapter_dir, model_dir, allow_base)
-settings = inputs.rendering(adapter_dir, style, system_placement) | dict(
+adapter_dir = inputs.usable_adapter(adapter_dir, model_dir, asked.allow_base)
+settings = asdict(inputs.answer_format(adapter_dir, asked.style, asked.system_placement)) | dict(
     model_dir=model_dir,
     adapter_dir=adapter_dir,
-    fallback_prompt=fallback_prompt,
-    time_budget_hours=time_budget_hours,
+    fallback_prompt=asked.fallback_prompt,
+    time_budget_hours=asked.time_budget_hours,
     max_tokens=min(4096, base.load_config(model_dir).max_position_embeddings),
-    max_new_tokens=max_new_tokens,
+    max_new_tokens=asked.max_new_tokens,
     started=started,
 )
-if not Path(submission_csv).exists():
-    submission.answer_test(None, None, test, submission_csv, **settings)
+if not Path(asked.submission_csv).exists():
+    submission.answer_test(None, None, test, asked.submission_csv, **settings)
 test.head(3)
 
 # %% [markdown]
@@ -90,25 +96,25 @@ test.head(3)
 
 # %%
 settings |= dict(
-    answers_per_row=answers_per_row,
-    temperature=temperature,
-    top_p=top_p,
-    how=combine,
-    mean_prompt=mean_prompt,
-    threshold=threshold,
-    encoder=metric.load_encoder(encoder_dir, device="cpu") if encoder_dir else None,
+    answers_per_row=asked.answers_per_row,
+    temperature=asked.temperature,
+    top_p=asked.top_p,
+    how=asked.combine,
+    mean_prompt=asked.mean_prompt,
+    threshold=asked.threshold,
+    encoder=metric.load_encoder(asked.encoder_dir, device="cpu") if asked.encoder_dir else None,
 )
-report = submission.answer_test(None, None, test, submission_csv, **settings)
-print(f"{settings['style']} answers, {answers_per_row} a row, {combine}")
+report = submission.answer_test(None, None, test, asked.submission_csv, **settings)
+print(f"{settings['style']} answers, {asked.answers_per_row} a row, {asked.combine}")
 
 # %% [markdown]
 # While nothing is scored, `test.csv` has one row: it keeps the fallback, and the model isn't loaded. Set
 # `answer_public_test` to see that it loads.
 
 # %%
-public = inputs.is_public_run(test) and not answer_public_test
+public = inputs.is_public_run(test) and not asked.answer_public_test
 print("public test.csv: the fallback is the answer" if public else f"loading the model for {len(test)} rows")
-lora, tok = (None, None) if public else inputs.load(model_dir, adapter_dir, four_bit, allow_base)
+lora, tok = (None, None) if public else inputs.load(model_dir, adapter_dir, asked.four_bit, asked.allow_base)
 
 # %% [markdown]
 # Answers replace the fallback as they come. If they come too slowly for the time budget, the rows to come get a single
@@ -116,7 +122,7 @@ lora, tok = (None, None) if public else inputs.load(model_dir, adapter_dir, four
 
 # %%
 if not public:
-    report = submission.answer_test(lora, tok, test, submission_csv, **settings)
+    report = submission.answer_test(lora, tok, test, asked.submission_csv, **settings)
 
 # %%
 print(report.groupby(["source", "how", "stopped"]).size().to_string())

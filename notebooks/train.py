@@ -52,8 +52,10 @@ from accelerate import PartialState
 from IPython.display import Image, display
 
 from prompt_recovery import adapter, answers, data, engine, examples, metric, plots, tokenizer, training
+from prompt_recovery.recipe import FALLBACK, Recipe
 
-output = Path(output_dir)
+recipe = Recipe.of(globals())  # the settings above, read and checked
+output = Path(recipe.output_dir)
 output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
@@ -63,10 +65,9 @@ output.mkdir(parents=True, exist_ok=True)
 # would measure memory.
 
 # %%
-engine.check_model_dir(model_dir)
-training.check_report_to(report_to)
-rows, account = data.clean_rows(data.read_rows(train_csv))
-train_rows, eval_rows = data.split_rows(rows, eval_fraction, seed)
+engine.check_model_dir(recipe.model_dir)
+rows, account = data.clean_rows(data.read_rows(recipe.train_csv))
+train_rows, eval_rows = data.split_rows(rows, recipe.eval_fraction, recipe.seed)
 print(data.describe(rows, account))
 print(f"{len(train_rows)} rows to train on, {len(eval_rows)} held out")
 train_rows.head(3)
@@ -78,8 +79,8 @@ train_rows.head(3)
 # loss is masked by position: only the part between »»» and «««, the answer and its `</s>`, is supervised.
 
 # %%
-tok = tokenizer.load_tokenizer(model_dir, pad=pad)
-render = dict(max_tokens=max_tokens, style=style, system_placement=system_placement)
+tok = tokenizer.load_tokenizer(recipe.model_dir, pad=recipe.pad)
+render = dict(max_tokens=recipe.max_tokens, format=recipe.format)
 train_examples = examples.make_examples(tok, train_rows, **render)
 eval_examples = examples.make_examples(tok, eval_rows, **render) if len(eval_rows) else []
 print(examples.show_example(tok, train_examples[0]))
@@ -88,7 +89,7 @@ print(examples.show_example(tok, train_examples[0]))
 # Texts that are too long lose their middle, in proportion to their lengths; the instruction and the answer never do.
 
 # %%
-plots.plot_lengths(train_examples, max_tokens, output / "lengths.png")
+plots.plot_lengths(train_examples, recipe.max_tokens, output / "lengths.png")
 display(Image(str(output / "lengths.png")))
 
 # %% [markdown]
@@ -96,11 +97,11 @@ display(Image(str(output / "lengths.png")))
 # The base model answers the held-out rows first, so that the gain can be seen.
 
 # %%
-encoder = metric.load_encoder(encoder_dir)
-base = engine.load_base(model_dir, four_bit=four_bit)
+encoder = metric.load_encoder(recipe.encoder_dir)
+base = engine.load_base(recipe.model_dir, four_bit=recipe.four_bit)
 answer_options = render | dict(
     max_new_tokens=math.ceil(1.5 * max(examples.answer_length(example) for example in train_examples)),
-    fallback_prompt="Please improve this text.",
+    fallback_prompt=FALLBACK,
 )
 before = answers.answer_table(base, tok, eval_rows, description="answers before", **answer_options)
 
@@ -112,10 +113,16 @@ before = answers.answer_table(base, tok, eval_rows, description="answers before"
 # memory is done again in smaller parts. Killed? Run again with `resume=True`.
 
 # %%
-scored = eval_rows.sample(min(64, len(eval_rows)), random_state=seed)  # not the first 64: files may be sorted
+scored = eval_rows.sample(min(64, len(eval_rows)), random_state=recipe.seed)  # not the first 64: files may be sorted
 adapter.resize_input_embeddings(base, len(tok))
 lora = adapter.add_lora(
-    base, base=engine.base_id(model_dir), r=lora_r, alpha=lora_alpha, dropout=lora_dropout, seed=seed
+    base,
+    base=engine.base_id(recipe.model_dir),
+    r=recipe.lora_r,
+    alpha=recipe.lora_alpha,
+    dropout=recipe.lora_dropout,
+    target_modules=recipe.target_modules,
+    seed=recipe.seed,
 )
 lora.print_trainable_parameters()
 log = training.train(
@@ -123,17 +130,7 @@ log = training.train(
     tok,
     train_examples,
     eval_examples,
-    output,
-    epochs=epochs,
-    max_steps=max_steps,
-    learning_rate=learning_rate,
-    batch_size=batch_size,
-    gradient_accumulation=gradient_accumulation,
-    seed=seed,
-    resume=resume,
-    patience=patience,
-    evaluations=evaluations,
-    report_to=report_to,
+    recipe,
     score=lambda: metric.sharpened_cosine(
         answers.answer_table(lora, tok, scored, description=None, **answer_options)["answer"],
         scored["rewrite_prompt"],
@@ -162,8 +159,8 @@ display(Image(str(output / "loss.png")))
 # Two files, checked against the base's own config: no embeddings, no local paths, every tensor finite and in its place.
 
 # %%
-adapter.save_adapter(lora, output / "adapter", style=style, system_placement=system_placement)
-adapter.check_adapter(output / "adapter", model_dir)
+adapter.save_adapter(lora, output / "adapter", recipe.format)
+adapter.check_adapter(output / "adapter", recipe.model_dir)
 
 # %% [markdown]
 # ## After
@@ -174,8 +171,8 @@ adapter.check_adapter(output / "adapter", model_dir)
 after = answers.answer_table(lora, tok, eval_rows, description="answers after", **answer_options)
 predictions = metric.score_table(eval_rows, before, after, encoder)
 predictions.to_csv(output / "predictions.csv", index=False)
-evaluation = metric.evaluation(predictions, metric.encoder_name(encoder_dir))
-evaluation |= dict(style=style, rows_hash=data.rows_hash(train_rows))
+evaluation = metric.evaluation(predictions, metric.encoder_name(recipe.encoder_dir))
+evaluation |= dict(style=recipe.style, rows_hash=data.rows_hash(train_rows))
 (output / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 evaluation
 

@@ -93,12 +93,11 @@ def print_plan(model_dir: Path, cards: Sequence[float], test_csv: Path | None, p
 def _lengths(model_dir: Path, test_csv: Path) -> list[int]:
     from prompt_recovery.answers import encode_rows
     from prompt_recovery.data import read_test
+    from prompt_recovery.recipe import MOST_TOKENS, Format
     from prompt_recovery.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model_dir, pad="unk", side="left")
-    prompts = encode_rows(
-        tokenizer, read_test(test_csv), max_tokens=4096 - NEW_TOKENS, style="plain", system_placement="user"
-    )
+    prompts = encode_rows(tokenizer, read_test(test_csv), max_tokens=MOST_TOKENS - NEW_TOKENS, format=Format())
     return [len(prompt) for prompt in prompts]
 
 

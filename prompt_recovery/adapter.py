@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prompt_recovery.base import load_config
+from prompt_recovery.recipe import Format, Recipe
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FINGERPRINT = "base_fingerprint"
-RENDERING = ("style", "system_placement")
 # bf16 keeps 8 bits, fp16 11: the same base loaded in another dtype moves a value by up to 2**-8
 FINGERPRINT_TOLERANCE = 2.0**-7
 
@@ -54,11 +54,11 @@ def add_lora(
     model: PreTrainedModel,
     *,
     base: str,
-    r: int = 16,
-    alpha: int = 64,
-    dropout: float = 0.1,
-    target_modules: Sequence[str] = ATTENTION,
-    seed: int = 0,
+    r: int = Recipe.lora_r,
+    alpha: int = Recipe.lora_alpha,
+    dropout: float = Recipe.lora_dropout,
+    target_modules: Sequence[str] = Recipe.target_modules,
+    seed: int = Recipe.seed,
 ) -> PeftModel:
     """A fresh trainable LoRA on the model, its weights in fp32 whatever the base's dtype (fp16 GradScaler needs that).
 
@@ -72,12 +72,12 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def save_adapter(model: PeftModel, adapter_dir: str | Path, **rendering: str) -> Path:
+def save_adapter(model: PeftModel, adapter_dir: str | Path, format: Format | None = None) -> Path:
     """Write adapter_config.json and adapter_model.safetensors, and nothing else, to adapter_dir (replaced whole).
 
     No embeddings or lm_head even if the vocabulary was resized (peft would add 1 GB that the base then refuses), fp32,
-    no local path. The weights' header carries a fingerprint of the base, which `load_adapter` compares, and rendering: the
-    style and system_placement that the adapter was trained on, which `check_adapter` gives back.
+    no local path. The weights' header carries a fingerprint of the base, which `load_adapter` compares, and the format
+    that the adapter was trained for, which `check_adapter` gives back.
     Raises AdapterError where a tensor is not finite; what stood in adapter_dir then stays.
     """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -92,7 +92,8 @@ def save_adapter(model: PeftModel, adapter_dir: str | Path, **rendering: str) ->
     config.save_pretrained(str(staging))
     config.inference_mode = was_training
     fingerprint = json.dumps(base_fingerprint(model.get_base_model()))
-    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", FINGERPRINT: fingerprint, **rendering})
+    header = {"format": "pt", FINGERPRINT: fingerprint} | (asdict(format) if format else {})
+    save_file(tensors, staging / WEIGHTS, metadata=header)
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
     return folder
@@ -100,7 +101,7 @@ def save_adapter(model: PeftModel, adapter_dir: str | Path, **rendering: str) ->
 
 def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) -> dict[str, Any]:
     """Check the two files against each other and, if model_dir is given, against that base's config; nothing is loaded
-    onto a GPU. Returns rank, alpha, target_modules, base, parameters, bytes and what RENDERING its header names.
+    onto a GPU. Returns rank, alpha, target_modules, base, parameters, bytes and the format that its header names.
 
     Raises AdapterError: missing or extra files, pickle files, unreadable files, a local path as the base's name, tensors
     that are missing, extra, of a wrong shape or not finite, an adapter whose update is zero everywhere.
@@ -140,7 +141,7 @@ def check_adapter(adapter_dir: str | Path, model_dir: str | Path | None = None) 
         "target_modules": sorted(config.target_modules),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": (folder / WEIGHTS).stat().st_size,
-        **{name: header[name] for name in RENDERING if name in header},
+        **{each.name: header[each.name] for each in fields(Format) if each.name in header},
     }
 
 
@@ -186,7 +187,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def read_header(adapter_dir: str | Path) -> dict[str, str]:
-    """What `save_adapter` wrote beside the tensors: the base's fingerprint and the rendering, as text; no tensor is read."""
+    """What `save_adapter` wrote beside the tensors: the base's fingerprint and the format, as text; no tensor is read."""
     with safe_open(Path(adapter_dir) / WEIGHTS, "pt") as file:
         return file.metadata() or {}
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from prompt_recovery.engine import GREEDY, Answer, Meter, Sampling, generate
+from prompt_recovery.recipe import Format
 from prompt_recovery.templates import json_object_closed, parse_answer
 from prompt_recovery.tokenizer import encode_row
 
@@ -27,10 +28,10 @@ class Recovered(NamedTuple):
 
 
 def encode_rows(
-    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, **rendering: Any
+    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, **options: Any
 ) -> list[list[int]]:
-    """Token ids of each row as the model is asked, at most max_tokens. rendering: see `encode_row`."""
-    return [encode_row(tokenizer, row, max_tokens=max_tokens, **rendering)[0] for row in rows.to_dict("records")]
+    """Token ids of each row as the model is asked, at most max_tokens. options: see `encode_row`."""
+    return [encode_row(tokenizer, row, max_tokens=max_tokens, **options)[0] for row in rows.to_dict("records")]
 
 
 def answer_prompts(
@@ -91,8 +92,7 @@ def answer_rows(
     tokenizer: PreTrainedTokenizerFast,
     rows: pd.DataFrame,
     *,
-    style: str,
-    system_placement: str,
+    format: Format,
     max_tokens: int,
     max_new_tokens: int,
     fallback_prompt: str,
@@ -103,15 +103,13 @@ def answer_rows(
 
     max_tokens: limit of prompt and answer together, so prompts get max_tokens - max_new_tokens.
     """
-    prompts = encode_rows(
-        tokenizer, rows, max_tokens=max_tokens - max_new_tokens, style=style, system_placement=system_placement,
-        examples=examples,
-    )  # fmt: skip
+    room = max_tokens - max_new_tokens
+    prompts = encode_rows(tokenizer, rows, max_tokens=room, format=format, examples=examples)
     return answer_prompts(
         model,
         tokenizer,
         prompts,
-        style=style,
+        style=format.style,
         fallback_prompt=fallback_prompt,
         max_new_tokens=max_new_tokens,
         **options,

@@ -20,11 +20,11 @@ from sentencepiece import SentencePieceProcessor
 
 from prompt_recovery.data import normalise
 from prompt_recovery.metric import sharpened_cosine
+from prompt_recovery.recipe import WAYS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-WAYS = ("first", "join", "agree")
 LIMIT = 128  # tokens of sentence-t5, EOS included: what goes beyond is not read, and such answers scored about 0.41
 
 

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,72 +21,63 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from prompt_recovery import adapter, data, files, metric, plots, training
-from prompt_recovery.answers import answer_rows
+from prompt_recovery.answers import answer_rows, encode_rows
 from prompt_recovery.base import config_hash
 from prompt_recovery.combine import agreements, combine, pick_threshold
 from prompt_recovery.engine import Sampling, base_id
-from prompt_recovery.examples import make_examples
+from prompt_recovery.examples import Example, make_examples
+from prompt_recovery.recipe import Cell, SettingError
 
-SETTINGS: dict[str, Any] = dict(
-    style="plain",
-    system_placement="user",
-    few_shot=0,  # rows that stand as examples before each row that is answered
-    train_csv=None,  # one path or a list; None: all files of the grid
-    row_filter="",  # pandas query, such as "rewrite_prompt.str.len() < 80"
-    train_rows=None,  # that many of them, drawn by seed
-    lora_r=16,
-    lora_alpha=64,
-    lora_dropout=0.1,
-    target_modules=list(adapter.ATTENTION),
-    supervise="answer",  # answer | text: all tokens, as the usual recipes do
-    learning_rate=2e-5,
-    epochs=5,
-    max_steps=-1,  # 0: the base without training
-    batch_size=8,
-    gradient_accumulation=2,
-    max_tokens=640,
-    max_new_tokens=64,
-    answers_per_row=1,
-    temperature=0.8,  # of all answers but the first, which is greedy
-    top_p=0.95,
-    combine="first",
-    seed=0,
-)
-ANSWERING = ("few_shot", "max_new_tokens", "answers_per_row", "temperature", "top_p")
-NOT_IN_THE_KEY = ("combine", "train_csv", "row_filter", "train_rows")  # scoring only, and rows, which are hashed
+VARIES = ("adapter", "answers", "rows", "score")  # the kinds of settings that a grid may vary
 
 
 class ComparisonError(ValueError):
     """A grid that can't be run."""
 
 
-def make_cells(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]], **shared: Any) -> list[dict[str, Any]]:
-    """Complete settings of each cell, the first of which is the reference.
+def make_cells(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]], **shared: Any) -> list[Cell]:
+    """The cells, the first of which is the reference; all are checked before one is run.
 
     grid: lists of values by name, of which every combination is a cell, or one mapping for each cell. shared: other
-    values than those of SETTINGS for all cells. Raises ComparisonError for names not in SETTINGS, or equal cells.
+    values than a Cell's defaults for all cells. Raises ComparisonError for other names, values that can't work, or equal
+    cells.
     """
     if isinstance(grid, Mapping):
+        single = [f"{name}={value!r}" for name, value in grid.items() if not isinstance(value, (list, tuple))]
+        if single:
+            raise ComparisonError(
+                f"grid has {', '.join(single)}: give a list of values for each name, or put it in shared."
+            )
         parts = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    else:
+    elif isinstance(grid, (list, tuple)) and all(isinstance(part, Mapping) for part in grid):
         parts = [dict(part) for part in grid]
-    unknown = {name for part in [*parts, shared] for name in part} - SETTINGS.keys()
+    else:
+        raise ComparisonError(f"grid={grid!r}: give a list of mappings, one a cell, or a mapping of names to lists.")
+    names = Cell.names(*VARIES)
+    unknown = {str(name) for part in [*parts, shared] for name in part} - set(names)
     if unknown:
-        raise ComparisonError(f"{', '.join(sorted(unknown))} is no setting; there are {', '.join(SETTINGS)}.")
-    cells = [SETTINGS | shared | part for part in parts]
+        raise ComparisonError(f"{', '.join(sorted(unknown))} is no setting; there are {', '.join(names)}.")
+    cells, wrong = [], []
+    for number, part in enumerate(parts):
+        try:
+            cells.append(Cell(**shared | part))
+        except SettingError as error:
+            wrong.append(f"cell {number}: {error}")
+    if wrong:
+        raise ComparisonError("\n".join(wrong))
     if not cells or any(cell in cells[:n] for n, cell in enumerate(cells)):
         raise ComparisonError(f"{len(cells)} cells, and none may stand twice: give each another value of some setting.")
     return cells
 
 
 def read_split(
-    cells: Sequence[Mapping[str, Any]], train_csv: str | Path | Sequence[str | Path], eval_fraction: float, seed: int
+    cells: Sequence[Cell], train_csv: str | Path | Sequence[str | Path], eval_fraction: float, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(train, eval) rows of train_csv and of all files that cells name, cleaned, split once by prompt groups; the column
     file names the file. A cell takes its part of train with `rows_of`, so no cell trains on a prompt that is held out."""
-    named = [_paths(each) for each in [train_csv, *(cell["train_csv"] for cell in cells)] if each]
-    files = list(dict.fromkeys(path for paths in named for path in paths))
-    rows, account = data.clean_rows(data.read_rows(files))
+    named = [_paths(each) for each in [train_csv, *(cell.train_csv for cell in cells)] if each]
+    names = list(dict.fromkeys(path for paths in named for path in paths))
+    rows, account = data.clean_rows(data.read_rows(names))
     print(data.describe(rows, account))
     return data.split_rows(rows, eval_fraction, seed)
 
@@ -95,25 +87,53 @@ def _paths(train_csv: str | Path | Sequence[str | Path]) -> list[str]:
     return [str(Path(path)) for path in paths]
 
 
-def rows_of(cell: Mapping[str, Any], train_rows: pd.DataFrame) -> pd.DataFrame:
+def rows_of(cell: Cell, train_rows: pd.DataFrame) -> pd.DataFrame:
     """The rows that a cell trains on: its files, its filter, its number. Raises ComparisonError if too few are left."""
     rows = train_rows
-    if cell["train_csv"]:
-        rows = rows[rows["file"].isin(_paths(cell["train_csv"]))]
-    if cell["row_filter"]:
-        rows = rows.query(cell["row_filter"])
-    wanted = len(rows) if cell["train_rows"] is None else cell["train_rows"]
+    if cell.train_csv:
+        rows = rows[rows["file"].isin(_paths(cell.train_csv))]
+    if cell.row_filter:
+        try:
+            rows = rows.query(cell.row_filter)
+        except Exception as error:  # whatever a text that is no query raises
+            raise ComparisonError(f"row_filter={cell.row_filter!r}: {error}. Give a query for pandas.") from error
+    wanted = len(rows) if cell.train_rows is None else cell.train_rows
     if not len(rows) or wanted > len(rows) or wanted < 1:
-        raise ComparisonError(
-            f"A cell wants {wanted} rows, and train_csv and row_filter leave {len(rows)}: {dict(cell)}."
-        )
+        raise ComparisonError(f"A cell wants {wanted} rows, and train_csv and row_filter leave {len(rows)}: {cell}.")
     if wanted < len(rows):
-        rows = rows.sample(frac=1, random_state=cell["seed"]).head(wanted)  # of more rows, fewer are a part
+        rows = rows.sample(frac=1, random_state=cell.seed).head(
+            wanted
+        )  # a smaller train_rows is a subset of a larger one
     return rows.reset_index(drop=True)
 
 
+def check_cells(
+    cells: Sequence[Cell], tokenizer: PreTrainedTokenizerFast, train_rows: pd.DataFrame, eval_rows: pd.DataFrame
+) -> None:
+    """Raises ComparisonError naming the cells whose rows can't be trained on or answered, before one is run."""
+    wrong = []
+    for number, cell in enumerate(cells):
+        try:
+            rows = rows_of(cell, train_rows)
+            if cell.max_steps != 0:
+                examples_of(cell, tokenizer, rows)
+            room = cell.max_tokens - cell.max_new_tokens
+            encode_rows(tokenizer, eval_rows, max_tokens=room, format=cell.format, examples=shots_of(cell, rows))
+        except ValueError as error:
+            wrong.append(f"cell {number}: {error}")
+    if wrong:
+        raise ComparisonError("\n".join(wrong))
+
+
+def shots_of(cell: Cell, rows: pd.DataFrame) -> list[dict[Any, Any]]:
+    """The rows that stand as examples before each row that is answered. Raises ComparisonError for too few rows."""
+    if cell.few_shot > len(rows):
+        raise ComparisonError(f"few_shot={cell.few_shot}, and the cell has {len(rows)} rows: give fewer, or more rows.")
+    return rows.sample(cell.few_shot, random_state=cell.seed).to_dict("records")
+
+
 def run_cell(
-    cell: Mapping[str, Any],
+    cell: Cell,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     train_rows: pd.DataFrame,
@@ -130,19 +150,13 @@ def run_cell(
     few-shot examples stand before rows that are answered; training sees none.
     """
     rows = rows_of(cell, train_rows)
-    setting = {name: value for name, value in cell.items() if name not in NOT_IN_THE_KEY}
-    trained = cell["max_steps"] != 0
-    training_setting = {name: value for name, value in setting.items() if name not in ANSWERING}
-    if not trained:
-        setting = {
-            n: v for n, v in setting.items() if n in ANSWERING or n in ("style", "system_placement", "max_tokens")
-        }
-        setting["seed"] = cell["seed"]
+    trained = cell.max_steps != 0
+    asked = cell.values("adapter", "answers") if trained else cell.values("answers")
     base_name = base_id(model_dir)
     loaded = [base_name, str(base.dtype), config_hash(model_dir), hasattr(base.config, "quantization_config")]
-    adapter_dir = Path(output_dir) / f"adapter-{_key(loaded, training_setting, rows)}"
-    seen = rows if trained or cell["few_shot"] else rows.head(0)
-    answers_csv = Path(output_dir) / f"answers-{_key(loaded, setting, seen, eval_rows)}.csv"
+    adapter_dir = Path(output_dir) / f"adapter-{_key(loaded, cell.values('adapter'), rows)}"
+    seen = rows if trained or cell.few_shot else rows.head(0)
+    answers_csv = Path(output_dir) / f"answers-{_key(loaded, asked, seen, eval_rows)}.csv"
     if answers_csv.is_file():
         return pd.read_csv(answers_csv, keep_default_na=False, dtype={"id": str})
     answering: Any = base
@@ -150,14 +164,13 @@ def run_cell(
         answering = _train(cell, base, base_name, tokenizer, rows, adapter_dir)
     elif trained:
         answering = adapter.load_adapter(base, adapter_dir, model_dir)
-    examples: list[Any] = rows.sample(cell["few_shot"], random_state=cell["seed"]).to_dict("records")
-    several = cell["answers_per_row"] > 1
-    sampling = Sampling(cell["answers_per_row"], cell["temperature"] if several else 0.0, cell["top_p"], cell["seed"])
+    temperature = cell.temperature if cell.answers_per_row > 1 else 0.0
+    sampling = Sampling(cell.answers_per_row, temperature, cell.top_p, cell.seed)
     started = time.monotonic()
     results = answer_rows(
-        answering, tokenizer, eval_rows, style=cell["style"], system_placement=cell["system_placement"],
-        max_tokens=cell["max_tokens"], max_new_tokens=cell["max_new_tokens"], fallback_prompt=fallback_prompt,
-        examples=examples, sampling=sampling, stop_at_object=False,  # else JSON would never be seen to end by EOS
+        answering, tokenizer, eval_rows, format=cell.format, max_tokens=cell.max_tokens,
+        max_new_tokens=cell.max_new_tokens, fallback_prompt=fallback_prompt, examples=shots_of(cell, rows), sampling=sampling,
+        stop_at_object=False,  # else JSON would never be seen to end by EOS
     )  # fmt: skip
     lines = [
         dict(id=eval_rows["id"].iloc[position], number=number, answer=found.prompt, how=found.how, stopped=found.stopped,
@@ -174,29 +187,27 @@ def run_cell(
 
 
 def _train(
-    cell: Mapping[str, Any], base: PreTrainedModel, base_name: str, tokenizer: PreTrainedTokenizerFast,
-    rows: pd.DataFrame, adapter_dir: Path,
+    cell: Cell, base: PreTrainedModel, base_name: str, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame,
+    adapter_dir: Path,
 ) -> Any:  # fmt: skip
-    if cell["supervise"] not in ("answer", "text"):
-        raise ComparisonError(f"supervise={cell['supervise']!r}: choose answer or text.")
-    examples = make_examples(
-        tokenizer, rows, max_tokens=cell["max_tokens"], style=cell["style"], system_placement=cell["system_placement"]
-    )
-    if cell["supervise"] == "text":
-        examples = [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in examples]
+    examples = examples_of(cell, tokenizer, rows)
     lora = adapter.add_lora(
-        base, base=base_name, r=cell["lora_r"], alpha=cell["lora_alpha"], dropout=cell["lora_dropout"],
-        target_modules=cell["target_modules"], seed=cell["seed"],
+        base, base=base_name, r=cell.lora_r, alpha=cell.lora_alpha, dropout=cell.lora_dropout,
+        target_modules=cell.target_modules, seed=cell.seed,
     )  # fmt: skip
     working = adapter_dir.with_name(adapter_dir.name.replace("adapter", "training"))
-    training.train(
-        lora, tokenizer, examples, [], working, epochs=cell["epochs"], max_steps=cell["max_steps"],
-        learning_rate=cell["learning_rate"], batch_size=cell["batch_size"],
-        gradient_accumulation=cell["gradient_accumulation"], seed=cell["seed"], resume=True,
-    )  # fmt: skip
-    adapter.save_adapter(lora, adapter_dir, style=cell["style"], system_placement=cell["system_placement"])
+    training.train(lora, tokenizer, examples, [], replace(cell, output_dir=str(working), resume=True))
+    adapter.save_adapter(lora, adapter_dir, cell.format)
     shutil.rmtree(working / "checkpoints")
     return lora
+
+
+def examples_of(cell: Cell, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame) -> list[Example]:
+    """The rows as this cell trains on them. Raises TrainingError for rows that can't be."""
+    examples = make_examples(tokenizer, rows, max_tokens=cell.max_tokens, format=cell.format)
+    if cell.supervise == "text":
+        return [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in examples]
+    return examples
 
 
 def answer_groups(table: pd.DataFrame) -> list[list[str]]:
@@ -208,7 +219,7 @@ def answer_groups(table: pd.DataFrame) -> list[list[str]]:
 
 
 def result_table(
-    cells: Sequence[Mapping[str, Any]],
+    cells: Sequence[Cell],
     answers: Sequence[pd.DataFrame],
     eval_rows: pd.DataFrame,
     encoder: Any,
@@ -223,7 +234,7 @@ def result_table(
 
     answers: tables of run_cell. Raises ComparisonError where one is not about eval_rows.
     """
-    varied = [name for name in SETTINGS if any(cell[name] != cells[0][name] for cell in cells)]
+    varied = [name for name in Cell.names(*VARIES) if len({getattr(cell, name) for cell in cells}) > 1]
     truths = eval_rows["rewrite_prompt"].to_list()
     lines: list[dict[str, Any]] = []
     reference = np.zeros(0)
@@ -233,18 +244,18 @@ def result_table(
             raise ComparisonError(
                 "The answers of a cell are not those of eval_rows: give run_cell's tables of these rows."
             )
-        needed = encoder if cell["combine"] != "first" else None
-        given = [combine(each, cell["combine"], encoder=needed) for each in groups]
+        needed = encoder if cell.combine != "first" else None
+        given = [combine(each, cell.combine, encoder=needed) for each in groups]
         scores = metric.sharpened_cosine(given, truths, encoder)
         reference = scores if not lines else reference
-        line: dict[str, Any] = {name: str(cell[name]) for name in varied}
+        line: dict[str, Any] = {name: str(getattr(cell, name)) for name in varied}
         line |= metric.score_line(scores, reference)
         if mean_prompt:
-            both = [combine(each, cell["combine"], mean_prompt=mean_prompt, encoder=needed) for each in groups]
+            both = [combine(each, cell.combine, mean_prompt=mean_prompt, encoder=needed) for each in groups]
             with_mean = metric.sharpened_cosine(both, truths, encoder)
             alone = metric.sharpened_cosine([mean_prompt] * len(truths), truths, encoder)
             line |= dict(scs_with_mean=with_mean.mean(), scs_mean_alone=alone.mean())
-            if cell["answers_per_row"] > 1:
+            if cell.answers_per_row > 1:
                 agreed = np.array([agreements(each, encoder).mean() for each in groups])
                 threshold = pick_threshold(agreed, with_mean, alone)
                 line["threshold"] = threshold

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from prompt_recovery.recipe import Format
 from prompt_recovery.templates import TemplateError, render_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
@@ -20,7 +21,7 @@ class TrainingError(ValueError):
 
 
 def make_examples(
-    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, style: str, system_placement: str
+    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, format: Format
 ) -> list[Example]:
     """Rows as `input_ids` and `labels` (lists of equal length, at most max_tokens): labels are the ids where the answer
     and its EOS stand and -100 elsewhere. Masked by position, so it does not matter which id pads.
@@ -32,10 +33,8 @@ def make_examples(
     refused: list[tuple[str, str]] = []
     for number, row in enumerate(rows.to_dict("records"), 1):
         try:
-            answer = render_answer(row["rewrite_prompt"], style, row.get("response", ""))
-            ids, supervised = encode_row(
-                tokenizer, row, max_tokens=max_tokens, style=style, system_placement=system_placement, answer=answer
-            )
+            answer = render_answer(row["rewrite_prompt"], format.style, row.get("response", ""))
+            ids, supervised = encode_row(tokenizer, row, max_tokens=max_tokens, format=format, answer=answer)
         except (TemplateError, TokenizerError) as error:
             refused.append((str(row.get("source", f"row {number}")), str(error)))
             continue

@@ -11,6 +11,7 @@ import pandas as pd
 
 from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter, read_header
 from prompt_recovery.engine import check_model_dir, load_base
+from prompt_recovery.recipe import Format
 from prompt_recovery.tokenizer import load_tokenizer
 
 KAGGLE_INPUT = "/kaggle/input"
@@ -104,20 +105,21 @@ def usable_adapter(adapter_dir: str | Path | None, model_dir: str | Path, allow_
         return None
 
 
-def rendering(adapter_dir: Path | None, style: str | None, system_placement: str | None) -> dict[str, str]:
-    """style and system_placement as given; for None, as the adapter was trained, or plain and user where it does not say.
+def answer_format(adapter_dir: Path | None, style: str | None, system_placement: str | None) -> Format:
+    """style and system_placement as given; for None, as the adapter was trained, or the default where it does not say.
 
     Raises InputError for one that the adapter was not trained on: its answers would not parse, or would be worse.
     """
     trained = read_header(adapter_dir) if adapter_dir else {}
     result = {}
-    for name, given, default in (("style", style, "plain"), ("system_placement", system_placement, "user")):
+    for name, given in (("style", style), ("system_placement", system_placement)):
         if given and given != trained.get(name, given):
             raise InputError(
                 f"{name}={given!r}, but the adapter in {adapter_dir} was trained with {trained[name]!r}; leave it at None."
             )
-        result[name] = given or trained.get(name, default)
-    return result
+        if given or name in trained:
+            result[name] = given or trained[name]
+    return Format(**result)
 
 
 def load(

@@ -18,6 +18,7 @@ import torch
 from prompt_recovery.answers import NOT_FINITE, Recovered, answer_prompts
 from prompt_recovery.combine import combine
 from prompt_recovery.engine import Meter, Sampling, ready, spread_order
+from prompt_recovery.recipe import Format
 from prompt_recovery.submission_file import (
     SubmissionError,
     append_journal,
@@ -130,7 +131,8 @@ class _Run:
     def encode(self, tokenizer: Any) -> None:
         """Encode each row, which also finds those that raise."""
         rows = self.test.to_dict("records")
-        options = {name: self.settings[name] for name in ("style", "system_placement")}
+        options: Any = {name: self.settings[name] for name in ("style", "system_placement")}
+        options = dict(format=Format(**options))
         room = self.settings["max_tokens"] - self.settings["max_new_tokens"]
         encode_row(tokenizer, {"original_text": "", "rewritten_text": ""}, max_tokens=room, **options)
         for position, row in enumerate(rows):

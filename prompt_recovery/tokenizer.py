@@ -13,9 +13,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from prompt_recovery.recipe import PADS, Format
 from prompt_recovery.templates import Conversation, render_conversation
 
-PAD_CHOICES = ("<pad>", "unk")
 SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 CUT = " ... "  # stands where the middle of an over-long text was; plain ASCII, so that it costs 2-3 tokens
 
@@ -35,8 +35,8 @@ def load_tokenizer(model_dir: str | Path, pad: str = "<pad>", side: str = "right
     side: "right" to train, "left" to generate.
     Raises TokenizerError for an unknown pad, a missing file, or a vocabulary without <unk> 0, <s> 1, </s> 2.
     """
-    if pad not in PAD_CHOICES:
-        raise TokenizerError(f"pad is {pad!r}; it must be one of {PAD_CHOICES}. EOS would never be learned as a stop.")
+    if pad not in PADS:
+        raise TokenizerError(f"pad is {pad!r}; it must be one of {PADS}. EOS would never be learned as a stop.")
     folder = Path(model_dir)
     if (folder / "tokenizer.model").is_file():
         backend = _from_sentencepiece(folder / "tokenizer.model")
@@ -109,8 +109,7 @@ def encode_row(
     row: Mapping[Any, Any],  # str keys; pandas calls its records' keys Hashable
     *,
     max_tokens: int,
-    style: str = "plain",
-    system_placement: str = "user",
+    format: Format = Format(),  # noqa: B008  (frozen)
     examples: Sequence[Mapping[str, Any]] = (),
     answer: str | None = None,
 ) -> tuple[list[int], list[bool]]:
@@ -123,7 +122,7 @@ def encode_row(
     original, rewritten = str(row["original_text"]), str(row["rewritten_text"])
 
     def encode(first: str, second: str) -> tuple[list[int], list[bool]]:
-        conversation = render_conversation(first, second, style, system_placement, examples)
+        conversation = render_conversation(first, second, format.style, format.system_placement, examples)
         return encode_conversation(tokenizer, conversation, answer)
 
     ids, supervised = encode(original, rewritten)

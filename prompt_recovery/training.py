@@ -1,4 +1,4 @@
-"""Fine-tune a LoRA on rows: settings, memory plan, checkpoints, resume.
+"""Fine-tune a LoRA on rows: memory plan, checkpoints, resume.
 
 A run killed at any moment goes on from its last whole checkpoint, with the same batches and the same random numbers
 as if it had not been killed.
@@ -7,7 +7,6 @@ as if it had not been killed.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import shutil
@@ -24,19 +23,8 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainin
 from prompt_recovery.engine import TrainingPlan, apply_plan, processes, release_buffers, training_plan
 from prompt_recovery.examples import IGNORED, Example, TrainingError, answer_length, check_supervised, collate
 from prompt_recovery.files import write_csv
+from prompt_recovery.recipe import Recipe
 from prompt_recovery.trainer import RowTrainer, WriteLog, training_log
-
-REPORTERS = ("none", "tensorboard", "wandb", "trackio")
-
-
-def check_report_to(report_to: str) -> None:
-    """Raises TrainingError unless it is one of REPORTERS whose package is installed. Call it before the model loads."""
-    if report_to not in REPORTERS:
-        raise TrainingError(f"report_to={report_to!r}: choose one of {', '.join(REPORTERS)}.")
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise TrainingError(
-            f"report_to={report_to!r}: the package {report_to} is not installed; pip install {report_to}."
-        )
 
 
 def train(
@@ -44,20 +32,8 @@ def train(
     tokenizer: PreTrainedTokenizerFast,
     train_examples: Sequence[Example],
     eval_examples: Sequence[Example],
-    output_dir: str | Path,
+    recipe: Recipe,
     *,
-    epochs: float = 5,
-    max_steps: int = -1,
-    learning_rate: float = 2e-5,
-    batch_size: int = 8,
-    gradient_accumulation: int = 2,
-    warmup_steps: int = 30,
-    evaluations: int = 10,
-    patience: int = 3,
-    activation_checkpointing: bool | None = None,
-    seed: int = 0,
-    resume: bool = False,
-    report_to: str = "none",
     score: Callable[[], float] | None = None,
 ) -> pd.DataFrame:
     """Train the adapter in place and leave it at its best checkpoint (the last one without eval rows).
@@ -66,33 +42,29 @@ def train(
     loss. Held-out prompts have wordings that were never trained on, so their loss can rise while the answers get better:
     on the demo it is lowest after 10% of the steps, where 30% of the answers are right, and 98% are at the end (LOG.md).
 
-    Defaults are the figures of the system this design comes from: lr 2e-5 linear with 30 steps of warm-up, batch 8x2.
-    evaluations: how often eval loss is measured and a checkpoint kept; patience: stop after that many without gain.
-    activation_checkpointing: None lets a memory plan choose rows at a time and checkpointed layers on a GPU, with
-    gradient accumulation up to batch_size * gradient_accumulation rows a step, and checkpoints nothing on the CPU; True
-    and False take batch_size rows at a time with every layer or none. Out of memory, the run goes on with fewer rows.
-    Under `accelerate launch` the rows of a step are shared out to the processes.
-    report_to: who is told of the run beside the log; see `check_report_to`.
-    resume: go on from the last whole checkpoint under output_dir/checkpoints, if there is one; else they are removed.
+    recipe: `evaluations` says how often eval loss is measured and a checkpoint kept; training stops after `patience`
+    of them without gain. activation_checkpointing None lets a memory plan choose rows at a time and checkpointed layers
+    on a GPU, with gradient accumulation up to batch_size * gradient_accumulation rows a step, and checkpoints nothing on
+    the CPU; True and False take batch_size rows at a time with every layer or none. Out of memory, the run goes on with
+    fewer rows. Under `accelerate launch` the rows of a step are shared out to the processes. With `resume` it goes on
+    from the last whole checkpoint under output_dir/checkpoints, if there is one; else these are removed.
     Returns the log (step, epoch, loss, eval_loss, eval_scs, learning_rate), also written to output_dir/training_log.csv.
     Raises TrainingError where the checkpoints belong to other rows or settings, or the rows of a step can't be shared
     out evenly; TooLittleMemory where one row does not fit.
     """
-    check_report_to(report_to)
     state = processes()
     check_supervised(train_examples, tokenizer.eos_token_id)
-    steps_an_epoch = math.ceil(len(train_examples) / (batch_size * gradient_accumulation))
-    total = max_steps if max_steps > 0 else math.ceil(epochs * steps_an_epoch)
-    log_every = max(1, total // (evaluations * 5))
-    eval_every = log_every * max(1, total // (evaluations * log_every))  # a multiple, so a resumed log has no gap
-    output_dir = Path(output_dir)
+    rows_a_step = recipe.batch_size * recipe.gradient_accumulation
+    steps_an_epoch = math.ceil(len(train_examples) / rows_a_step)
+    total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.epochs * steps_an_epoch)
+    log_every = max(1, total // (recipe.evaluations * 5))
+    eval_every = log_every * max(1, total // (recipe.evaluations * log_every))  # a multiple: a resumed log has no gap
+    output_dir = Path(recipe.output_dir)
     checkpoints = output_dir / "checkpoints"
-    settings = dict(
-        total=total, learning_rate=learning_rate, batch=batch_size, accumulation=gradient_accumulation, seed=seed,
-        warmup=warmup_steps, evaluations=evaluations, patience=patience, scored=score is not None,
-        lora=model.peft_config["default"].to_dict(), rows=[train_examples, eval_examples],
-    )  # fmt: skip
-    last = _prepare_checkpoints(checkpoints, settings, resume) if state.is_main_process else None
+    settings = recipe.values("adapter", "run") | dict(
+        scored=score is not None, lora=model.peft_config["default"].to_dict(), rows=[train_examples, eval_examples]
+    )
+    last = _prepare_checkpoints(checkpoints, settings, recipe.resume) if state.is_main_process else None
     state.wait_for_everyone()
     last = last or last_checkpoint(checkpoints)
     if last:
@@ -109,7 +81,7 @@ def train(
     on_gpu = torch.cuda.is_available()
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     model.config.use_cache = False
-    plan = _plan(model, train_examples, batch_size, gradient_accumulation, activation_checkpointing, bf16)
+    plan = _plan(model, train_examples, recipe, bf16)
     apply_plan(model, plan)
     state.print(plan)
     # rows without a label: accelerate would repeat the first rows where the last ones are too few for all processes
@@ -117,15 +89,15 @@ def train(
     fill, eval_fill = (
         -len(examples) % rows if state.num_processes > 1 else 0
         for examples, rows in (
-            (train_examples, batch_size * gradient_accumulation),
-            (eval_examples, batch_size * state.num_processes),
+            (train_examples, rows_a_step),
+            (eval_examples, recipe.batch_size * state.num_processes),
         )
     )
     has_eval = len(eval_examples) > 0
     arguments = _arguments(
         checkpoints, plan, eval_every, has_eval, score is not None, bf16, max_steps=total,
-        learning_rate=learning_rate, warmup_steps=min(warmup_steps, total // 10), logging_steps=log_every,
-        per_device_eval_batch_size=batch_size, report_to=report_to, seed=seed,
+        learning_rate=recipe.learning_rate, warmup_steps=min(recipe.warmup_steps, total // 10), logging_steps=log_every,
+        per_device_eval_batch_size=recipe.batch_size, report_to=recipe.report_to, seed=recipe.seed,
     )  # fmt: skip
     trainer = RowTrainer(
         model=model,
@@ -134,11 +106,11 @@ def train(
         eval_dataset=[*eval_examples, *filler * eval_fill] if has_eval else None,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         callbacks=[WriteLog(output_dir / "training_log.csv")]
-        + ([EarlyStoppingCallback(early_stopping_patience=patience)] if has_eval else []),
+        + ([EarlyStoppingCallback(early_stopping_patience=recipe.patience)] if has_eval else []),
     )
     trainer.score = score
     trainer.fill = fill
-    trainer.rows_in_order = batch_size * gradient_accumulation
+    trainer.rows_in_order = rows_a_step
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     model.config.use_cache = True
     release_buffers(model)
@@ -182,22 +154,21 @@ def _arguments(
     return arguments
 
 
-def _plan(
-    model: PeftModel, examples: Sequence[Example], batch: int, accumulation: int, checkpointing: bool | None, bf16: bool
-) -> TrainingPlan:
+def _plan(model: PeftModel, examples: Sequence[Example], recipe: Recipe, bf16: bool) -> TrainingPlan:
     sharing = processes().num_processes
+    batch, accumulation = recipe.batch_size, recipe.gradient_accumulation
     if batch * accumulation % sharing:
         raise TrainingError(
             f"batch_size {batch} x gradient_accumulation {accumulation} rows can't be shared out to {sharing} processes:"
             " make the product a multiple of their number."
         )
     rows = batch * accumulation // sharing
-    if torch.cuda.is_available() and checkpointing is None:
+    if torch.cuda.is_available() and recipe.activation_checkpointing is None:
         longest = max(len(example["input_ids"]) for example in examples)
         answer = max(answer_length(example) for example in examples)
         return training_plan(model, longest, answer, rows, torch.bfloat16 if bf16 else torch.float16)
     micro = math.gcd(rows, batch)
-    layers = model.config.get_text_config().num_hidden_layers if checkpointing else 0
+    layers = model.config.get_text_config().num_hidden_layers if recipe.activation_checkpointing else 0
     return TrainingPlan(micro, rows // micro, checkpointed=layers)
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from prompt_recovery import adapter
 from prompt_recovery.adapter import CONFIG, WEIGHTS, AdapterError
 from prompt_recovery.engine import loading
+from prompt_recovery.recipe import Format
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def saved(tmp_path_factory):
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    adapter.save_adapter(lora, folder, style="json", system_placement="turn")
+    adapter.save_adapter(lora, folder, Format(style="json", system_placement="turn"))
     ids = torch.tensor([[1, 300, 400, 500]])
     with torch.inference_mode():
         return folder, ids, lora.eval()(ids).logits

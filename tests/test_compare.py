@@ -1,6 +1,7 @@
 """The compare notebook and what it calls: cells, one split, results that are kept, a table that is right."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from conftest import ROOT, TINY
 from prompt_recovery import comparison as c
 from prompt_recovery import data, metric, tokenizer
 from prompt_recovery.engine import loading
+from prompt_recovery.recipe import Cell, SettingError
 
 FEW = dict(max_steps=2, batch_size=2, gradient_accumulation=1, max_tokens=256, max_new_tokens=8)
 
@@ -27,11 +29,11 @@ def small_csv(tmp_path):
 
 def test_cells_are_every_combination_or_one_by_one():
     cells = c.make_cells({"style": ["plain", "json"], "lora_r": [1, 16]}, epochs=2)
-    assert [(cell["style"], cell["lora_r"]) for cell in cells] == [
+    assert [(cell.style, cell.lora_r) for cell in cells] == [
         ("plain", 1), ("plain", 16), ("json", 1), ("json", 16),
     ]  # fmt: skip
-    assert all(cell["epochs"] == 2 and cell.keys() == c.SETTINGS.keys() for cell in cells)
-    assert c.make_cells([{"lora_r": 1}, {}])[1] == c.SETTINGS
+    assert all(cell.epochs == 2 for cell in cells)
+    assert c.make_cells([{"lora_r": 1}, {}])[1] == Cell()
     for grid, message in [({"rank": [1]}, "rank is no setting"), ([{}, {}], "twice"), ([], "0 cells")]:
         with pytest.raises(c.ComparisonError, match=message):
             c.make_cells(grid)
@@ -53,11 +55,13 @@ def test_one_split_for_files_and_filters(tmp_path, small_csv):
     assert 0 < len(second) < len(train) and set(second["rewritten_text"]) <= set(rows["rewritten_text"].tail(12))
     assert 0 < len(short) < len(train) and (short["rewrite_prompt"].str.len() < 40).all()
     assert len(five) == 5
-    more = c.rows_of(cells[2] | {"train_rows": 9}, train)
+    more = c.rows_of(replace(cells[2], train_rows=9), train)
     assert set(five["id"]) < set(more["id"])
-    for bad in ({"row_filter": "rewrite_prompt == ''"}, {"train_rows": 1000}, {"train_rows": 0}):
+    for bad in ({"row_filter": "rewrite_prompt == ''"}, {"train_rows": 1000}):
         with pytest.raises(c.ComparisonError, match="leave"):
-            c.rows_of(cells[0] | bad, train)
+            c.rows_of(replace(cells[0], **bad), train)
+    with pytest.raises(SettingError, match="train_rows=0"):
+        replace(cells[0], train_rows=0)
 
 
 def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
@@ -87,8 +91,8 @@ def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
     run(cells[1], changed)
     run(cells[0], changed)  # the base answers without training rows
     assert len(list(tmp_path.glob("answers-*.csv"))) == 5
-    with pytest.raises(c.ComparisonError, match="supervise"):
-        run(cells[1] | {"supervise": "all"})
+    with pytest.raises(SettingError, match="supervise"):
+        replace(cells[1], supervise="all")
 
 
 def test_examples_stand_before_the_row_and_text_is_supervised(tmp_path, small_csv):

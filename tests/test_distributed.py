@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from prompt_recovery import adapter, metric, trainer, training
 from prompt_recovery.engine import memory
+from prompt_recovery.recipe import Recipe
 
 # without a GPU `--cpu` starts one process, whatever --num_processes says; `--multi_gpu` starts as many as it is told
 LAUNCH = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
@@ -98,8 +99,8 @@ def test_a_process_that_was_launched_with_others_never_trains_alone(monkeypatch)
 def test_rows_that_cannot_be_shared_out_are_refused(monkeypatch):
     monkeypatch.setattr(training, "processes", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(training.TrainingError, match="8 x gradient_accumulation 2.*3 processes"):
-        training._plan(None, [], 8, 2, None, False)
-    assert training._plan(None, [], 8, 3, None, False)[:2] == (8, 1)
+        training._plan(None, [], Recipe(), False)
+    assert training._plan(None, [], Recipe(gradient_accumulation=3), False)[:2] == (8, 1)
 
 
 def test_rows_without_labels_stand_last_and_once():

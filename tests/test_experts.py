@@ -27,6 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from prompt_recovery import adapter
 from prompt_recovery.engine import ModelError, Nf4Error, checkpointing, forward, loading, quantiser, storage
+from prompt_recovery.recipe import Recipe
 
 COMMON = dict(
     vocab_size=320, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -129,7 +130,7 @@ def test_a_hub_folder_becomes_what_bitsandbytes_makes_of_every_matrix(dtype, tmp
                 assert torch.equal(pieces["absmax"][expert], absmax)
                 assert torch.equal(storage.dequantise(pieces, dtype)[expert], values)
                 assert torch.equal(storage.expert_weights(layer.mlp.experts, dtype)(projection, expert), values)
-        for name in adapter.ATTENTION:
+        for name in Recipe.target_modules:
             weight = getattr(layer.self_attn, name).weight
             values = bnb_functional.dequantize_4bit(weight.data, weight.quant_state)
             assert weight.quant_state.nested and weight.quant_state.blocksize == 64

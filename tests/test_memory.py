@@ -21,6 +21,7 @@ from prompt_recovery import adapter, trainer, training
 from prompt_recovery.engine import TooLittleMemory, TrainingPlan, checkpointing, loading, memory, quantiser, storage
 from prompt_recovery.engine.memory import GIB, RESERVE, Sizes
 from prompt_recovery.examples import IGNORED, collate, make_examples
+from prompt_recovery.recipe import Recipe
 
 TRUE_SHAPE = MixtralConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -289,7 +290,7 @@ def run(folder, *, break_it=None, rows=12, steps=4, dropout=0.0, **options):
     examples = make_examples(tok, demo_rows(rows), **SHORT)
     if break_it is not None:
         break_it(lora)
-    log = training.train(lora, tok, examples, [], folder, max_steps=steps, **FAST | options)
+    log = training.train(lora, tok, examples, [], Recipe(output_dir=folder, max_steps=steps, **FAST | options))
     return log, lora_state(lora)
 
 
@@ -435,10 +436,8 @@ def test_a_4_bit_model_trains_and_resumes(tmp_path, capsys):
         lora = adapter.add_lora(base, base="tiny-mixtral", dropout=0.1, seed=0)
         before = {name: p.detach().clone() for name, p in lora.named_parameters() if "lora" not in name}
         examples = make_examples(tok, demo_rows(4), **SHORT)
-        log = training.train(
-            lora, tok, examples, examples[:2], tmp_path / folder, max_steps=3, resume=number == 2,
-            activation_checkpointing=True, **FAST,
-        )  # fmt: skip
+        options = FAST | dict(max_steps=3, resume=number == 2, activation_checkpointing=True)
+        log = training.train(lora, tok, examples, examples[:2], Recipe(output_dir=tmp_path / folder, **options))
         assert all(torch.equal(p, before[name]) for name, p in lora.named_parameters() if "lora" not in name)
         logs.append(log)
         states.append(lora_state(lora))

@@ -12,6 +12,7 @@ from transformers import MixtralConfig
 from prompt_recovery import answers, inputs, submission, submission_file
 from prompt_recovery.engine import GREEDY, Answer, Sampling, generate, ready
 from prompt_recovery.engine.planning import AnswerPlan
+from prompt_recovery.recipe import Format
 from prompt_recovery.submission import answer_test
 from prompt_recovery.tokenizer import encode_row
 
@@ -160,8 +161,7 @@ def broken():
 
 
 SETTINGS = dict(
-    style="plain",
-    system_placement="user",
+    format=Format(),
     max_tokens=400,
     max_new_tokens=4,
     fallback_prompt=FALLBACK,
@@ -217,7 +217,7 @@ def test_only_the_rows_that_break_keep_the_fallback(tmp_path, capsys):
     calm = answer_test(base, tok, test, tmp_path / "calm.csv", **OPTIONS)
 
     def ids(table):
-        options = dict(max_tokens=396, style="plain", system_placement="user")
+        options = dict(max_tokens=396, format=Format())
         return [encode_row(tok, row, **options)[0] for row in table.to_dict("records")]
 
     before = {token for prompt in ids(test) for token in prompt}

@@ -28,6 +28,7 @@ from prompt_recovery import (
     submission_file,
 )  # fmt: skip
 from prompt_recovery.engine import decoding, generation, loading
+from prompt_recovery.recipe import Format
 from prompt_recovery.submission import SubmissionError, answer_test, clean_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
@@ -50,10 +51,10 @@ def lora_dir(tmp_path_factory):
     return make_adapter(tmp_path_factory.mktemp("lora") / "adapter")
 
 
-def make_adapter(folder, **rendering):
+def make_adapter(folder, format=None):
     lora = get_peft_model(loading.load_base(TINY), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     lora.peft_config["default"].base_model_name_or_path = "tiny-mixtral"
-    return adapter.save_adapter(lora, folder, **rendering)
+    return adapter.save_adapter(lora, folder, format)
 
 
 def rows(count, words=6):
@@ -323,13 +324,16 @@ def test_answers_that_nothing_combines_are_refused(loaded, tmp_path):
 
 
 def test_style_and_placement_are_the_adapter_s(lora_dir, tmp_path):
-    assert inputs.rendering(None, None, "turn") == {"style": "plain", "system_placement": "turn"}
-    assert inputs.rendering(lora_dir, None, None) == {"style": "plain", "system_placement": "user"}  # it does not say
-    folder = make_adapter(tmp_path / "adapter", style="json", system_placement="before")
-    assert inputs.rendering(folder, None, "before") == {"style": "json", "system_placement": "before"}
+    assert inputs.answer_format(None, None, "turn") == Format(system_placement="turn")
+    assert inputs.answer_format(lora_dir, None, None) == Format(
+        style="plain", system_placement="user"
+    )  # it does not say
+    trained = Format(style="json", system_placement="before")
+    folder = make_adapter(tmp_path / "adapter", trained)
+    assert inputs.answer_format(folder, None, "before") == trained
     for wrong in (("plain", None), (None, "user")):
         with pytest.raises(inputs.InputError, match="was trained with '(json|before)'"):
-            inputs.rendering(folder, *wrong)
+            inputs.answer_format(folder, *wrong)
 
 
 # --- faults -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prompt_recovery import templates, tokenizer
+from prompt_recovery.recipe import Format
 from prompt_recovery.templates import Conversation
 from prompt_recovery.tokenizer import TokenizerError, encode_conversation, encode_row, encode_text, load_tokenizer
 
@@ -84,7 +85,7 @@ def test_answer_and_eos_alone_are_supervised(tok):
 @pytest.mark.parametrize("style", templates.STYLES)
 def test_training_prefix_is_the_generation_prompt(tok, style, placement):
     row = {"original_text": "a {x}", "rewritten_text": "b\n\n"}
-    options = dict(max_tokens=4000, style=style, system_placement=placement)
+    options = dict(max_tokens=4000, format=Format(style=style, system_placement=placement))
     prompt, _ = encode_row(tok, row, **options)
     ids, supervised = encode_row(tok, row, answer="1. r\n2. x", **options)
     assert ids[: len(prompt)] == prompt

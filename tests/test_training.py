@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -24,9 +25,10 @@ from prompt_recovery.examples import (
     make_examples,
     show_example,
 )
+from prompt_recovery.recipe import Format, Recipe, SettingError
 from prompt_recovery.tokenizer import load_tokenizer
 
-OPTIONS = dict(max_tokens=320, style="plain", system_placement="user")
+OPTIONS = dict(max_tokens=320, format=Format())
 SHORT = OPTIONS | dict(max_tokens=120)
 FAST = dict(learning_rate=5e-3, batch_size=8, gradient_accumulation=1)
 
@@ -101,7 +103,7 @@ def test_adapter_moves_and_the_base_does_not(tmp_path):
     tok, lora = build(dropout=0.1)
     before = {name: p.detach().clone() for name, p in lora.named_parameters()}
     examples = make_examples(tok, demo_rows(24), **OPTIONS)
-    log = training.train(lora, tok, examples, [], tmp_path, max_steps=3, **FAST)
+    log = training.train(lora, tok, examples, [], Recipe(output_dir=tmp_path, max_steps=3, **FAST))
     moved = {name for name, p in lora.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora" in name}
     assert log["loss"].notna().all() and len(log) == 3
@@ -113,7 +115,8 @@ def test_pad_token_and_unk_give_the_same_losses_and_adapter(tmp_path):
     for pad in ("<pad>", "unk"):
         tok, lora = build(pad)
         examples = make_examples(tok, demo_rows(20), **OPTIONS)
-        log = training.train(lora, tok, examples, examples[:4], tmp_path / pad.strip("<>"), max_steps=4, **FAST)
+        recipe = Recipe(output_dir=tmp_path / pad.strip("<>"), max_steps=4, **FAST)
+        log = training.train(lora, tok, examples, examples[:4], recipe)
         results[pad] = (log, lora_state(lora))
     (log, state), (other_log, other) = results.values()
     pd.testing.assert_frame_equal(log, other_log, atol=1e-5)
@@ -150,10 +153,9 @@ def test_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
     tok, lora = build()
     examples = make_examples(tok, demo_rows(6), **SHORT)
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 1.0])
-    log = training.train(
-        lora, tok, examples[:4], examples[4:], tmp_path, max_steps=20, patience=3, score=lambda: next(scores),
-        report_to="tensorboard", **FAST | dict(batch_size=2),
-    )  # fmt: skip
+    options = FAST | dict(batch_size=2, max_steps=20, patience=3, report_to="tensorboard")
+    recipe = Recipe(output_dir=tmp_path, **options)
+    log = training.train(lora, tok, examples[:4], examples[4:], recipe, score=lambda: next(scores))
     assert log["eval_scs"].dropna().to_list() == [0.1, 0.9, 0.2, 0.3, 0.4]
     assert log.loc[log["eval_scs"].notna(), "step"].to_list() == [2, 4, 6, 8, 10] and log["step"].max() == 10
     assert log["eval_loss"].notna().sum() == 5
@@ -185,7 +187,8 @@ def test_batches_hold_similar_lengths_in_an_order_of_their_own_each_epoch(tmp_pa
     examples = [{"input_ids": [1] + [9] * n + [2], "labels": [IGNORED] * (n + 1) + [2]} for n in range(3, 35)]
     pads = []
     lora.get_input_embeddings().register_forward_pre_hook(lambda _, args: pads.append((args[0] == 2400).sum().item()))
-    training.train(lora, tok, examples, [], tmp_path, max_steps=32, **FAST | dict(batch_size=2))
+    recipe = Recipe(output_dir=tmp_path, **FAST | dict(max_steps=32, batch_size=2))
+    training.train(lora, tok, examples, [], recipe)
     assert len(pads) == 32 and sum(pads) / 32 < 6  # about 11 in a plain shuffle
     assert pads[:16] != pads[16:]
 
@@ -197,10 +200,8 @@ def test_activation_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_
         calls = []
         lora.get_base_model().model.layers[1].mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
         examples = make_examples(tok, demo_rows(4), **SHORT)
-        training.train(
-            lora, tok, examples, [], tmp_path / str(on), max_steps=2, activation_checkpointing=on,
-            **FAST | dict(batch_size=2),
-        )  # fmt: skip
+        options = FAST | dict(batch_size=2, max_steps=2, activation_checkpointing=on)
+        training.train(lora, tok, examples, [], Recipe(output_dir=tmp_path / str(on), **options))
         results.append((len(calls), lora_state(lora)))
     assert [calls for calls, _ in results] == [2, 4]
     assert all(torch.allclose(value, results[1][1][name], atol=1e-6) for name, value in results[0][1].items())
@@ -213,10 +214,12 @@ from pathlib import Path
 from test_training import FAST, SHORT, build, demo_rows
 from prompt_recovery import adapter, training
 from prompt_recovery.examples import make_examples
+from prompt_recovery.recipe import Recipe
 tok, lora = build(dropout=0.1)
 examples = make_examples(tok, demo_rows(20), **SHORT)
-options = FAST | dict(batch_size=2, gradient_accumulation=2, max_steps=20, patience=5, score=lambda: 0.5)
-training.train(lora, tok, examples[:16], examples[16:], Path(sys.argv[1]), resume=True, **options)
+options = FAST | dict(batch_size=2, gradient_accumulation=2, max_steps=20, patience=5, resume=True)
+recipe = Recipe(output_dir=sys.argv[1], **options)
+training.train(lora, tok, examples[:16], examples[16:], recipe, score=lambda: 0.5)
 adapter.save_adapter(lora, Path(sys.argv[1], "adapter"))
 print("finished")
 """
@@ -263,8 +266,9 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path):
     for folder in ("first", "first", "moved"):
         tok, lora = build(dropout=0.1)
         examples = make_examples(tok, demo_rows(6), **SHORT)
-        options = FAST | dict(batch_size=2, max_steps=8, patience=2, score=lambda: 0.5, evaluations=4)
-        log = training.train(lora, tok, examples[:4], examples[4:], tmp_path / folder, resume=True, **options)
+        options = FAST | dict(batch_size=2, max_steps=8, patience=2, evaluations=4, resume=True)
+        recipe = Recipe(output_dir=tmp_path / folder, **options)
+        log = training.train(lora, tok, examples[:4], examples[4:], recipe, score=lambda: 0.5)
         assert not lora.training
         results.append((log, lora_state(lora)))
         if len(results) == 2:
@@ -284,25 +288,23 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path):
         ("wandb", "wandb is not installed; pip install wandb"),
     ],
 )
-def test_who_is_reported_to_is_checked_without_a_model(report_to, why, tmp_path):
-    with pytest.raises(TrainingError, match=why):
-        training.check_report_to(report_to)
-    with pytest.raises(TrainingError, match=why):
-        training.train(None, None, [], [], tmp_path, report_to=report_to)
-    assert not list(tmp_path.iterdir())
+def test_who_is_reported_to_is_checked_without_a_model(report_to, why):
+    with pytest.raises(SettingError, match=why):
+        Recipe(report_to=report_to)
 
 
 def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tmp_path):
     tok, lora = build()
     examples = make_examples(tok, demo_rows(4), **SHORT)
-    training.train(lora, tok, examples, [], tmp_path, max_steps=1, **FAST)
+    recipe = Recipe(output_dir=tmp_path, max_steps=1, **FAST)
+    training.train(lora, tok, examples, [], recipe)
     stale = tmp_path / "checkpoints" / "checkpoint-1" / "stale"
     stale.touch()
     with pytest.raises(TrainingError, match="other rows or settings"):
-        training.train(lora, tok, examples[1:], [], tmp_path, max_steps=1, resume=True, **FAST)
+        training.train(lora, tok, examples[1:], [], replace(recipe, resume=True))
     with pytest.raises(TrainingError, match="other rows or settings"):
-        training.train(lora, tok, examples, [], tmp_path, max_steps=1, resume=True, **FAST | dict(warmup_steps=1))
-    training.train(lora, tok, examples[1:], [], tmp_path, max_steps=2, **FAST)
+        training.train(lora, tok, examples, [], replace(recipe, resume=True, warmup_steps=1))
+    training.train(lora, tok, examples[1:], [], replace(recipe, max_steps=2))
     assert not stale.exists() and training.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
 
 
@@ -310,9 +312,9 @@ def test_rows_without_an_answer_in_the_style_are_named():
     tok = load_tokenizer(TINY)
     rows = demo_rows(3).assign(response=["1. why", "", " "], source=["a.csv:1", "a.csv:2", "a.csv:3"])
     with pytest.raises(TrainingError, match=r"2 of 3 rows are refused \(a.csv:2, a.csv:3\).*reason_json"):
-        make_examples(tok, rows, max_tokens=400, style="reason_json", system_placement="user")
+        make_examples(tok, rows, max_tokens=400, format=Format(style="reason_json"))
     with pytest.raises(TrainingError, match=r"1 of 1 rows are refused \(row 1\).*raise max_tokens to"):
-        make_examples(tok, demo_rows(1), max_tokens=20, style="plain", system_placement="user")
+        make_examples(tok, demo_rows(1), max_tokens=20, format=Format())
 
 
 def test_shown_example_marks_the_supervised_part():
@@ -347,5 +349,5 @@ def test_a_host_that_shows_several_cards_trains_on_the_planned_rows_of_a_step(
     embeddings = lora.get_input_embeddings()
     embeddings.register_forward_pre_hook(lambda _, args: given.append(len(args[0])))
     options = FAST | dict(batch_size=4, gradient_accumulation=2, max_steps=3)
-    log = training.train(lora, tok, examples, [], tmp_path / "run", **options)
+    log = training.train(lora, tok, examples, [], Recipe(output_dir=tmp_path / "run", **options))
     assert given == [4] * 6 and len(log) == 3 and log["epoch"].to_list()[-1] == 1

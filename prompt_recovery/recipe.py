@@ -1,0 +1,336 @@
+"""The settings of a training and of its answers: every default once, each value read and checked here.
+
+A notebook's parameters are flat variables. `Recipe.of(globals())` makes them a Recipe, and refuses what
+can't work, before anything loads. What is plainly a number is read as one: "2e-5", 64.0, "64".
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+import numbers
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from prompt_recovery.templates import STYLES, SYSTEM_PLACEMENTS
+
+PADS = ("<pad>", "unk")
+REPORTERS = ("none", "tensorboard", "wandb", "trackio")
+WAYS = ("first", "join", "agree")  # to make one answer of several
+FALLBACK = "Please improve this text while keeping its original meaning but altering the tone."
+MOST_TOKENS = 4096  # of a prompt with its answer, in a submission
+
+Reader = Callable[[Any], Any]  # the value as it is meant, or a ValueError that says what to give
+
+
+class SettingError(ValueError):
+    """Settings that can't work; the message has a line for each: value, rule and remedy."""
+
+
+def setting(default: Any, read: Reader, *kinds: str) -> Any:
+    """A field of a `Settings`. kinds: what depends on it, by which `Settings.values` picks fields."""
+    return field(default=default, metadata={"read": read, "kinds": frozenset(kinds)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Fields that are read and checked when an object is made, all of them before one error."""
+
+    def __post_init__(self) -> None:
+        wrong = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            try:
+                object.__setattr__(self, each.name, each.metadata["read"](value))
+            except (ValueError, TypeError, OverflowError) as rule:
+                wrong.append(f"{each.name}={repr(value)[:80]}: {rule}.")
+        wrong = wrong or list(self.conflicts())
+        if wrong:
+            raise SettingError("\n".join(wrong))
+
+    def conflicts(self) -> Iterator[str]:
+        """A line for each pair of settings that don't go together."""
+        return iter(())
+
+    @classmethod
+    def of(cls, names: Mapping[str, Any]) -> Self:
+        """From a notebook's globals(): those that are fields here, the rest by default."""
+        return cls(**{each.name: names[each.name] for each in fields(cls) if each.name in names})
+
+    @classmethod
+    def names(cls, *kinds: str) -> list[str]:
+        return [each.name for each in fields(cls) if each.metadata["kinds"] & set(kinds)]
+
+    def values(self, *kinds: str) -> dict[str, Any]:
+        """The fields of these kinds by name: what a hash of them is made of."""
+        return {name: getattr(self, name) for name in self.names(*kinds)}
+
+
+# --- readers ------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError("not a finite number")
+    return value
+
+
+def whole(least: int, most: int, special: str = "") -> Reader:
+    """An int from least to most. special: said of another value that counts, -1."""
+
+    def read(value: Any) -> int:
+        rule = f"give a whole number from {least} to {most}" + (f", or -1 {special}" if special else "")
+        try:
+            number = _number(value)
+        except ValueError:
+            raise ValueError(rule) from None
+        if number != int(number) or not (least <= number <= most or (special and number == -1)):
+            raise ValueError(rule)
+        return int(number)
+
+    return read
+
+
+def number(least: float, most: float, *, above: bool = False, below: bool = False) -> Reader:
+    """A float from least to most. above, below: without least, without most."""
+
+    def read(value: Any) -> float:
+        try:
+            found = float(_number(value))
+            fits = (found > least if above else found >= least) and (found < most if below else found <= most)
+        except ValueError:
+            fits = False
+        if not fits:
+            low, high = "above" if above else "from", "below" if below else "up to"
+            raise ValueError(f"give a number {low} {least:g} and {high} {most:g}")
+        return found
+
+    return read
+
+
+def flag(value: Any) -> bool:
+    words = {"true": True, "false": False}
+    if isinstance(value, str) and value.strip().lower() in words:
+        return words[value.strip().lower()]
+    if not isinstance(value, bool):
+        raise ValueError("give True or False")
+    return value
+
+
+def choice(*options: str) -> Reader:
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or value not in options:
+            raise ValueError(f"choose one of {', '.join(options)}")
+        return value
+
+    return read
+
+
+def reporter(value: Any) -> str:
+    name: str = choice(*REPORTERS)(value)
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"the package {name} is not installed; pip install {name}, or choose none")
+    return name
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("give a text that is not blank")
+    return value
+
+
+def query(value: Any) -> str:
+    if not isinstance(value, str | None):
+        raise ValueError("give a query for pandas as text, or ''")
+    return value or ""
+
+
+def path(value: Any) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("give a path")
+    return value
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """One or several, such as paths. papermill's -p hands a list over as the text of one."""
+    if isinstance(value, str) and value.strip()[:1] in "[(" and value.strip()[-1:] in "])":
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            raise ValueError("give one, or a list such as ['a', 'b']") from None
+    many = value if isinstance(value, (list, tuple)) else [value]
+    if not many:
+        raise ValueError("give at least one")
+    return tuple(path(each) for each in many)
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping | None):
+        raise ValueError("give a mapping of names to values")
+    return dict(value or {})
+
+
+def optional(read: Reader, none: str = "") -> Reader:
+    """None (or ""), or what read gives. none: what None stands for, said where the value is wrong."""
+
+    def read_or_none(value: Any) -> Any:
+        if value is None or value == "":
+            return None
+        try:
+            return read(value)
+        except ValueError as rule:
+            raise ValueError(f"{rule}, or None{none and f' for {none}'}") from None
+
+    return read_or_none
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(Settings):
+    """How rows are put to the model and how it answers. An adapter answers in the one it was trained for."""
+
+    style: str = setting("plain", choice(*STYLES))
+    system_placement: str = setting("user", choice(*SYSTEM_PLACEMENTS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering(Settings):
+    """How many answers a row gets, how long they are, how they are drawn and made into one."""
+
+    max_new_tokens: int = setting(64, whole(1, MOST_TOKENS // 2), "answers")
+    answers_per_row: int = setting(1, whole(1, 64), "answers")
+    # of all answers but the first, which is greedy; 0 is for one that draws none
+    temperature: float = setting(0.8, number(0, 5), "answers")
+    top_p: float = setting(0.95, number(0.01, 1), "answers")
+    combine: str = setting("first", choice(*WAYS), "score")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.temperature < 0.01 and (self.answers_per_row > 1 or self.temperature > 0):
+            yield (
+                f"temperature={self.temperature:g}: all answers_per_row={self.answers_per_row} answers would be the "
+                "same; give a number from 0.01 up to 5, or 0 with answers_per_row=1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
+    """A training, from its rows to its adapter.
+
+    Figures are those of the system this design comes from: rank 16, alpha 64, dropout 0.1 on q, k, v
+    and o; learning rate 2e-5, linear, 30 steps of warm-up; 8 rows times 2 a step.
+
+    Kinds: "adapter", what its weights depend on; "run", what else a resumed run must share;
+    "rows", which rows are trained on; "answers", what answers depend on beside the model.
+    """
+
+    model_dir: str = setting("/workspace/Mixtral-8x7B-Instruct-v0.1", path)
+    train_csv: Any = setting(("rows.csv",), texts, "rows")  # a tuple of paths
+    output_dir: str = setting("outputs/train", path)
+    style: str = setting("plain", choice(*STYLES), "adapter", "answers")
+    system_placement: str = setting("user", choice(*SYSTEM_PLACEMENTS), "adapter", "answers")
+    max_tokens: int = setting(640, whole(32, 32768), "adapter", "answers")  # prompt and answer together
+    max_steps: int = setting(-1, whole(1, 10**7, "for as many as the epochs take"), "adapter")
+    epochs: float = setting(5.0, number(0, 1000, above=True), "adapter")
+    learning_rate: float = setting(2e-5, number(1e-9, 1), "adapter")
+    warmup_steps: int = setting(30, whole(0, 10**7), "adapter")  # at most a tenth of all steps
+    lora_r: int = setting(16, whole(1, 1024), "adapter")
+    lora_alpha: int = setting(64, whole(1, 65536), "adapter")
+    lora_dropout: float = setting(0.1, number(0, 1, below=True), "adapter")
+    target_modules: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj"), texts, "adapter")
+    batch_size: int = setting(8, whole(1, 65536), "adapter")
+    gradient_accumulation: int = setting(2, whole(1, 65536), "adapter")
+    eval_fraction: float = setting(0.1, number(0, 1, below=True))
+    four_bit: bool | None = setting(None, optional(flag), "run")
+    pad: str = setting("<pad>", choice(*PADS))
+    encoder_dir: str = setting("/workspace/sentence-t5-base", path)
+    seed: int = setting(0, whole(0, 2**32 - 1), "adapter", "answers")
+    resume: bool = setting(False, flag)
+    patience: int = setting(3, whole(1, 10**9), "run")  # evaluations without gain
+    evaluations: int = setting(10, whole(1, 10**6), "run")  # in the whole run
+    report_to: str = setting("none", reporter)
+    # None: a memory plan chooses on a GPU, and nothing is recomputed on the CPU
+    activation_checkpointing: bool | None = setting(None, optional(flag))
+
+    @property
+    def format(self) -> Format:
+        return Format(style=self.style, system_placement=self.system_placement)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Recipe, Answering):
+    """A recipe, how its adapter answers, and what only comparisons need."""
+
+    train_csv: Any = setting(None, optional(texts, "all files of the grid"), "rows")
+    row_filter: str = setting("", query, "rows")  # for pandas, such as "rewrite_prompt.str.len() < 80"
+    train_rows: int | None = setting(None, optional(whole(1, 10**9), "all"), "rows")  # that many, drawn by seed
+    few_shot: int = setting(0, whole(0, 64), "answers")  # rows that stand as examples before each row
+    max_steps: int = setting(-1, whole(0, 10**7, "for as many as the epochs take"), "adapter")  # 0: the base
+    # answer | text: all tokens, as the usual recipes do
+    supervise: str = setting("answer", choice("answer", "text"), "adapter")
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.max_new_tokens >= self.max_tokens:
+            yield (
+                f"max_new_tokens={self.max_new_tokens}: prompt and answer have max_tokens={self.max_tokens} together; "
+                "give fewer, or raise max_tokens."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """The parameters of notebooks/compare."""
+
+    model_dir: str = setting("demo/tiny-mixtral", path)
+    train_csv: tuple[str, ...] = setting(("demo/rows.csv",), texts)
+    output_dir: str = setting("outputs/compare", path)
+    encoder_dir: str | None = setting(None, optional(path, "MiniLM"))
+    grid: Any = setting((), lambda value: value)  # `comparison.make_cells` checks it and shared
+    shared: Any = setting(None, mapping)
+    mean_prompt: str | None = setting(None, optional(text, "no such column"))
+    eval_fraction: float = setting(0.1, number(0, 1, above=True, below=True))
+    four_bit: bool | None = setting(None, optional(flag))
+    seed: int = setting(0, whole(0, 2**32 - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmissionSettings(Answering):
+    """The parameters of notebooks/submission."""
+
+    model_dir: str | None = setting(None, optional(path, "the one under input_dir"))
+    adapter_dir: str | None = setting(None, optional(path, "the one under input_dir"))
+    test_csv: str | None = setting(None, optional(path, "the one under input_dir"))
+    input_dir: str = setting("/kaggle/input", path)
+    submission_csv: str = setting("/kaggle/working/submission.csv", path)
+    time_budget_hours: float = setting(8.5, number(0, 168, above=True))
+    fallback_prompt: str = setting(FALLBACK, text)
+    style: str | None = setting(None, optional(choice(*STYLES), "the adapter's"))
+    system_placement: str | None = setting(None, optional(choice(*SYSTEM_PLACEMENTS), "the adapter's"))
+    four_bit: bool | None = setting(None, optional(flag))
+    mean_prompt: str | None = setting(None, optional(text, "no mean prompt"))
+    threshold: float | None = setting(None, optional(number(-1, 2), "no threshold"))
+    encoder_dir: str | None = setting(None, optional(path, "no encoder"))
+    allow_base: bool = setting(False, flag)
+    answer_public_test: bool = setting(False, flag)
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if (self.answers_per_row > 1) != (self.combine != "first" or self.threshold is not None):
+            yield (
+                f"answers_per_row={self.answers_per_row}, combine={self.combine!r}, threshold={self.threshold}: several "
+                "answers are for join, agree or a threshold, which do nothing with one. Set answers_per_row to 2 or more "
+                "with them, or to 1 with first."
+            )
+        if self.encoder_dir is None and (self.combine == "agree" or self.threshold is not None):
+            yield "encoder_dir=None: agree and threshold need an encoder: give its folder, or combine='first' or 'join'."
+        if self.threshold is not None and self.mean_prompt is None:
+            yield f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, or no threshold."
