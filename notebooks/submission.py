@@ -9,10 +9,13 @@
 # %% [markdown]
 # # Submission: answer test.csv with the adapter
 #
-# Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the base, the adapter, the
-# dataset of wheels and the competition as inputs and leave the paths at None: they are found under `input_dir`.
-#
-# `style` and `system_placement` are those that the adapter was trained with, which it says itself.
+# Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the base, the
+# adapter, the dataset of wheels and the competition as inputs, and leave the paths at None: they are found
+# under `input_dir`.
+
+# %% [markdown]
+# Every setting is in the next cell. `style` and `system_placement` are those that the adapter was trained
+# with, which it says itself.
 
 # %% tags=["parameters"]
 model_dir = None
@@ -37,6 +40,7 @@ allow_base = False  # go on with the base alone if the adapter is missing or bro
 answer_public_test = False  # load the model even for the one row of the public test.csv
 
 # %% [markdown]
+# ## Libraries
 # What Kaggle's image lacks is installed from the attached wheels; where none are attached, nothing happens.
 
 # %%
@@ -56,74 +60,119 @@ if wheels:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check"]
     subprocess.run([*pip, *map(str, wheels)], check=True)
 
-# %%
-from dataclasses import asdict
+# %% [markdown]
+# ## Settings
+# Everything that needs no GPU is checked before the model loads: a mistake costs seconds here, and an hour
+# of quota later. First the settings themselves, all of them at once.
 
-from prompt_recovery import base, data, inputs, metric, submission
+# %%
+import pandas as pd
+
+from prompt_recovery import answers, data, inputs, metric, submission, tokenizer
+from prompt_recovery.plots import whole_texts
 from prompt_recovery.recipe import SubmissionSettings
 
-asked = SubmissionSettings.of(globals())  # the settings above, read and checked
-model_dir, adapter_dir, test_csv = inputs.find_inputs(
-    asked.model_dir, asked.adapter_dir, asked.test_csv, asked.input_dir, asked.allow_base
-)
-print(f"model    {model_dir}\nadapter  {adapter_dir}\ntest     {test_csv}")
+settings = SubmissionSettings.of(globals())
 
 # %% [markdown]
-# Everything that can be checked without a GPU is checked before the model loads: a broken adapter costs seconds here,
-# and an hour of quota after loading. The file is there from now on, filled with the fallback, or with what an earlier run
-# finished before it was killed.
+# Then what they point to. The adapter's two files are compared with each other and with the base's config.
 
 # %%
-test = data.read_test(test_csv)
-adapter_dir = inputs.usable_adapter(adapter_dir, model_dir, asked.allow_base)
-settings = asdict(inputs.answer_format(adapter_dir, asked.style, asked.system_placement)) | dict(
-    model_dir=model_dir,
-    adapter_dir=adapter_dir,
-    fallback_prompt=asked.fallback_prompt,
-    time_budget_hours=asked.time_budget_hours,
-    max_tokens=min(4096, base.load_config(model_dir).max_position_embeddings),
-    max_new_tokens=asked.max_new_tokens,
-    started=started,
-)
-if not Path(asked.submission_csv).exists():
-    submission.answer_test(None, None, test, asked.submission_csv, **settings)
-test.head(3)
+settings = inputs.complete(settings)
 
 # %% [markdown]
-# Several answers to a row are made into one: joined, or the one that the others agree with most. A mean prompt and
-# joining can raise the score and recover nothing. `threshold` holds for the encoder, mean prompt, way to combine and number
-# of answers for which `notebooks/compare` picked it.
+# ## Rows
+# No row of `test.csv` is ever dropped, and its ids are kept as they are written.
 
 # %%
-settings |= dict(
-    answers_per_row=asked.answers_per_row,
-    temperature=asked.temperature,
-    top_p=asked.top_p,
-    how=asked.combine,
-    mean_prompt=asked.mean_prompt,
-    threshold=asked.threshold,
-    encoder=metric.load_encoder(asked.encoder_dir, device="cpu") if asked.encoder_dir else None,
-)
-report = submission.answer_test(None, None, test, asked.submission_csv, **settings)
-print(f"{settings['style']} answers, {asked.answers_per_row} a row, {asked.combine}")
+test = data.read_test(settings.test_csv)
+print(f"{len(test)} rows")
+whole_texts(test.head(1))
 
 # %% [markdown]
+# ## Several answers to a row
+# Several answers are made into one: joined, or the one that the others agree with most. A mean prompt and
+# joining can raise the score and recover nothing.
+#
+# `threshold` holds for the encoder, mean prompt, way to combine and number of answers for which
+# `notebooks/compare` picked it.
+
+# %%
+print(f"{settings.style} answers, {settings.answers_per_row} a row, {settings.combine}")
+encoder = metric.load_encoder(settings.encoder_dir, device="cpu") if settings.encoder_dir else None
+
+# %% [markdown]
+# ## The file
+# `submission.csv` is whole and valid from here on, however this notebook ends. It is filled with the
+# fallback, or with what an earlier run finished before it was killed.
+
+# %%
+tok = tokenizer.load_tokenizer(settings.model_dir, pad="unk", side="left")
+job = submission.prepare(test, settings, tok, encoder=encoder, started=started)
+
+# %% [markdown]
+# This is what the model is asked about the first row. The instruction is the one it was trained with; a text
+# that is too long loses its middle.
+
+# %%
+for prompt in answers.encode_rows(tok, test.head(1), max_tokens=job.room, format=settings.format):
+    print(tok.decode(prompt))
+
+# %% [markdown]
+# ## The model
 # While nothing is scored, `test.csv` has one row: it keeps the fallback, and the model isn't loaded. Set
 # `answer_public_test` to see that it loads.
 
 # %%
-public = inputs.is_public_run(test) and not asked.answer_public_test
+public = inputs.is_public_run(test) and not settings.answer_public_test
 print("public test.csv: the fallback is the answer" if public else f"loading the model for {len(test)} rows")
-lora, tok = (None, None) if public else inputs.load(model_dir, adapter_dir, asked.four_bit, asked.allow_base)
 
 # %% [markdown]
-# Answers replace the fallback as they come. If they come too slowly for the time budget, the rows to come get a single
-# answer, then shorter ones, and those that can't be reached keep the fallback; each of these steps is printed.
+# The base takes minutes to load from a mount, and most of that is reading 24 GiB, or 87 GiB where its
+# experts are not yet in 4 bits.
 
 # %%
+model = None
 if not public:
-    report = submission.answer_test(lora, tok, test, asked.submission_csv, **settings)
+    model, tok = inputs.load(settings.model_dir, settings.adapter_dir, settings.four_bit, settings.allow_base)
+
+# %% [markdown]
+# ## Answers
+# They replace the fallback as they come. The bar shows the seconds to go and those left in the budget; a
+# line every half minute says the same to the log.
+#
+# If they come too slowly, the rows to come get a single answer, then shorter ones, and those that can't be
+# reached keep the fallback. Each of these steps is printed.
 
 # %%
-print(report.groupby(["source", "how", "stopped"]).size().to_string())
-report.head(10)
+if model is not None:
+    submission.answer(job, model, tok)
+
+# %% [markdown]
+# ## What came out
+# The file is read back and checked as a scorer would read it. `how` says where in the model's words the
+# prompt was found, or why the fallback stands; `stopped` says why the model ended: it should be `eos`.
+
+# %%
+report = submission.report(job)
+report.groupby(["source", "how", "stopped"]).size().to_frame("rows")
+
+# %% [markdown]
+# One answer for many rows is a sign of trouble: an adapter that learned a single prompt, or a base that is
+# not its own.
+
+# %%
+report["answer"].value_counts().head().to_frame("rows")
+
+# %% [markdown]
+# Five rows, whole. A good answer is an instruction, in the words that somebody would have used.
+
+# %%
+shown = report.sample(min(5, len(report)), random_state=0).sort_index()
+whole_texts(test.loc[shown.index].assign(answer=shown["answer"]))
+
+# %% [markdown]
+# This is what lies on the disk.
+
+# %%
+pd.read_csv(settings.submission_csv).head(3)

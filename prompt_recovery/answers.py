@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from prompt_recovery.engine import GREEDY, Answer, Meter, Sampling, generate
@@ -18,10 +18,10 @@ NOT_FINITE = "not finite"
 
 
 class Recovered(NamedTuple):
-    """A recovered prompt, never blank; how it was found (the parser's word, or "fallback"); why the answer ended (eos,
-    object, length, or "not finite": the model's logits, which then say nothing); its length in tokens."""
+    """A recovered prompt, never blank, or None; how it was found (the parser's word); why the answer ended (eos, object,
+    length, or "not finite": the model's logits, which then say nothing); its length in tokens."""
 
-    prompt: str
+    prompt: str | None
     how: str
     stopped: str
     tokens: int
@@ -40,7 +40,6 @@ def answer_prompts(
     prompts: Sequence[Sequence[int]],
     *,
     style: str,
-    fallback_prompt: str,
     sampling: Sampling = GREEDY,
     stop_at_object: bool | None = None,
     meter: Meter | None = None,
@@ -69,7 +68,7 @@ def answer_prompts(
             bar.update()
             bar.set_postfix_str(f"{meter.rate:.0f} tokens/s, {meter.left:.0f} s left", refresh=False)
             broken += sum(answer.ended == NOT_FINITE for answer in answers)
-            yield position, [_recover(tokenizer, answer, style, fallback_prompt) for answer in answers]
+            yield position, [_recover(tokenizer, answer, style) for answer in answers]
     if broken:
         print(
             f"{broken} answers are none, since their logits were not finite: the weights are damaged, or too large for"
@@ -77,13 +76,11 @@ def answer_prompts(
         )
 
 
-def _recover(tokenizer: PreTrainedTokenizerFast, answer: Answer, style: str, fallback_prompt: str) -> Recovered:
+def _recover(tokenizer: PreTrainedTokenizerFast, answer: Answer, style: str) -> Recovered:
     ids, ended = answer
     text = tokenizer.decode(ids[:-1] if ended == "eos" else ids, skip_special_tokens=True)
     stopped = "object" if ended == "stop" else ended
-    parsed = parse_answer(text, style)
-    if parsed.prompt is None or ended == NOT_FINITE:
-        return Recovered(fallback_prompt, "fallback", stopped, len(ids))
+    parsed = parse_answer("" if ended == NOT_FINITE else text, style)
     return Recovered(parsed.prompt, parsed.how, stopped, len(ids))
 
 
@@ -95,7 +92,6 @@ def answer_rows(
     format: Format,
     max_tokens: int,
     max_new_tokens: int,
-    fallback_prompt: str,
     examples: Sequence[Mapping[str, Any]] = (),
     **options: Any,
 ) -> Iterator[tuple[int, list[Recovered]]]:
@@ -110,15 +106,23 @@ def answer_rows(
         tokenizer,
         prompts,
         style=format.style,
-        fallback_prompt=fallback_prompt,
         max_new_tokens=max_new_tokens,
         **options,
     )
 
 
-def answer_table(model: Any, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, **options: Any) -> pd.DataFrame:
-    """The first answer of each row in the rows' order, as a table: id, answer, how, stopped."""
-    results = sorted(answer_rows(model, tokenizer, rows, **options))
-    table = pd.DataFrame([answers[0][:3] for _, answers in results], columns=["answer", "how", "stopped"])
+def answer_table(
+    model: Any, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, fallback_prompt: str, **options: Any
+) -> pd.DataFrame:
+    """The first answer of each row in the rows' order, as a table: id, answer, how ("fallback" where no prompt was found),
+    stopped."""
+    firsts = [found[0] for _, found in sorted(answer_rows(model, tokenizer, rows, **options))]
+    lines = [(*or_fallback(first, fallback_prompt), first.stopped) for first in firsts]
+    table = pd.DataFrame(lines, columns=["answer", "how", "stopped"])
     table.insert(0, "id", rows["id"].to_list())
     return table
+
+
+def or_fallback(found: Recovered, fallback_prompt: str) -> tuple[str, str]:
+    """(answer, how) as a table has them."""
+    return (fallback_prompt, "fallback") if found.prompt is None else (found.prompt, found.how)

@@ -21,7 +21,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from prompt_recovery import adapter, data, files, metric, plots, training
-from prompt_recovery.answers import answer_rows, encode_rows
+from prompt_recovery.answers import answer_rows, encode_rows, or_fallback
 from prompt_recovery.base import config_hash
 from prompt_recovery.combine import agreements, combine, pick_threshold
 from prompt_recovery.engine import Sampling, base_id
@@ -169,15 +169,14 @@ def run_cell(
     started = time.monotonic()
     results = answer_rows(
         answering, tokenizer, eval_rows, format=cell.format, max_tokens=cell.max_tokens,
-        max_new_tokens=cell.max_new_tokens, fallback_prompt=fallback_prompt, examples=shots_of(cell, rows), sampling=sampling,
+        max_new_tokens=cell.max_new_tokens, examples=shots_of(cell, rows), sampling=sampling,
         stop_at_object=False,  # else JSON would never be seen to end by EOS
     )  # fmt: skip
     lines = [
-        dict(id=eval_rows["id"].iloc[position], number=number, answer=found.prompt, how=found.how, stopped=found.stopped,
-             tokens=found.tokens)
+        (eval_rows["id"].iloc[position], number, *or_fallback(found, fallback_prompt), found.stopped, found.tokens)
         for position, answers in sorted(results) for number, found in enumerate(answers)
     ]  # fmt: skip
-    table = pd.DataFrame(lines).assign(
+    table = pd.DataFrame(lines, columns=["id", "number", "answer", "how", "stopped", "tokens"]).assign(
         seconds=round(time.monotonic() - started, 2), adapter=adapter_dir.name if trained else ""
     )
     if trained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 
 from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter, read_header
 from prompt_recovery.engine import check_model_dir, load_base
-from prompt_recovery.recipe import Format
+from prompt_recovery.recipe import Format, SubmissionSettings
 from prompt_recovery.tokenizer import load_tokenizer
 
 KAGGLE_INPUT = "/kaggle/input"
@@ -103,6 +104,18 @@ def usable_adapter(adapter_dir: str | Path | None, model_dir: str | Path, allow_
     except (ValueError, OSError) as error:
         _without(error, allow_base)
         return None
+
+
+def complete(settings: SubmissionSettings) -> SubmissionSettings:
+    """The settings with what was left open: paths, found under input_dir, and the format, the adapter's. The adapter is
+    checked; nothing goes onto a GPU. Raises InputError as `find_inputs`, `usable_adapter` and `answer_format` do."""
+    model_dir, found, test_csv = find_inputs(
+        settings.model_dir, settings.adapter_dir, settings.test_csv, settings.input_dir, settings.allow_base
+    )
+    print(f"model    {model_dir}\nadapter  {found}\ntest     {test_csv}")
+    adapter_dir = usable_adapter(found, model_dir, settings.allow_base)
+    format = answer_format(adapter_dir, settings.style, settings.system_placement)
+    return replace(settings, model_dir=model_dir, adapter_dir=adapter_dir, test_csv=test_csv, **asdict(format))
 
 
 def answer_format(adapter_dir: Path | None, style: str | None, system_placement: str | None) -> Format:

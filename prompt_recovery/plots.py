@@ -1,16 +1,19 @@
-"""Pictures of a training."""
+"""Pictures of a training, and tables with whole texts."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from prompt_recovery.examples import Example
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 
 def plot_log(log: pd.DataFrame, path: str | Path) -> None:
@@ -48,6 +51,13 @@ def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path)
     axes.set(xlabel="tokens in an example", ylabel="examples")
     axes.legend(frameon=False)
     save_figure(figure, Path(path))
+
+
+def whole_texts(table: pd.DataFrame) -> Styler:
+    """The table for a notebook: texts whole and as they are, numbers with two decimals."""
+    shown = table.style.hide(axis="index").format(precision=2, escape="html")
+    shown.set_table_styles([{"selector": "td, th", "props": "text-align: left; vertical-align: top"}])
+    return shown.set_properties(None, **{"white-space": "pre-wrap"})
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -27,7 +27,7 @@ Reader = Callable[[Any], Any]  # the value as it is meant, or a ValueError that 
 
 
 class SettingError(ValueError):
-    """Settings that can't work; the message has a line for each: value, rule and remedy."""
+    """Settings that can't work: a line for each, with value, rule and remedy."""
 
 
 def setting(default: Any, read: Reader, *kinds: str) -> Any:
@@ -57,7 +57,7 @@ class Settings:
 
     @classmethod
     def of(cls, names: Mapping[str, Any]) -> Self:
-        """From a notebook's globals(): those that are fields here, the rest by default."""
+        """From a notebook's globals(): those that are fields here."""
         return cls(**{each.name: names[each.name] for each in fields(cls) if each.name in names})
 
     @classmethod
@@ -114,12 +114,9 @@ def number(least: float, most: float, *, above: bool = False, below: bool = Fals
 
 
 def flag(value: Any) -> bool:
-    words = {"true": True, "false": False}
-    if isinstance(value, str) and value.strip().lower() in words:
-        return words[value.strip().lower()]
-    if not isinstance(value, bool):
+    if str(value).strip().lower() not in ("true", "false"):
         raise ValueError("give True or False")
-    return value
+    return str(value).strip().lower() == "true"
 
 
 def choice(*options: str) -> Reader:
@@ -144,17 +141,11 @@ def text(value: Any) -> str:
     return value
 
 
-def query(value: Any) -> str:
-    if not isinstance(value, str | None):
-        raise ValueError("give a query for pandas as text, or ''")
-    return value or ""
-
-
 def path(value: Any) -> str:
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("give a path")
-    return value
+    if isinstance(value, str) and value.strip():
+        return value
+    raise ValueError("give a path")
 
 
 def texts(value: Any) -> tuple[str, ...]:
@@ -177,7 +168,7 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def optional(read: Reader, none: str = "") -> Reader:
-    """None (or ""), or what read gives. none: what None stands for, said where the value is wrong."""
+    """None (or ""), or what read gives. none: what None stands for."""
 
     def read_or_none(value: Any) -> Any:
         if value is None or value == "":
@@ -213,7 +204,6 @@ class Answering(Settings):
     combine: str = setting("first", choice(*WAYS), "score")
 
     def conflicts(self) -> Iterator[str]:
-        yield from super().conflicts()
         if self.temperature < 0.01 and (self.answers_per_row > 1 or self.temperature > 0):
             yield (
                 f"temperature={self.temperature:g}: all answers_per_row={self.answers_per_row} answers would be the "
@@ -257,8 +247,7 @@ class Recipe(Settings):
     patience: int = setting(3, whole(1, 10**9), "run")  # evaluations without gain
     evaluations: int = setting(10, whole(1, 10**6), "run")  # in the whole run
     report_to: str = setting("none", reporter)
-    # None: a memory plan chooses on a GPU, and nothing is recomputed on the CPU
-    activation_checkpointing: bool | None = setting(None, optional(flag))
+    activation_checkpointing: bool | None = setting(None, optional(flag))  # None: a memory plan's, on a GPU
 
     @property
     def format(self) -> Format:
@@ -270,7 +259,7 @@ class Cell(Recipe, Answering):
     """A recipe, how its adapter answers, and what only comparisons need."""
 
     train_csv: Any = setting(None, optional(texts, "all files of the grid"), "rows")
-    row_filter: str = setting("", query, "rows")  # for pandas, such as "rewrite_prompt.str.len() < 80"
+    row_filter: str | None = setting(None, optional(text), "rows")  # pandas, such as "rewrite_prompt.str.len() < 80"
     train_rows: int | None = setting(None, optional(whole(1, 10**9), "all"), "rows")  # that many, drawn by seed
     few_shot: int = setting(0, whole(0, 64), "answers")  # rows that stand as examples before each row
     max_steps: int = setting(-1, whole(0, 10**7, "for as many as the epochs take"), "adapter")  # 0: the base
@@ -306,15 +295,15 @@ class Grid(Settings):
 class SubmissionSettings(Answering):
     """The parameters of notebooks/submission."""
 
-    model_dir: str | None = setting(None, optional(path, "the one under input_dir"))
-    adapter_dir: str | None = setting(None, optional(path, "the one under input_dir"))
-    test_csv: str | None = setting(None, optional(path, "the one under input_dir"))
+    model_dir: Any = setting(None, optional(path, "the one under input_dir"))
+    adapter_dir: Any = setting(None, optional(path, "the one under input_dir"))
+    test_csv: Any = setting(None, optional(path, "the one under input_dir"))
     input_dir: str = setting("/kaggle/input", path)
     submission_csv: str = setting("/kaggle/working/submission.csv", path)
     time_budget_hours: float = setting(8.5, number(0, 168, above=True))
     fallback_prompt: str = setting(FALLBACK, text)
-    style: str | None = setting(None, optional(choice(*STYLES), "the adapter's"))
-    system_placement: str | None = setting(None, optional(choice(*SYSTEM_PLACEMENTS), "the adapter's"))
+    style: Any = setting(None, optional(choice(*STYLES), "the adapter's"), "answers")
+    system_placement: Any = setting(None, optional(choice(*SYSTEM_PLACEMENTS), "the adapter's"), "answers")
     four_bit: bool | None = setting(None, optional(flag))
     mean_prompt: str | None = setting(None, optional(text, "no mean prompt"))
     threshold: float | None = setting(None, optional(number(-1, 2), "no threshold"))
@@ -334,3 +323,8 @@ class SubmissionSettings(Answering):
             yield "encoder_dir=None: agree and threshold need an encoder: give its folder, or combine='first' or 'join'."
         if self.threshold is not None and self.mean_prompt is None:
             yield f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, or no threshold."
+
+    @property
+    def format(self) -> Format:
+        """Once `inputs.complete` has taken what was left to the adapter from it."""
+        return Format(style=self.style, system_placement=self.system_placement)

@@ -18,6 +18,7 @@ from prompt_recovery.adapter import CONFIG, WEIGHTS
 from prompt_recovery.answers import Recovered
 from prompt_recovery.combine import LIMIT, count_tokens
 
+JOURNAL = 2  # number of its lines' form; 1 had "-" and "fallback" where no prompt was found
 SPECIALS = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]")
 
 
@@ -99,7 +100,8 @@ def journal_path(
     test: pd.DataFrame, submission_csv: str | Path, model_dir: Any, adapter_dir: Any, settings: dict[str, Any]
 ) -> Path:
     """Where rows that this model, adapter and settings answered are kept; other ones have another name."""
-    content = hashlib.sha256(json.dumps([test.astype(str).to_numpy().tolist(), sorted(settings.items())]).encode())
+    named = [JOURNAL, test.astype(str).to_numpy().tolist(), sorted(settings.items())]
+    content = hashlib.sha256(json.dumps(named).encode())
     base = [] if model_dir is None else sorted(Path(model_dir).glob("*.safetensors"))
     for path in base:  # 24 GB or more: names and sizes, and the config's bytes
         content.update(f"{path.name} {path.stat().st_size}\n".encode())

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,36 @@ def mistral_dir(tmp_path_factory):
     source = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     shutil.copy(source, folder / "tokenizer.model")
     return folder
+
+
+@cache
+def tiny_tokenizer():
+    from prompt_recovery.tokenizer import load_tokenizer
+
+    return load_tokenizer(TINY, pad="unk", side="left")
+
+
+def prepared(test, path, *, how="first", max_tokens=400, encoder=None, **options):
+    """A submission's job of the tiny model. options: settings, and attributes of the job."""
+    from prompt_recovery import submission
+    from prompt_recovery.recipe import SubmissionSettings
+
+    of_job = {name: options.pop(name) for name in ("slice_rows", "batch_tokens", "write_seconds") if name in options}
+    call = {name: options.pop(name) for name in ("seed", "started") if name in options}
+    settings = SubmissionSettings(
+        submission_csv=path, combine=how, encoder_dir=None if encoder is None else "given", **options
+    )
+    job = submission.prepare(test, settings, tiny_tokenizer(), encoder=encoder, max_tokens=max_tokens, **call)
+    for name, value in of_job.items():
+        setattr(job, name, value)
+    return job
+
+
+def answer_test(model, tokenizer, test, path, **options):
+    """A submission from its file to its report, the three steps of the notebook; model None answers nothing."""
+    from prompt_recovery import submission
+
+    job = prepared(test, path, **options)
+    if model is not None:
+        submission.answer(job, model, tokenizer)
+    return submission.report(job)

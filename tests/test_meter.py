@@ -4,11 +4,11 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+from conftest import answer_test
 from test_submission import FALLBACK, OPTIONS, faulty, loaded, rows  # noqa: F401  (the two are fixtures)
 
 from prompt_recovery import submission
 from prompt_recovery.engine import Meter
-from prompt_recovery.submission import answer_test
 
 EMPTY = ""  # the text of the row that checks the settings
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, answer_test
 from test_generation import random_model, random_prompts
 from test_submission import FALLBACK, OPTIONS, read, rows
 from transformers import MixtralConfig
@@ -13,7 +13,6 @@ from prompt_recovery import answers, inputs, submission, submission_file
 from prompt_recovery.engine import GREEDY, Answer, Sampling, generate, ready
 from prompt_recovery.engine.planning import AnswerPlan
 from prompt_recovery.recipe import Format
-from prompt_recovery.submission import answer_test
 from prompt_recovery.tokenizer import encode_row
 
 NEW = 12  # tokens of an answer
@@ -164,7 +163,6 @@ SETTINGS = dict(
     format=Format(),
     max_tokens=400,
     max_new_tokens=4,
-    fallback_prompt=FALLBACK,
     description=None,
 )
 
@@ -174,7 +172,7 @@ def test_rows_get_the_fallback_and_one_line_counts_them(broken, capsys, share):
     capsys.readouterr()
     sampling = Sampling(share, 0.8 if share > 1 else 0.0)
     found = dict(answers.answer_rows(*broken, rows(5), sampling=sampling, **SETTINGS))
-    expected = [answers.Recovered(FALLBACK, "fallback", "not finite", 0)] * share
+    expected = [answers.Recovered(None, "nothing", "not finite", 0)] * share
     assert found == {n: expected for n in range(5)}
     said = capsys.readouterr().out
     assert said.startswith(f"{5 * share} answers are none") and said.count("\n") == 1
@@ -205,8 +203,8 @@ def test_the_submission_says_why_and_holds_the_fallback(broken, tmp_path, capsys
 
 def test_rows_without_an_answer_raise_nothing(broken, tmp_path, monkeypatch):
     """The estimate of the time left, too, when no token at all was written."""
-    plain, raised = submission._Run.answer_slice, []
-    monkeypatch.setattr(submission._Run, "answer_slice", lambda *args: raised.append(plain(*args)) or raised[-1])
+    plain, raised = submission._answer_slice, []
+    monkeypatch.setattr(submission, "_answer_slice", lambda *args: raised.append(plain(*args)) or raised[-1])
     report = answer_test(*broken, rows(3), tmp_path / "s.csv", **OPTIONS, slice_rows=1)
     assert set(report["how"]) == {"logits not finite"} and raised == [None] * 3
 

@@ -15,7 +15,7 @@ import pandas as pd
 import papermill
 import pytest
 import torch
-from conftest import NASTY, ROOT, TINY
+from conftest import NASTY, ROOT, TINY, answer_test
 from peft import LoraConfig, get_peft_model
 
 from prompt_recovery import (
@@ -26,10 +26,11 @@ from prompt_recovery import (
     metric,
     submission,
     submission_file,
+    submission_job,
 )  # fmt: skip
 from prompt_recovery.engine import decoding, generation, loading
-from prompt_recovery.recipe import Format
-from prompt_recovery.submission import SubmissionError, answer_test, clean_answer
+from prompt_recovery.recipe import Format, SettingError
+from prompt_recovery.submission import SubmissionError, clean_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
 FALLBACK = "Fall, back"
@@ -318,7 +319,7 @@ def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path)
 
 def test_answers_that_nothing_combines_are_refused(loaded, tmp_path):
     for wrong in (dict(answers_per_row=4), dict(how="join"), dict(threshold=0.5)):
-        with pytest.raises(SubmissionError, match="Set answers_per_row"):
+        with pytest.raises(SettingError, match="Set answers_per_row"):
             answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS | wrong)
     assert not list(tmp_path.iterdir())
 
@@ -414,13 +415,15 @@ def test_a_full_disk_leaves_the_last_whole_file(loaded, tmp_path):
     program = """
 import json, os, resource, sys
 import pandas as pd
-from prompt_recovery import inputs, submission
+sys.path.insert(0, "tests")
+from conftest import answer_test
+from prompt_recovery import inputs
 base, table, out, options = json.loads(sys.argv[1])
 test = pd.read_csv(table, dtype=str)
-submission.answer_test(None, None, test, out, **options)
+answer_test(None, None, test, out, **options)
 room = os.stat(out).st_size + 50
 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-report = submission.answer_test(*inputs.load(base, None), test, out, **options)
+report = answer_test(*inputs.load(base, None), test, out, **options)
 assert set(report["source"]) == {"model"}
 """
     test.to_csv(tmp_path / "test.csv", index=False)
@@ -451,7 +454,7 @@ def slow(faulty, monkeypatch):
 
     def make(per_step, per_token):
         clock = SimpleNamespace(now=1000.0)
-        for module in (generation, decoding, submission):
+        for module in (generation, decoding, submission, submission_job):
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
         def tick(ids):
@@ -469,7 +472,9 @@ LONGEST_BATCH = 24 * 0.5 + 3  # seconds at most, of the slow model below
 def budgeted(slow, folder, capsys, seconds, per_step=0.5, per_token=0.001, count=60, **more):
     base, tok, clock = slow(per_step, per_token)
     started = clock.now
-    options = OPTIONS | dict(time_budget_hours=seconds / 3600, max_new_tokens=24, batch_tokens=1200) | more
+    # a budget of nothing is refused: one that is spent before the first row
+    budget = dict(time_budget_hours=max(seconds, 1) / 3600, started=started if seconds else started - 1)
+    options = OPTIONS | budget | dict(max_new_tokens=24, batch_tokens=1200) | more
     report = answer_test(base, tok, rows(count), folder / f"{seconds}.csv", **options)
     return report, clock.now - started, capsys.readouterr().out
 

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import answer_test
 from tqdm import tqdm
 
-from prompt_recovery import data, inputs, submission, submission_file
+from prompt_recovery import data, inputs, submission_file
 from prompt_recovery.engine import generation
 from prompt_recovery.engine.planning import AnswerPlan
 
@@ -91,7 +92,7 @@ def start(folder, model, tokenizer, test, rng, kill):
         tqdm.set_lock(threading.RLock())
         if at_hook:
             armed(rng)
-        submission.answer_test(model, tokenizer, test, folder / "s.csv", **OPTIONS)
+        answer_test(model, tokenizer, test, folder / "s.csv", **OPTIONS)
         os._exit(0)
     os.close(log)
     if kill and not at_hook:

@@ -1,0 +1,92 @@
+"""A submission as it stands while it is answered: its rows, what was found for them, and what submission.csv holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from prompt_recovery.answers import NOT_FINITE, Recovered
+from prompt_recovery.engine import Meter
+from prompt_recovery.recipe import SubmissionSettings
+from prompt_recovery.submission_file import check_submission, write_submission
+from prompt_recovery.time_budget import RowPlan
+
+NO_MODEL = "no model"
+
+
+@dataclass
+class Job:
+    """A submission as it stands: what is answered, by what, and what it took."""
+
+    test: pd.DataFrame
+    settings: SubmissionSettings
+    room: int  # tokens of a prompt
+    journal: Path
+    finish: Callable[[list[str]], str]  # the prompts found for a row -> its one answer, "" if they say nothing
+    answers: list[str]  # what submission.csv holds
+    plans: list[RowPlan]  # the one that is followed, then lesser ones
+    started: float
+    deadline: float
+    noted: float  # when the journal was last written
+    seed: int = 0
+    found: dict[int, list[Recovered]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)  # of rows that were not answered
+    prompts: dict[int, list[int]] = field(default_factory=dict)  # token ids of the rows as the model is asked
+    meters: dict[RowPlan, Meter] = field(default_factory=dict)
+    ending: str = NO_MODEL  # why rows without a reason of their own have no answer; "" while all may get one
+    written: float = float("-inf")
+    said: float = float("-inf")
+    write_seconds: float = 10.0  # at least, between two writes of submission.csv
+    slice_rows: int = 512  # of one call of `answer_prompts`: many batches, since the last one of a call is a small one
+    batch_tokens: int | None = None  # see `generate`
+
+    @property
+    def plan(self) -> RowPlan:
+        return self.plans[0]
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:6.0f} s] {text}", flush=True)
+
+    def note(self, position: int, found: list[Recovered]) -> None:
+        self.found[position] = found
+        answer = self.finish([each.prompt for each in found if each.prompt is not None])
+        if answer:
+            self.answers[position] = answer
+        else:
+            broken = any(each.stopped == NOT_FINITE for each in found)
+            self.reasons[position] = "logits not finite" if broken else "no prompt in the answer"
+
+    def save(self) -> None:
+        """Bring submission.csv up to date; if the disk is full, the last whole one stays."""
+        path = self.settings.submission_csv
+        try:
+            write_submission(self.test, self.answers, path)
+        except OSError as error:
+            self.say(f"{path} can't be written ({error}): the one before stays. Free some space.")
+            check_submission(self.test, path)
+        self.written = time.monotonic()
+
+    def fail(self, position: int, error: Exception) -> None:
+        memory = isinstance(error, torch.OutOfMemoryError)
+        self.reasons[position] = "out of memory" if memory else f"raised {type(error).__name__}"
+        self.say(f"row {position} (id {self.test['id'].iloc[position]}) keeps the fallback: {str(error)[:300]}")
+
+    def longest_first(self) -> list[int]:
+        return sorted(self.prompts, key=lambda i: (-len(self.prompts[i]), i))
+
+    def pending(self) -> list[int]:
+        """Positions still to be answered, the longest first."""
+        return [i for i in self.longest_first() if i not in self.found and i not in self.reasons]
+
+    def lengths_to_come(self) -> list[int]:
+        return [len(self.prompts[i]) for i in self.pending()]
+
+    def progress(self) -> str:
+        tokens = sum(meter.tokens_out for meter in self.meters.values())
+        rate = tokens / max(sum(meter.seconds for meter in self.meters.values()), 1e-9)
+        return f"{len(self.found)} of {len(self.test)} rows, {rate:.1f} tokens/s"
