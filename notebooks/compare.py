@@ -9,19 +9,20 @@
 # %% [markdown]
 # # Compare: which data, which output, how many answers
 #
-# Each cell of the grid trains an adapter, or takes the base as it is (`max_steps` 0), and answers the same held-out rows.
-# The first one is what the others are compared with. As it stands, six cells run on the embedded tiny Mixtral.
+# Each cell of the grid trains an adapter, or takes the base as it is (`max_steps` 0), and answers
+# the same held-out rows. The first one is what the others are compared with. As it stands, six
+# cells run on the embedded tiny Mixtral.
 #
-# Killed, or given more cells? Run again: what a cell answered is kept in `output_dir` under a hash of its settings and
-# rows, and is not computed again.
+# Killed, or given more cells? Run again: what a cell answered is kept in `output_dir` under a hash
+# of its settings and rows, and is not computed again.
 
 # %% tags=["parameters"]
 model_dir = "demo/tiny-mixtral"  # the base model's folder, as the hub has it
 train_csv = "demo/rows.csv"  # one path or a list of paths
 output_dir = "outputs/compare"
 encoder_dir = None  # sentence-transformers format; None: MiniLM, which the requirements install
-# one mapping for each cell, or one of names to lists of values, every combination of which is a cell, such as
-# {"style": ["plain", "json"], "system_placement": ["user", "turn"], "few_shot": [0, 2], "lora_r": [1, 16]}
+# one mapping for each cell; or names to lists, each combination of their values a cell, such as
+# {"style": ["plain", "json"], "few_shot": [0, 2], "lora_r": [1, 16]}
 grid = [
     {"max_steps": 0},
     {"style": "plain"},
@@ -38,15 +39,19 @@ shared = {
     "max_steps": 100,
     "max_new_tokens": 40,
 }
-mean_prompt = (
-    "Please improve this text while keeping its original meaning but altering the tone."  # None: no such column
-)
+# None: no such column
+mean_prompt = "Please improve this text while keeping its original meaning but altering the tone."
 eval_fraction = 0.1
 four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
 seed = 0
 
 # %%
 # %xmode Minimal
+from prompt_recovery.quiet import silence_known_notices
+
+silence_known_notices()  # of libraries, by name: those that are nothing to act on
+
+# %%
 from pathlib import Path
 
 from IPython.display import Image, display
@@ -61,8 +66,8 @@ output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
 # ## Cells and rows
-# One split for all cells, by prompt and with near-duplicates together, over all files that any cell trains on: no cell
-# trains on a wording that is held out.
+# One split for all cells, by prompt and with near-duplicates together, over all files that any cell
+# trains on: no cell trains on a wording that is held out.
 
 # %%
 engine.check_model_dir(settings.model_dir)
@@ -73,26 +78,30 @@ print(f"{len(cells)} cells, {len(train_rows)} rows to train on, {len(eval_rows)}
 
 # %% [markdown]
 # ## Run
-# Few-shot examples are rows of the cell's training side. They stand before the rows that are answered; training does not
-# see them. Answers may run on after a JSON object has closed, so that it shows whether a cell learned to stop.
+# Few-shot examples are rows of the cell's training side. They stand before the rows that are
+# answered; training does not see them. Answers may run on after a JSON object has closed, so that
+# it shows whether a cell learned to stop.
 
 # %%
 base = engine.load_base(settings.model_dir, four_bit=settings.four_bit)
-run = dict(train_rows=train_rows, eval_rows=eval_rows, output_dir=output, model_dir=settings.model_dir)
-answers = [comparison.run_cell(cell, base, tok, **run) for cell in cells]
+rows = dict(train_rows=train_rows, eval_rows=eval_rows)
+folders = dict(output_dir=output, model_dir=settings.model_dir)
+answers = [comparison.run_cell(cell, base, tok, **rows, **folders) for cell in cells]
 
 # %% [markdown]
 # ## Table
-# `gain` is the difference to the first cell on the same rows, with its paired 95% interval: if that holds 0, the rows do
-# not tell the two apart. `scs_with_mean` is the score with the mean prompt behind the answer; `scs` is what is recovered.
-# `threshold`, where there is one, is the agreement under which rows do better with the mean prompt alone: the submission
-# notebook takes it, with the same encoder, mean prompt, way to combine and answers per row. It was picked on these rows, so
-# it gains less on others than `scs_with_threshold` says. A cell's adapter lies in `output_dir` under the name in `adapter`;
-# `few_shot` stands in this notebook only.
+# `gain` is the difference to the first cell on the same rows, with its paired 95% interval: if that
+# holds 0, the rows do not tell the two apart. `scs_with_mean` is the score with the mean prompt
+# behind the answer; `scs` is what is recovered. `threshold`, where there is one, is the agreement
+# under which rows do better with the mean prompt alone: the submission notebook takes it, with the
+# same encoder, mean prompt, way to combine and answers per row. It was picked on these rows, so it
+# gains less on others than `scs_with_threshold` says. A cell's adapter lies in `output_dir` under
+# the name in `adapter`; `few_shot` stands in this notebook only.
 
 # %%
 encoder = metric.load_encoder(settings.encoder_dir or metric.minilm_dir())
-table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=settings.mean_prompt)
+mean_prompt = settings.mean_prompt
+table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt)
 table.to_csv(output / "comparison.csv", index_label="cell")
 table.round(4)
 

@@ -9,13 +9,13 @@
 # %% [markdown]
 # # Submission: answer test.csv with the adapter
 #
-# Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the base, the
-# adapter, the dataset of wheels and the competition as inputs, and leave the paths at None: they are found
-# under `input_dir`.
+# Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the
+# base, the adapter, the dataset of wheels and the competition as inputs, and leave the paths at
+# None: they are found under `input_dir`.
 
 # %% [markdown]
-# Every setting is in the next cell. `style` and `system_placement` are those that the adapter was trained
-# with, which it says itself.
+# Every setting is in the next cell. `style` and `system_placement` are those that the adapter was
+# trained with, which it says itself.
 
 # %% tags=["parameters"]
 model_dir = None
@@ -29,19 +29,20 @@ fallback_prompt = "Please improve this text while keeping its original meaning b
 style = None  # plain | json | reason_json; None: the adapter's
 system_placement = None  # user | before | turn; None: the adapter's
 four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
-answers_per_row = 1  # more than one: the first is the likeliest, the others are drawn, and combine joins or picks
+answers_per_row = 1  # more than one: the first is the likeliest, the others are drawn
 temperature = 0.8  # of those that are drawn
 top_p = 0.95
-combine = "first"  # first | join | agree
+combine = "first"  # first | join | agree: how several answers become one
 mean_prompt = None  # a sentence that goes behind every answer
-threshold = None  # of agreement, as notebooks/compare picks it: rows whose answers agree less get the mean_prompt alone
+threshold = None  # of agreement, of notebooks/compare: under it a row gets mean_prompt alone
 encoder_dir = None  # a sentence encoder's folder, such as sentence-t5's, for "agree" and threshold
 allow_base = False  # go on with the base alone if the adapter is missing or broken
 answer_public_test = False  # load the model even for the one row of the public test.csv
 
 # %% [markdown]
 # ## Libraries
-# What Kaggle's image lacks is installed from the attached wheels; where none are attached, nothing happens.
+# What Kaggle's image lacks is installed from the attached wheels; where none are attached, nothing
+# happens.
 
 # %%
 # %xmode Minimal
@@ -57,13 +58,19 @@ folders = [sorted(Path(path).parent.glob("*.whl")) for path in sorted(libraries)
 wheels = max(folders, key=len, default=[])  # one may lie beside the adapter too
 if wheels:
     print(f"installing {len(wheels)} wheels of {wheels[0].parent}")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check"]
-    subprocess.run([*pip, *map(str, wheels)], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps"]
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *quiet, *map(str, wheels)], check=True)
+
+# %%
+from prompt_recovery.quiet import silence_known_notices
+
+silence_known_notices()  # of libraries, by name: those that are nothing to act on
 
 # %% [markdown]
 # ## Settings
-# Everything that needs no GPU is checked before the model loads: a mistake costs seconds here, and an hour
-# of quota later. First the settings themselves, all of them at once.
+# Everything that needs no GPU is checked before the model loads: a mistake costs seconds here, and
+# an hour of quota later. First the settings themselves, all of them at once.
 
 # %%
 import pandas as pd
@@ -75,7 +82,8 @@ from prompt_recovery.recipe import SubmissionSettings
 settings = SubmissionSettings.of(globals())
 
 # %% [markdown]
-# Then what they point to. The adapter's two files are compared with each other and with the base's config.
+# Then what they point to. The adapter's two files are compared with each other and with the base's
+# config.
 
 # %%
 settings = inputs.complete(settings)
@@ -91,8 +99,8 @@ whole_texts(test.head(1))
 
 # %% [markdown]
 # ## Several answers to a row
-# Several answers are made into one: joined, or the one that the others agree with most. A mean prompt and
-# joining can raise the score and recover nothing.
+# Several answers are made into one: joined, or the one that the others agree with most. A mean
+# prompt and joining can raise the score and recover nothing.
 #
 # `threshold` holds for the encoder, mean prompt, way to combine and number of answers for which
 # `notebooks/compare` picked it.
@@ -103,16 +111,16 @@ encoder = metric.load_encoder(settings.encoder_dir, device="cpu") if settings.en
 
 # %% [markdown]
 # ## The file
-# `submission.csv` is whole and valid from here on, however this notebook ends. It is filled with the
-# fallback, or with what an earlier run finished before it was killed.
+# `submission.csv` is whole and valid from here on, however this notebook ends. It is filled with
+# the fallback, or with what an earlier run finished before it was killed.
 
 # %%
 tok = tokenizer.load_tokenizer(settings.model_dir, pad="unk", side="left")
 job = submission.prepare(test, settings, tok, encoder=encoder, started=started)
 
 # %% [markdown]
-# This is what the model is asked about the first row. The instruction is the one it was trained with; a text
-# that is too long loses its middle.
+# This is what the model is asked about the first row. The instruction is the one it was trained
+# with; a text that is too long loses its middle.
 
 # %%
 for prompt in answers.encode_rows(tok, test.head(1), max_tokens=job.room, format=settings.format):
@@ -120,29 +128,33 @@ for prompt in answers.encode_rows(tok, test.head(1), max_tokens=job.room, format
 
 # %% [markdown]
 # ## The model
-# While nothing is scored, `test.csv` has one row: it keeps the fallback, and the model isn't loaded. Set
-# `answer_public_test` to see that it loads.
+# While nothing is scored, `test.csv` has one row: it keeps the fallback, and the model isn't
+# loaded. Set `answer_public_test` to see that it loads.
 
 # %%
 public = inputs.is_public_run(test) and not settings.answer_public_test
-print("public test.csv: the fallback is the answer" if public else f"loading the model for {len(test)} rows")
+if public:
+    print("public test.csv: the fallback is the answer")
+else:
+    print(f"loading the model for {len(test)} rows")
 
 # %% [markdown]
-# The base takes minutes to load from a mount, and most of that is reading 24 GiB, or 87 GiB where its
-# experts are not yet in 4 bits.
+# The base takes minutes to load from a mount, and most of that is reading 24 GiB, or 87 GiB where
+# its experts are not yet in 4 bits.
 
 # %%
 model = None
 if not public:
-    model, tok = inputs.load(settings.model_dir, settings.adapter_dir, settings.four_bit, settings.allow_base)
+    paths = settings.model_dir, settings.adapter_dir
+    model, tok = inputs.load(*paths, settings.four_bit, settings.allow_base)
 
 # %% [markdown]
 # ## Answers
-# They replace the fallback as they come. The bar shows the seconds to go and those left in the budget; a
-# line every half minute says the same to the log.
+# They replace the fallback as they come. The bar shows the seconds to go and those left in the
+# budget; a line every half minute says the same to the log.
 #
-# If they come too slowly, the rows to come get a single answer, then shorter ones, and those that can't be
-# reached keep the fallback. Each of these steps is printed.
+# If they come too slowly, the rows to come get a single answer, then shorter ones, and those that
+# can't be reached keep the fallback. Each of these steps is printed.
 
 # %%
 if model is not None:
@@ -150,19 +162,20 @@ if model is not None:
 
 # %% [markdown]
 # ## What came out
-# The file is read back and checked as a scorer would read it. `how` says where in the model's words the
-# prompt was found, or why the fallback stands; `stopped` says why the model ended: it should be `eos`.
+# The file is read back and checked as a scorer would read it. `how` says where in the model's words
+# the prompt was found, or why the fallback stands; `stopped` says why the model ended: it should be
+# `eos`.
 
 # %%
 report = submission.report(job)
 report.groupby(["source", "how", "stopped"]).size().to_frame("rows")
 
 # %% [markdown]
-# One answer for many rows is a sign of trouble: an adapter that learned a single prompt, or a base that is
-# not its own.
+# One answer for many rows is a sign of trouble: an adapter that learned a single prompt, or a base
+# that is not its own.
 
 # %%
-report["answer"].value_counts().head().to_frame("rows")
+whole_texts(report["answer"].value_counts().head().rename("rows").reset_index())
 
 # %% [markdown]
 # Five rows, whole. A good answer is an instruction, in the words that somebody would have used.
@@ -175,4 +188,4 @@ whole_texts(test.loc[shown.index].assign(answer=shown["answer"]))
 # This is what lies on the disk.
 
 # %%
-pd.read_csv(settings.submission_csv).head(3)
+whole_texts(pd.read_csv(settings.submission_csv).head(3))

@@ -9,13 +9,13 @@
 # %% [markdown]
 # # Train: teach a Mixtral to recover prompts
 #
-# Somebody gave an LLM a text and an instruction, and the LLM rewrote the text. We see the text before and after; we want
-# the instruction. This notebook fine-tunes a LoRA adapter for that on rows of
-# `original_text, rewritten_text, rewrite_prompt` and leaves two files, which `notebooks/submission` puts on the
-# unmodified base model.
+# Somebody gave an LLM a text and an instruction, and the LLM rewrote the text. We see the text
+# before and after; we want the instruction. This notebook fine-tunes a LoRA adapter for that on
+# rows of `original_text, rewritten_text, rewrite_prompt` and leaves two files, which
+# `notebooks/submission` puts on the unmodified base model.
 #
-# Every setting is in the next cell. Drive the notebook with
-# `papermill notebooks/train.ipynb out.ipynb -p model_dir /path/to/Mixtral-8x7B-Instruct-v0.1 -p train_csv rows.csv`.
+# Every setting is in the next cell. Drive the notebook with `papermill notebooks/train.ipynb
+# out.ipynb -p model_dir /path/to/Mixtral-8x7B-Instruct-v0.1 -p train_csv rows.csv`.
 
 # %% tags=["parameters"]
 model_dir = "/workspace/Mixtral-8x7B-Instruct-v0.1"  # the base model's folder, as the hub has it
@@ -44,6 +44,11 @@ report_to = "none"  # none | tensorboard | wandb | trackio
 
 # %%
 # %xmode Minimal
+from prompt_recovery.quiet import silence_known_notices
+
+silence_known_notices()  # of libraries, by name: those that are nothing to act on
+
+# %%
 import json
 import math
 from pathlib import Path
@@ -60,9 +65,9 @@ output.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
 # ## Rows
-# Rows that cannot teach anything are dropped and accounted for: blanks, texts that were not rewritten, duplicates,
-# refusals. The rest is split by prompt, near-duplicates together: if one wording stood on both sides, the evaluation
-# would measure memory.
+# Rows that cannot teach anything are dropped and accounted for: blanks, texts that were not
+# rewritten, duplicates, refusals. The rest is split by prompt, near-duplicates together: if one
+# wording stood on both sides, the evaluation would measure memory.
 
 # %%
 engine.check_model_dir(recipe.model_dir)
@@ -74,19 +79,24 @@ train_rows.head(3)
 
 # %% [markdown]
 # ## What a training example looks like
-# The pad token is a token of its own, not EOS. Most recipes pad with EOS and mask the loss wherever the pad id stands.
-# That masks the end of the answer too, the model never learns to stop, and every answer runs on to the limit. Here the
-# loss is masked by position: only the part between »»» and «««, the answer and its `</s>`, is supervised.
+# Only the part between »»» and «««, the answer and its `</s>`, is supervised. The loss is masked by
+# position.
+#
+# The pad token is a token of its own, not EOS. Most recipes pad with EOS and mask the loss wherever
+# the pad id stands. That masks the end of the answer too: the model never learns to stop, and every
+# answer runs on to the limit.
 
 # %%
 tok = tokenizer.load_tokenizer(recipe.model_dir, pad=recipe.pad)
-render = dict(max_tokens=recipe.max_tokens, format=recipe.format)
-train_examples = examples.make_examples(tok, train_rows, **render)
-eval_examples = examples.make_examples(tok, eval_rows, **render) if len(eval_rows) else []
+train_examples = examples.make_examples(tok, train_rows, max_tokens=recipe.max_tokens, format=recipe.format)
+eval_examples = []
+if len(eval_rows):
+    eval_examples = examples.make_examples(tok, eval_rows, max_tokens=recipe.max_tokens, format=recipe.format)
 print(examples.show_example(tok, train_examples[0]))
 
 # %% [markdown]
-# Texts that are too long lose their middle, in proportion to their lengths; the instruction and the answer never do.
+# Texts that are too long lose their middle, in proportion to their lengths; the instruction and the
+# answer never do.
 
 # %%
 plots.plot_lengths(train_examples, recipe.max_tokens, output / "lengths.png")
@@ -99,21 +109,21 @@ display(Image(str(output / "lengths.png")))
 # %%
 encoder = metric.load_encoder(recipe.encoder_dir)
 base = engine.load_base(recipe.model_dir, four_bit=recipe.four_bit)
-answer_options = render | dict(
-    max_new_tokens=math.ceil(1.5 * max(examples.answer_length(example) for example in train_examples)),
+longest = max(examples.answer_length(example) for example in train_examples)
+answer_options = dict(
+    max_tokens=recipe.max_tokens,
+    format=recipe.format,
+    max_new_tokens=math.ceil(1.5 * longest),
     fallback_prompt=FALLBACK,
 )
 before = answers.answer_table(base, tok, eval_rows, description="answers before", **answer_options)
 
 # %% [markdown]
 # ## Fine-tune
-# LoRA on the four attention projections. The input embeddings get a row for `<pad>`; `lm_head` does not, because
-# nothing ever predicts it. On a GPU, a memory plan picks how many rows are computed at a time and which layers recompute
-# their activations; `batch_size` times `gradient_accumulation` rows make a step in any case, and a step that runs out of
-# memory is done again in smaller parts. Killed? Run again with `resume=True`.
+# LoRA on the four attention projections. The input embeddings get a row for `<pad>`; `lm_head` does
+# not, because nothing ever predicts it.
 
 # %%
-scored = eval_rows.sample(min(64, len(eval_rows)), random_state=recipe.seed)  # not the first 64: files may be sorted
 adapter.resize_input_embeddings(base, len(tok))
 lora = adapter.add_lora(
     base,
@@ -125,6 +135,15 @@ lora = adapter.add_lora(
     seed=recipe.seed,
 )
 lora.print_trainable_parameters()
+
+# %% [markdown]
+# `batch_size` times `gradient_accumulation` rows make a step. On a GPU, a memory plan picks how
+# many of them are computed at a time and which layers recompute their activations. A step that runs
+# out of memory is done again in smaller parts. Killed? Run again with `resume=True`.
+
+# %%
+# not the first 64: files may be sorted
+scored = eval_rows.sample(min(64, len(eval_rows)), random_state=recipe.seed)
 log = training.train(
     lora,
     tok,
@@ -139,16 +158,18 @@ log = training.train(
 )
 
 # %% [markdown]
-# As a script under `accelerate launch`, several processes have trained and hold the same adapter. The first goes on alone.
+# As a script under `accelerate launch`, several processes have trained and hold the same adapter.
+# The first goes on alone.
 
 # %%
 if not PartialState().is_main_process:
     raise SystemExit
 
 # %% [markdown]
-# The training loss should fall smoothly. The held-out loss is measured on wordings that were never trained on, and can
-# rise while the answers still get better, because there are many ways to word one instruction. So the score of the
-# answers to 64 held-out rows decides which adapter is kept: the one of the marked step.
+# The training loss should fall smoothly. The held-out loss is measured on wordings that were never
+# trained on. It can rise while the answers still get better, because there are many ways to word
+# one instruction. So the score of the answers to 64 held-out rows decides which adapter is kept:
+# the one of the marked step.
 
 # %%
 plots.plot_log(log, output / "loss.png")
@@ -156,7 +177,8 @@ display(Image(str(output / "loss.png")))
 
 # %% [markdown]
 # ## The adapter
-# Two files, checked against the base's own config: no embeddings, no local paths, every tensor finite and in its place.
+# Two files, checked against the base's own config: no embeddings, no local paths, every tensor
+# finite and in its place.
 
 # %%
 adapter.save_adapter(lora, output / "adapter", recipe.format)
@@ -164,8 +186,8 @@ adapter.check_adapter(output / "adapter", recipe.model_dir)
 
 # %% [markdown]
 # ## After
-# Score: the cosine of the embeddings of answer and truth, cubed with its sign kept; mean over the held-out rows, with a
-# bootstrap interval.
+# The score of an answer is the cosine of its embedding and the truth's, cubed with its sign kept.
+# The mean is over the held-out rows, with a bootstrap interval.
 
 # %%
 after = answers.answer_table(lora, tok, eval_rows, description="answers after", **answer_options)
@@ -176,5 +198,26 @@ evaluation |= dict(style=recipe.style, rows_hash=data.rows_hash(train_rows))
 (output / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 evaluation
 
+# %% [markdown]
+# Every held-out row, before and after. Training should move the whole of them to the right, not a
+# few.
+
 # %%
-predictions[["rewrite_prompt", "before", "after", "scs_before", "scs_after", "stopped"]].head(10)
+if len(predictions):
+    scores = predictions[["scs_before", "scs_after"]]
+    scores.plot.hist(bins=40, alpha=0.6, figsize=(7, 2.5), xlabel="score", ylabel="held-out rows")
+
+# %% [markdown]
+# The five best, whole. `rewrite_prompt` is the truth. Rows with the same truth and the same answer
+# are shown once.
+
+# %%
+shown = predictions.drop_duplicates(["rewrite_prompt", "after"]).drop(columns=["id", "how"])
+plots.whole_texts(shown.nlargest(5, "scs_after"))
+
+# %% [markdown]
+# The five worst, which say more: is it the wording or the meaning that was missed, and did the
+# answer end by `eos`?
+
+# %%
+plots.whole_texts(shown.nsmallest(5, "scs_after"))

@@ -55,6 +55,9 @@ def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path)
 
 def whole_texts(table: pd.DataFrame) -> Styler:
     """The table for a notebook: texts whole and as they are, numbers with two decimals."""
+    numbers = table.select_dtypes("float").columns
+    table = table.copy()
+    table[numbers] = table[numbers].round(2) + 0.0  # -0.00 is 0.00
     shown = table.style.hide(axis="index").format(precision=2, escape="html")
     shown.set_table_styles([{"selector": "td, th", "props": "text-align: left; vertical-align: top"}])
     return shown.set_properties(None, **{"white-space": "pre-wrap"})

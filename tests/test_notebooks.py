@@ -1,5 +1,6 @@
 """The notebooks as users meet them: pairs agree, both run, errors are messages, importing is cheap."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -42,6 +43,16 @@ def run(name, folder, **parameters):
     )  # fmt: skip
 
 
+def notices(name, folder):
+    """What libraries say in red blocks though there is nothing to act on is not in an executed notebook."""
+    cells = json.loads((folder / f"{name}.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    said = "".join(part for output in outputs if output.get("name") == "stderr" for part in output["text"])
+    known = ["Warning: `is_gradient_checkpointing`", "kernels-community"]
+    known += ["IProgress"] if importlib.util.find_spec("ipywidgets") else []  # else bars are no bars, which it says
+    assert not [notice for notice in known if notice in said], said
+
+
 def test_both_notebooks_run_on_natural_rows(tmp_path):
     shutil.copy(ROOT / "demo" / "natural_rows.csv", tmp_path / "rows.csv")
     test = pd.read_csv(ROOT / "demo" / "test.csv", dtype=str).head(5)
@@ -51,6 +62,7 @@ def test_both_notebooks_run_on_natural_rows(tmp_path):
         "train", tmp_path, train_csv=[str(tmp_path / "rows.csv")], output_dir=str(tmp_path / "out"), max_steps=2,
         eval_fraction=0.05, encoder_dir=str(metric.minilm_dir()), pad="unk", batch_size=2, **shared,
     )  # fmt: skip
+    notices("train", tmp_path)
     out = tmp_path / "out"
     assert {p.name for p in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     evaluation = json.loads((out / "evaluation.json").read_text())
@@ -68,6 +80,7 @@ def test_both_notebooks_run_on_natural_rows(tmp_path):
         answers_per_row=2, combine="agree", temperature=1.5, threshold=1.1, mean_prompt="Improve it.",
         encoder_dir=str(metric.minilm_dir()),
     )  # fmt: skip
+    notices("submission", tmp_path)
     answers = pd.read_csv(tmp_path / "submission.csv", dtype=str)
     assert answers["id"].to_list() == test["id"].to_list()
     assert set(answers["rewrite_prompt"]) <= {"Improve it.", FALLBACK}
