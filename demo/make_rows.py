@@ -4,12 +4,14 @@
 
 A story is first drawn as a `Story` (who, where, when, what happened) and then written out, once plainly (the
 original text) and once in a style (the rewritten text). Every style has several wordings of its prompt; two
-of them are held out of rows.csv and used only in the test file. Standard library only.
+of them are held out of rows.csv and used only in the test file. What stories hold, and the wordings, lie in
+stories.json. Standard library only.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,145 +25,22 @@ ROWS, TEST_ROWS = 968, 120  # 968 = 44 rows for each of the 22 families
 # Clauses are written "subject | verb | rest", or "verb rest" where the hero of the story is the subject.
 
 
-def clauses(text: str) -> list[tuple[str, str, str]]:
-    subject_verb_rest = [item.split(" | ") for item in text.split("; ")]
-    return [(subject, verb, rest) for subject, verb, rest in subject_verb_rest]
+def clauses(items: list[str]) -> list[tuple[str, str, str]]:
+    return [(subject, verb, rest) for subject, verb, rest in (item.split(" | ") for item in items)]
 
 
-def deeds(text: str) -> list[tuple[str, str]]:
-    verb_and_rest = [item.split(" ", 1) for item in text.split("; ")]
-    return [(verb, rest) for verb, rest in verb_and_rest]
+def deeds(items: list[str]) -> list[tuple[str, str]]:
+    return [(verb, rest) for verb, rest in (item.split(" ", 1) for item in items)]
 
 
-WOMEN = "Maria Anna Julia Sofia Emma Nora Clara Lucy Hannah Ivy Rosa Elena Grace Mina"
-MEN = "Tom Peter David Omar Felix Hugo Leo Martin Paul Victor Samir Oscar Jack Ben"
-PEOPLE = [(name, "she") for name in WOMEN.split()] + [(name, "he") for name in MEN.split()]
-FRIENDS = ["Alice", "Robert", "Karim", "Linda", "George", "Yuki", "Carla", "Simon"]
-TOWNS = [
-    "Porto",
-    "Bristol",
-    "Lyon",
-    "Oslo",
-    "Kyoto",
-    "Boston",
-    "Naples",
-    "Dublin",
-    "Riga",
-    "Cairo",
-    "Quebec",
-    "Bergen",
-]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-LEADS = [
-    "After lunch",
-    "In the evening",
-    "Later that day",
-    "A little later",
-    "Before noon",
-    "At the end of the day",
-    "Around four o'clock",
-    "Soon",
-    "In the afternoon",
-    "At sunset",
-]
-SETTINGS = clauses(
-    "the rain | fall | all morning; the wind | blow | from the sea; the sun | warm | the roofs; "
-    "the snow | cover | the road; the bells | ring | in the distance; the fog | hide | the hills; "
-    "the streets | smell | of fresh bread; the river | shine | under the bridge"
-)
-OTHERS = clauses(
-    "the neighbours | watch | from the windows; a small crowd | gather | near the door; {friend} "
-    "| help | with the heavy boxes; {friend} | bring | hot coffee for everyone; two children | "
-    "ask | many questions; a black dog | follow | at a safe distance; the mayor | praise | the "
-    "work in a short speech; {friend} | take | a photograph of the scene; the visitors | pay | "
-    "more than the usual price; an old man | tell | a long story about the past"
-)
-ENDINGS = deeds(
-    "feel tired but proud; go home with a smile; promise to come back next year; sleep very well "
-    "that night; keep the secret until winter; thank everyone for the help; decide to try again "
-    "the next morning; write a long note about it"
-)
+TABLES = json.loads((HERE / "stories.json").read_text(encoding="utf-8"))
+PEOPLE = [(name, "she") for name in TABLES["women"]] + [(name, "he") for name in TABLES["men"]]
+FRIENDS, TOWNS, DAYS, LEADS = (TABLES[name] for name in ("friends", "towns", "days", "leads"))
+SETTINGS, OTHERS = clauses(TABLES["settings"]), clauses(TABLES["others"])
+ENDINGS = deeds(TABLES["endings"])
 # role and place -> what somebody in that role may do there
-TOPICS = {
-    ("baker", "the bakery"): (
-        "open the shop before sunrise; bake forty loaves of rye bread; burn the first tray of "
-        "rolls; sell every cake within an hour; teach a student to knead dough; find an old "
-        "recipe in a drawer; repair the oven with a piece of wire"
-    ),
-    ("teacher", "the village school"): (
-        "give the class a difficult puzzle; read a poem about the moon; lose {his} glasses under "
-        "the desk; plant a cherry tree with the pupils; correct thirty essays; show the children "
-        "a map of the stars; win a prize for the best lesson"
-    ),
-    ("fisherman", "the harbour"): (
-        "catch a huge silver fish; paint {his} boat bright green; mend the torn nets; lose an "
-        "anchor in deep water; see a whale near the rocks; sell the whole catch at the market; "
-        "sail around the lighthouse twice"
-    ),
-    ("gardener", "the public garden"): (
-        "plant two hundred tulips; water the roses by hand; find a silver ring among the weeds; "
-        "cut the tall hedge into the shape of a swan; build a small pond for the frogs; chase a "
-        "hungry goat out of the gate; pick a basket of pears"
-    ),
-    ("nurse", "the city hospital"): (
-        "work a double shift; comfort a frightened boy; find a missing file in the basement; "
-        "teach {his} patients a card game; drive the old ambulance; change the bandages of nine "
-        "patients; sing a quiet song in the corridor"
-    ),
-    ("mechanic", "the garage"): (
-        "repair a red truck with a broken engine; change four flat tyres; find a nest of mice "
-        "under the seat; build a bicycle from spare parts; paint the old bus yellow; lose a small "
-        "screw in the dust; drive the car around the block"
-    ),
-    ("librarian", "the town library"): (
-        "sort a thousand dusty books; find a love letter inside a dictionary; read ghost stories "
-        "to the children; mend the cover of a rare atlas; hide a prize on the top shelf; lend a "
-        "stranger {his} own copy; move the heavy desk to the window"
-    ),
-    ("farmer", "the hill farm"): (
-        "milk thirty cows by hand; repair the fence after the storm; buy a stubborn donkey at the "
-        "fair; pick apples until it was dark; drive the tractor into a ditch; sell honey and "
-        "cheese by the road; save a lamb from the river"
-    ),
-    ("painter", "the old studio"): (
-        "paint a portrait of the mayor; mix a new shade of blue; sell a large picture to a "
-        "stranger; break {his} favourite brush; draw the ships in the bay; cover the whole wall "
-        "with sunflowers; show {his} sketches to a famous critic"
-    ),
-    ("cook", "the hotel kitchen"): (
-        "cook soup for eighty guests; invent a dessert with figs and ginger; burn the onions "
-        "twice; buy fresh crabs at the dock; win the regional cooking contest; drop a tower of "
-        "plates; teach the waiters to fold napkins"
-    ),
-    ("scientist", "the research station"): (
-        "test a new battery; measure the ice for ten hours; discover a strange beetle; lose all "
-        "the notes of the week; repair the weather balloon; send the results to a laboratory; "
-        "drink six cups of strong tea"
-    ),
-    ("musician", "the concert hall"): (
-        "play the cello for two hours; break a string during the first song; write a waltz for "
-        "{his} mother; sing an old sailor song; forget the second page of the score; teach a "
-        "beginner three chords; meet a conductor from abroad"
-    ),
-    ("pilot", "the small airport"): (
-        "fly over the mountains at night; land the plane in thick fog; check both engines "
-        "carefully; bring medicine to an island; lose the radio signal for an hour; see a green "
-        "light above the clouds; paint a star on the tail of the plane"
-    ),
-    ("tailor", "the corner shop"): (
-        "sew a wedding dress in three days; repair a torn winter coat; find a gold coin in a "
-        "pocket; measure the tallest man in the region; buy ten metres of silk; cut the wrong "
-        "piece of cloth; make costumes for the theatre"
-    ),
-}
-IRREGULAR = (
-    "fall=fell blow=blew hide=hid ring=rang smell=smelled shine=shone sell=sold bring=brought "
-    "take=took pay=paid tell=told feel=felt go=went sleep=slept keep=kept write=wrote burn=burned "
-    "teach=taught find=found give=gave read=read lose=lost show=showed win=won catch=caught see=saw "
-    "cut=cut build=built drive=drove sing=sang lend=lent buy=bought break=broke draw=drew send=sent "
-    "drink=drank forget=forgot meet=met fly=flew sew=sewed make=made drop=dropped"
-)
-PAST = dict(pair.split("=") for pair in IRREGULAR.split())
+TOPICS = {(topic["role"], topic["place"]): topic["deeds"] for topic in TABLES["topics"]}
+PAST = TABLES["past"]
 PLURALS = ("the bells", "the streets", "the neighbours", "two children", "the visitors")
 
 
@@ -305,25 +184,7 @@ def swap(text: str, words: dict[str, str]) -> str:
     return " ".join(out)
 
 
-# fmt: off
-PIRATE = {"the": "th'", "and": "an'", "of": "o'", "for": "fer", "to": "t'", "my": "me", "his": "'is",
-          "old": "cursed",
-          "everyone": "all hands", "home": "back t' the ship", "friend": "matey", "very": "mighty",
-          "small": "wee"}
-OLD = {"gave": "didst give", "found": "hath found", "lost": "hath lost",
-       "saw": "didst behold",
-       "bought": "hath purchased", "made": "hath wrought", "before": "ere", "very": "most",
-       "everyone": "all good folk",
-       "often": "oft", "near": "nigh unto", "small": "wee", "old": "ancient", "to": "unto", "until": "till",
-       "home": "homeward"}
-FORMAL = {"found": "located", "lost": "misplaced", "bought": "purchased", "sold": "marketed",
-          "helped": "provided assistance",
-          "asked": "posed", "went": "proceeded", "felt": "appeared", "got": "obtained", "gave": "presented",
-          "built": "constructed", "repaired": "restored", "saw": "observed", "made": "produced",
-          "showed": "presented",
-          "everyone": "all persons present", "big": "substantial", "huge": "considerable",
-          "children": "minors", "told": "recounted"}
-# fmt: on
+PIRATE, OLD, FORMAL = (TABLES["words"][name] for name in ("pirate", "old_english", "formal"))
 
 
 def pirate(s: Story, rng: random.Random) -> str:
@@ -539,135 +400,9 @@ REWRITES: dict[str, Rewrite] = {
 
 # --------------------------------------------------------------------------------------------- prompts
 # family -> (six wordings for training, two held out for the test file)
-# fmt: off
 FAMILIES: dict[str, tuple[list[str], list[str]]] = {
-    "pirate": (["Rewrite this text in the voice of a pirate.", "Turn this text into pirate speech.",
-                "Make this text sound like a pirate wrote it.", "Retell the text as a pirate would tell it.",
-                "Convert this text to pirate talk.", "How would a pirate tell this text?"],
-               ["Rewrite the text as if a pirate were speaking.", "Give this text the voice of a pirate."]),
-    "formal": (["Rewrite this text in a formal tone.", "Make this text more formal and official.",
-                "Turn this text into formal language.", "Change the text to a formal, official style.",
-                "Convert this text to a formal register.", "Use formal language to rewrite this text."],
-               ["Rewrite the text in a more formal style.", "Make the text sound formal."]),
-    "child": (["Rewrite this text as a small child would tell it.",
-               "Make this text sound like a little child wrote it.",
-               "Retell this text in the words of a young child.",
-               "Turn this text into a story told by a child.",
-               "Tell the text the way a small child talks.", "How would a little child tell this text?"],
-              ["Rewrite the text in the voice of a little child.", "Tell this text like a young child."]),
-    "first_person": (["Rewrite this text in the first person.",
-                      "Change the text to the first person, using I.",
-                      "Tell this text from the first person point of view.",
-                      "Turn this text into a first person account.",
-                      "Convert this text to first person narration.",
-                      "Use the first person to retell this text."],
-                     ["Rewrite the text from a first person point of view.",
-                      "Put this text into the first person."]),
-    "questions": (["Rewrite this text as a series of questions.",
-                   "Turn every sentence of this text into a question.",
-                   "Convert this text to questions.", "Make the text into a list of questions.",
-                   "Change each sentence of the text to a question.",
-                   "Use only questions to rewrite this text."],
-                  ["Rewrite the text using only questions.",
-                   "Turn the sentences of this text into questions."]),
-    "headline": (["Write a newspaper headline for this text.", "Turn this text into a short headline.",
-                  "Shorten this text to a headline.", "Convert the text to a newspaper headline.",
-                  "Give this text a catchy headline.", "Make a short headline from this text."],
-                 ["Write a short headline for the text.", "Turn the text into a newspaper headline."]),
-    "bullets": (["Rewrite this text as a bullet list.", "Turn this text into bullet points.",
-                 "Convert this text to a list of bullet points.",
-                 "Put the facts of the text in a bullet list.",
-                 "Make a bullet list from this text.", "Use bullet points to present this text."],
-                ["Rewrite the text as bullet points.", "Turn the text into a bullet list."]),
-    "shouting": (["Rewrite this text in capital letters, as if shouting.",
-                  "Shout this text in all capital letters.",
-                  "Turn this text into loud shouting in capital letters.",
-                  "Make the text shout, all in capital letters.",
-                  "Convert this text to capital letters and shout it.",
-                  "Use capital letters to shout this text."],
-                 ["Rewrite the text as shouting in capital letters.",
-                  "Make this text shout in all capital letters."]),
-    "letter": (["Rewrite this text as a personal letter.", "Turn this text into a letter to a relative.",
-                "Convert this text to a friendly letter.", "Write the text as a letter to somebody dear.",
-                "Make a personal letter out of this text.", "Put this text in the form of a letter."],
-               ["Rewrite the text in the form of a letter.", "Turn this text into a personal letter."]),
-    "poem": (["Rewrite this text as a poem.", "Turn this text into a rhyming poem.",
-              "Convert this text to a poem with rhymes.",
-              "Make the text rhyme like a poem.", "Write a short poem from this text.",
-              "Put this text into verse, as a poem."],
-             ["Rewrite the text as a rhyming poem.", "Make a poem out of this text."]),
-    "gossip": (["Rewrite this text as juicy gossip.", "Turn this text into gossip between neighbours.",
-                "Make this text sound like gossip.", "Tell the text as a piece of gossip.",
-                "Convert this text to whispered gossip.",
-                "Spread this text as gossip."],
-               ["Rewrite the text as gossip.", "Turn this text into juicy gossip."]),
-    "news": (["Rewrite this text as a news report.", "Turn this text into a news article.",
-              "Convert this text to a television news report.", "Make the text sound like a news report.",
-              "Report this text as news.", "Write a news report from this text."],
-             ["Rewrite the text in the style of a news report.", "Turn the text into a news report."]),
-    "future": (["Rewrite this text in the future tense.", "Change this text to the future tense.",
-                "Turn the verbs of this text into the future tense.", "Convert the text to future tense.",
-                "Put this text into the future tense.", "Use the future tense to retell this text."],
-               ["Rewrite the text using the future tense.",
-                "Change the verbs of the text to the future tense."]),
-    "old_english": (["Rewrite this text in old Shakespearean English.",
-                     "Turn this text into Shakespearean English.",
-                     "Make this text sound like Shakespeare wrote it.",
-                     "Convert the text to the English of Shakespeare.",
-                     "Retell this text the way Shakespeare would.",
-                     "Use Shakespearean English for this text."],
-                    ["Rewrite the text in the style of Shakespeare.",
-                     "Make the text sound like Shakespearean English."]),
-    "robot": (["Rewrite this text in the voice of a robot.", "Turn this text into robot speech.",
-               "Make this text sound like a robot wrote it.", "Convert the text to the log of a robot.",
-               "Retell this text as a robot would.", "How would a robot tell this text?"],
-              ["Rewrite the text as if a robot were speaking.", "Make the text sound like a robot."]),
-    "one_sentence": (["Summarize this text in one sentence.", "Shorten this text to a single sentence.",
-                      "Give a one sentence summary of this text.", "Condense the text into one sentence.",
-                      "Write one sentence that sums up this text.",
-                      "Reduce this text to one short sentence."],
-                     ["Summarize the text in a single sentence.",
-                      "Write a one sentence summary of the text."]),
-    "steps": (["Rewrite this text as step by step instructions.",
-               "Turn this text into instructions with numbered steps.",
-               "Convert this text to step by step instructions.",
-               "Make the text into instructions to follow.",
-               "Write instructions in steps from this text.",
-               "Put this text in the form of numbered instructions."],
-              ["Rewrite the text as instructions with steps.",
-               "Turn the text into step by step instructions."]),
-    "advert": (["Rewrite this text as an enthusiastic advertisement.",
-                "Turn this text into an advertisement.",
-                "Convert this text to a loud advertisement.",
-                "Make the text sound like an enthusiastic advertisement.",
-                "Write an advertisement from this text.", "Advertise this text like a sales advertisement."],
-               ["Rewrite the text in the style of an advertisement.",
-                "Turn the text into an enthusiastic advertisement."]),
-    "sad": (["Rewrite this text in a sad tone.", "Make this text very sad.",
-             "Turn this text into a sad and lonely story.",
-             "Retell the text so that it sounds sad.", "Convert this text to a sad mood.",
-             "Give this text a sad, tearful tone."],
-            ["Rewrite the text so that it is sad.", "Make the text sound sad."]),
-    "dialogue": (["Rewrite this text as a dialogue between two people.", "Turn this text into a dialogue.",
-                  "Convert this text to a conversation between two friends.",
-                  "Make the text into a dialogue with two speakers.",
-                  "Write a dialogue from this text.", "Put this text in the form of a dialogue."],
-                 ["Rewrite the text as a dialogue.", "Turn the text into a dialogue between two friends."]),
-    "fairy_tale": (["Rewrite this text as a fairy tale.", "Turn this text into a fairy tale with magic.",
-                    "Make this text sound like a fairy tale.",
-                    "Convert the text to a fairy tale for bedtime.",
-                    "Retell this text as a magical fairy tale.", "Write a fairy tale from this text."],
-                   ["Rewrite the text in the style of a fairy tale.", "Tell this text as a fairy tale."]),
-    "text_message": (["Rewrite this text as a text message with emoji.",
-                      "Turn this text into a phone message full of emoji.",
-                      "Convert this text to a chat message with emoji.",
-                      "Make the text look like a phone message with emoji.",
-                      "Send this text as a message with slang and emoji.",
-                      "Use emoji and slang to write this text as a message."],
-                     ["Rewrite the text as a chat message with emoji.",
-                      "Turn the text into a message with emoji."]),
+    family: (wordings["train"], wordings["test"]) for family, wordings in TABLES["prompts"].items()
 }
-# fmt: on
 
 
 def normalise(prompt: str) -> str:

@@ -128,18 +128,13 @@ def bootstrap_interval(
         raise ValueError(f"samples={samples}: give 1 or more; 10,000 is usual.")
     if values.size == 1:
         return float(values[0]), float(values[0])
-    random = np.random.default_rng(seed)
-    # Chunks hold at most 4 million draws (32 MB), however many rows there are.
-    chunk = max(1, 4_000_000 // values.size)
-    means = np.concatenate(
-        [
-            values[random.integers(0, values.size, size=(min(chunk, samples - start), values.size))].mean(axis=1)
-            for start in range(0, samples, chunk)
-        ]
-    )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    from scipy.stats import bootstrap  # half a second, and a submission needs none
+
+    found = bootstrap(
+        (values,), np.mean, confidence_level=confidence, n_resamples=samples, method="percentile", rng=seed,
+        batch=max(1, 4_000_000 // values.size),  # at most 4 million draws (32 MB) at a time, however many rows
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def paired_difference(
