@@ -469,6 +469,19 @@ ROUTINGS = {
 }
 
 
+def test_an_expert_s_rows_in_slices_give_what_they_give_at_once(monkeypatch):
+    assert [forward.rows_at_once(tokens) for tokens in (1, 2_048, 4_096, 4_097, 16_384)] == [
+        1, 2_048, 2_048, 2_049, 8_192,
+    ]  # fmt: skip
+    layer, _ = make_experts()
+    index, chosen = random_routing(301, 8, 2)
+    x = torch.randn(301, 64)
+    with torch.no_grad():
+        whole = forward.experts_forward(layer, x, index, chosen)
+        monkeypatch.setattr(forward, "rows_at_once", lambda tokens: 7)
+        assert torch.allclose(forward.experts_forward(layer, x, index, chosen), whole, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("case", ROUTINGS)
 def test_output_and_gradients_are_those_of_the_dequantised_weights(case, dtype):

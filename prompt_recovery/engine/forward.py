@@ -17,7 +17,11 @@ from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_ker
 from prompt_recovery.engine.storage import expert_weights, four_bit_experts, weights
 from prompt_recovery.engine.turns import waiting
 
-SLICE = 2_048  # most rows of an expert at a time without gradients: gate and up take 56 KiB a row of Mixtral's
+
+def rows_at_once(tokens: int) -> int:
+    """Most rows of an expert that are computed at a time without gradients, of so many tokens: gate and up take 56 KiB a
+    row of Mixtral's, and each slice dequantises the weights again, so that a large piece has two at most."""
+    return max(1, min(tokens, 2_048), -(-tokens // 2))
 
 
 class Routing(NamedTuple):
@@ -215,10 +219,10 @@ def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_
     No gradients."""
     assert routing.bounds is not None
     rows, weight = _gather(x, routing), expert_weights(experts, x.dtype)
-    start = 0
+    start, most = 0, rows_at_once(len(x))
     for expert, end in enumerate(routing.bounds):
-        for first in range(start, end, SLICE):
-            some = slice(first, min(first + SLICE, end))
+        for first in range(start, end, most):
+            some = slice(first, min(first + most, end))
             gate_up = rows[some] @ weight("gate_up_proj", expert).t()
             inner = _activate(gate_up, experts, top_k_weights, routing.order[some], in_place=True)
             torch.mm(inner, weight("down_proj", expert).t(), out=rows[some])

@@ -12,7 +12,7 @@ import torch
 
 from prompt_recovery.engine import memory
 from prompt_recovery.engine.batching import MOST_ROWS, make_batches
-from prompt_recovery.engine.forward import SLICE
+from prompt_recovery.engine.forward import rows_at_once
 from prompt_recovery.engine.memory import GIB, Sizes, kv_shape
 
 # CUDA's context at load, which grows by 0.1 GiB until the end of a run (docs/MEASURED.md); that is in the margin, which
@@ -106,7 +106,7 @@ def bytes_of(
         )
     else:
         # rows in expert order; gate and up of the worst case, in which one expert has all tokens
-        at_once = min(piece, SLICE) * shape.inner
+        at_once = rows_at_once(piece) * shape.inner
         weight, computing = matrix, shape.chosen * piece * hidden + 2 * at_once * wide
         computing += 0 if triton else 4 * at_once * 4
     logits = rows * shape.vocabulary * (60 if sampled else 14) if last else 0
