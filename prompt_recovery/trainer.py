@@ -97,7 +97,7 @@ class RowTrainer(Trainer):
                 "several processes, batch_size."
             ) from error
         if rows == 1:
-            apply_plan(base, TrainingPlan(1, 1, checkpointed=count))
+            apply_plan(base, TrainingPlan(1, 1, checkpointed=count, one_expert=True))
             self.all_recomputed = True
         self.rows_at_a_time = max(1, rows // 2)
         recomputed = " and activations recomputed in every layer" if self.all_recomputed else ""

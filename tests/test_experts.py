@@ -469,6 +469,23 @@ ROUTINGS = {
 }
 
 
+def test_one_expert_at_a_time_trains_as_all_at_once():
+    """Outputs and gradients, with one expert's 16-bit weights in memory instead of a layer's."""
+    results = []
+    for one_at_a_time in (False, True):
+        layer, _ = make_experts()
+        layer.one_at_a_time = one_at_a_time
+        index, chosen = random_routing(40, 8, 2)
+        x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        chosen.requires_grad_()
+        out = forward.experts_forward(layer, x, index, chosen)
+        out.square().sum().backward()
+        results.append((out, x.grad, chosen.grad))
+        (held,) = {buffer.room.numel() for buffer in storage.workspace(layer).buffers.values()} - {8 * 96 * 64}
+        assert held == (1 if one_at_a_time else 8) * 2 * 96 * 64
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_an_expert_s_rows_in_slices_give_what_they_give_at_once(monkeypatch):
     assert [forward.rows_at_once(tokens) for tokens in (1, 2_048, 4_096, 4_097, 16_384)] == [
         1, 2_048, 2_048, 2_049, 8_192,

@@ -245,7 +245,8 @@ def test_saved_bytes_are_what_stays_alive_after_a_forward_pass(lora, autocast):
 
 def plan_cost(plan, longest, layers):
     again = (plan.checkpointed - plan.kept) * checkpointing.RECOMPUTED + plan.kept * checkpointing.RECOMPUTED_KEPT
-    return plan.accumulation * ((1 + again / layers) * plan.rows * longest + checkpointing.OVERHEAD_TOKENS)
+    overhead = checkpointing.OVERHEAD_TOKENS * (checkpointing.DEQUANTISATIONS if plan.one_expert else 1)
+    return plan.accumulation * ((1 + again / layers) * plan.rows * longest + overhead)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
@@ -261,7 +262,7 @@ def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autoc
         assert plan.rows * plan.accumulation == 6 and 0 <= plan.kept <= plan.checkpointed <= 3
         assert 0 < plan.peak <= room
         costs.append(plan_cost(plan, 64, 3))
-        seen[plan[:4]] = plan
+        seen[plan[:4], plan.one_expert] = plan
     assert costs == sorted(costs, reverse=True) and len(costs) > 8
     plans = list(seen.values())
     assert plans[0].rows < 4 and plans[0].checkpointed == 3 and plans[-1][:4] == (6, 1, 0, 0)
@@ -276,9 +277,41 @@ def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autoc
     checkpointing.apply_plan(lora, TrainingPlan(1, 1))
 
 
+def test_layers_on_two_cards_are_planned_by_the_room_of_each(lora):
+    """One layer on a narrow card, two on a wide one, which has room to recompute nothing."""
+    one = checkpointing.training_plan(lora, 64, 8, 4, torch.bfloat16, free=[2**40, 2**40], layers=(1, 2))
+    assert one.cards == ((1, 0, 0), (2, 0, 0)) and one.rows == 4 and not one.one_expert
+    plans = []
+    for room in (int(3e6 * 1.06**n) for n in range(30)):
+        try:
+            plan = checkpointing.training_plan(
+                lora, 64, 8, 4, torch.bfloat16, free=[RESERVE + room, 2**40], layers=(1, 2)
+            )
+        except TooLittleMemory:
+            continue
+        assert plan.cards[1] == (2, 0, 0) and plan.checkpointed == plan.cards[0].checkpointed
+        plans.append(plan)
+    assert plans[0].one_expert and not plans[-1].one_expert
+    assert any(plan.cards[0].checkpointed for plan in plans)
+    with pytest.raises(TooLittleMemory, match=r"one row of 64 tokens needs .*, 0\.0 are free"):
+        checkpointing.training_plan(lora, 64, 8, 4, torch.bfloat16, free=[2**40, 2**20], layers=(1, 2))
+
+    layers = lora.get_base_model().model.layers
+    cards = (checkpointing.CardPlan(1, 1, 0), checkpointing.CardPlan(2, 1, 1))
+    checkpointing.apply_plan(lora, TrainingPlan(1, 1, 2, 1, one_expert=True, cards=cards))
+    assert [layer.gradient_checkpointing for layer in layers] == [True, True, False]
+    experts = storage.four_bit_experts(lora)
+    assert [each.keep_gate_up for each in experts] == [False, True, False] and all(
+        each.one_at_a_time for each in experts
+    )
+    checkpointing.apply_plan(lora, TrainingPlan(1, 1))
+    assert not any(each.one_at_a_time or each.keep_gate_up for each in experts)
+
+
 def test_a_plan_says_what_it_does():
     text = str(TrainingPlan(4, 2, checkpointed=20, kept=5, peak=30 * GIB))
     assert "4 rows at a time x 2" in text and "20 layers" in text and "5 of them" in text and "30.0 GiB" in text
+    assert "one at a time" not in text and "one at a time" in str(TrainingPlan(1, 1, one_expert=True))
 
 
 # --- training -----------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from prompt_recovery.engine.forward import keep_gate_up
 from prompt_recovery.engine.kernels.dispatch import uses_triton
-from prompt_recovery.engine.memory import GIB, RESERVE, TooLittleMemory, free_memory
-from prompt_recovery.engine.storage import PROJECTIONS, four_bit_experts
+from prompt_recovery.engine.memory import GIB, RESERVE, TooLittleMemory, free_on
+from prompt_recovery.engine.stage import layer_devices
+from prompt_recovery.engine.storage import PROJECTIONS, four_bit_experts, release_buffers
 
 # Work that is done again in the backward pass, as a share of forward and backward together, by arithmetic for Mixtral:
 # attention is 11% of the forward's multiplications, gate and up projections 59%, and the forward is half of the whole.
@@ -19,27 +22,42 @@ RECOMPUTED_KEPT = 0.06
 # Each micro-batch dequantises all experts again, whatever its size. A guess at what that and its launches are worth in
 # tokens of work: on an H200 dequantisation alone took 64 ms of a step, 550 tokens at 8,700 a second (LOG.md)
 OVERHEAD_TOKENS = 1500
+DEQUANTISATIONS = 3  # forward, recomputation and backward each, where one expert's weights are there at a time
 # The backward of a layer holds gradients beside what was saved for it; without the Triton kernels SwiGLU's fp32 copies
 # too (tests/test_memory.py measures 4.1 to 5.3 at Mixtral's proportions)
 WORKING_LAYERS = 1.5
 WORKING_LAYERS_WITHOUT_TRITON = 5.5
 
 
+class CardPlan(NamedTuple):
+    """Layers of a model on one card: how many, how many of them recompute their activations (the first ones), and how many
+    of those keep their gate and up rows (the last ones)."""
+
+    layers: int
+    checkpointed: int
+    kept: int
+
+
 class TrainingPlan(NamedTuple):
     """How a batch is trained on: rows at a time, how often that is repeated before a step, how many layers recompute
-    their activations, and how many of those keep their gate and up rows; expected peak in bytes (0: not reckoned)."""
+    their activations, and how many of those keep their gate and up rows; expected peak in bytes of the fullest card (0: not
+    reckoned); whether the 16-bit weights of one expert stand in memory at a time instead of a layer's; the cards of a model
+    whose layers are split over several."""
 
     rows: int
     accumulation: int
     checkpointed: int = 0
     kept: int = 0
     peak: int = 0
+    one_expert: bool = False
+    cards: tuple[CardPlan, ...] = ()
 
     def __str__(self) -> str:
         peak = f", about {self.peak / GIB:.1f} GiB at the peak" if self.peak else ""
+        experts = ", experts dequantised one at a time" if self.one_expert else ""
         return (
             f"{self.rows} rows at a time x {self.accumulation}, activations recomputed in {self.checkpointed} layers"
-            f" ({self.kept} of them without the gate and up projections){peak}"
+            f" ({self.kept} of them without the gate and up projections){experts}{peak}"
         )
 
 
@@ -72,59 +90,107 @@ def saved_bytes(model: Any, autocast: torch.dtype | None = None) -> float:
 
 
 def training_plan(
-    model: Any, longest: int, answer: int, rows: int, autocast: torch.dtype | None = None, free: int | None = None
+    model: Any,
+    longest: int,
+    answer: int,
+    rows: int,
+    autocast: torch.dtype | None = None,
+    free: int | Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> TrainingPlan:
-    """The fastest way, by the constants above, to train on `rows` rows a step within `free` bytes beyond what is
-    allocated now; None: what the emptiest GPU has, with what torch holds and does not use. longest, answer: tokens of
-    the longest example and of the longest answer, the worst case.
+    """The fastest way, by the constants above, to train on `rows` rows a step.
+
+    longest, answer: tokens of the longest example and of the longest answer, the worst case. autocast: None where the
+    computation is in fp32. free: bytes of each card with layers beyond what is allocated now; None: what there is, with
+    what torch holds and does not use. layers: of each card; None: as the model lies.
 
     Raises TooLittleMemory if not even one row with every layer checkpointed fits.
     """
-    if free is None:
-        free = min(free_memory().values()) + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    config = model.config.get_text_config()
+    base = model.get_base_model()
+    config = base.config.get_text_config()
     count = config.num_hidden_layers
+    groups = [(device, len([*same])) for device, same in itertools.groupby(layer_devices(base))]
+    layers = layers or ([count] if isinstance(free, int) else [number for _, number in groups])
+    rooms = (
+        [free_on(base, device) for device, _ in groups] if free is None else [free] if isinstance(free, int) else free
+    )
     wide = 2 if autocast is not None else 4
-    apply_plan(model, TrainingPlan(rows, 1))  # an earlier plan's checkpointing would hide what the layers save
-    fast = uses_triton(model.get_input_embeddings().weight.device)
+    # an earlier plan's checkpointing would hide what the layers save; a layer's weights need not fit
+    apply_plan(model, TrainingPlan(rows, 1, one_expert=True))
+    fast = uses_triton(base.get_input_embeddings().weight.device)
     working = WORKING_LAYERS if fast else WORKING_LAYERS_WITHOUT_TRITON
     layer = saved_bytes(model, autocast) / count
+    release_buffers(model)
     border = config.hidden_size * next(model.parameters()).element_size()
-    experts = four_bit_experts(model)
-    gate_up = 0
-    buffers = 0
-    if experts:
-        width = experts[0].gate_up_proj_packed.shape[1]
-        gate_up = getattr(config, "num_experts_per_tok", 0) * width * wide
-        buffers = sum(getattr(experts[0], f"{name}_packed").numel() * 2 * wide for name in PROJECTIONS)
     logits = config.vocab_size * (wide + 8)  # 16 bit, then fp32 and its gradient
+    experts = four_bit_experts(model)
+    gate_up, buffers = 0, {False: 0}
+    if experts:
+        one = experts[0].gate_up_proj_packed[0]
+        gate_up = getattr(config, "num_experts_per_tok", 0) * one.shape[0] * wide
+        whole = sum(getattr(experts[0], f"{name}_packed").numel() for name in PROJECTIONS)
+        buffers = {False: whole * 2 * wide, True: one.numel() * 2 * wide}
+
+    def fixed(micro: int, one_expert: bool, last: bool) -> float:
+        """Bytes of a card beside what its layers keep."""
+        head = micro * answer * logits if last else 0
+        return RESERVE + buffers[one_expert] + head + working * layer * micro * longest
+
     best: tuple[float, TrainingPlan] | None = None
-    for micro in (n for n in range(rows, 0, -1) if rows % n == 0):
-        tokens = micro * longest
-        fixed = RESERVE + buffers + micro * answer * logits + working * layer * tokens
-        for whole in range(count, -1, -1):
-            room = free - fixed - tokens * (whole * layer + (count - whole) * border)
-            if room < 0:
-                continue
-            recomputed = count - whole
-            kept = min(recomputed, int(room // (tokens * gate_up))) if gate_up else 0
-            again = ((recomputed - kept) * RECOMPUTED + kept * RECOMPUTED_KEPT) / count
-            cost = (1 + again) * tokens * (rows // micro) + OVERHEAD_TOKENS * (rows // micro)
-            if best is None or cost < best[0]:
-                peak = fixed - RESERVE + tokens * (whole * layer + recomputed * border + kept * gate_up)
-                best = cost, TrainingPlan(micro, rows // micro, recomputed, kept, round(peak))
+    for one_expert, micro in itertools.product(buffers, (n for n in range(rows, 0, -1) if rows % n == 0)):
+        tokens, accumulation = micro * longest, rows // micro
+        cards, peak, again = [], 0.0, 0.0
+        for number, (held, room) in enumerate(zip(layers, rooms, strict=True)):
+            needed = fixed(micro, one_expert, number == len(layers) - 1)
+            found = _least_recomputation(held, (room - needed) / tokens, layer, border, gate_up)
+            if found is None:
+                break
+            cards.append(found)
+            kept = (held - found.checkpointed) * layer + found.checkpointed * border + found.kept * gate_up
+            peak = max(peak, needed - RESERVE + tokens * kept)
+            again += _again(found)
+        if len(cards) < len(layers):
+            continue
+        overhead = OVERHEAD_TOKENS * (DEQUANTISATIONS if one_expert else 1)
+        cost = accumulation * ((1 + again / count) * tokens + overhead)
+        if best is None or cost < best[0]:
+            checkpointed, kept_rows = (sum(each) for each in list(zip(*cards, strict=True))[1:])
+            split = tuple(cards) if len(cards) > 1 else ()
+            best = cost, TrainingPlan(micro, accumulation, checkpointed, kept_rows, round(peak), one_expert, split)
     if best is None:
-        need = RESERVE + buffers + answer * logits + longest * (working * layer + count * border)
+        one_expert = max(buffers)
+        needs = [
+            fixed(1, one_expert, number == len(layers) - 1) + longest * held * border
+            for number, held in enumerate(layers)
+        ]
+        need, room = max(zip(needs, rooms, strict=True), key=lambda each: each[0] - each[1])
         raise TooLittleMemory(
-            f"Training on one row of {longest} tokens needs {need / GIB:.1f} GiB beside the model, {free / GIB:.1f} are"
+            f"Training on one row of {longest} tokens needs {need / GIB:.1f} GiB beside the model, {room / GIB:.1f} are"
             " free. Lower max_tokens, or free the GPU."
         )
     return best[1]
 
 
+def _again(card: CardPlan) -> float:
+    """What the card does again, in layers' work."""
+    return (card.checkpointed - card.kept) * RECOMPUTED + card.kept * RECOMPUTED_KEPT
+
+
+def _least_recomputation(layers: int, room: float, layer: float, border: int, gate_up: int) -> CardPlan | None:
+    """The card's fastest way within `room` bytes a token; None where not even checkpointing every layer fits. layer,
+    border, gate_up: bytes a token of a layer that keeps everything, of one that recomputes, and of its gate and up rows."""
+    ways = []
+    for checkpointed in range(layers + 1):
+        left = room - (layers - checkpointed) * layer - checkpointed * border
+        if left >= 0:
+            kept = min(checkpointed, int(left // gate_up)) if gate_up else 0
+            ways.append(CardPlan(layers, checkpointed, kept))
+    return min(ways, key=_again, default=None)
+
+
 def apply_plan(model: Any, plan: TrainingPlan) -> None:
-    """Switch activation checkpointing on in the first plan.checkpointed layers of a model with an adapter, off in the
-    others, and let the last plan.kept of those keep their gate and up rows."""
+    """Switch activation checkpointing on in the first layers of each card of a model with an adapter, off in the others,
+    let the last ones of those keep their gate and up rows, and dequantise experts as the plan says."""
     base = model.get_base_model()
     if plan.checkpointed:
         # transformers 5.23 renamed it; 5.17 has the old name only
@@ -132,6 +198,15 @@ def apply_plan(model: Any, plan: TrainingPlan) -> None:
         enable({"use_reentrant": False})
     layers = [module for module in base.modules() if hasattr(module, "gradient_checkpointing") and module is not base]
     layers = [module for module in layers if not hasattr(module, "layers")]
+    recomputed: set[int] = set()
+    kept: set[int] = set()
+    start = 0
+    for count, checkpointed, keeping in plan.cards or [CardPlan(len(layers), plan.checkpointed, plan.kept)]:
+        recomputed |= {*range(start, start + checkpointed)}
+        kept |= {*range(start + checkpointed - keeping, start + checkpointed)}
+        start += count
     for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < plan.checkpointed
-    keep_gate_up(base, plan.checkpointed, plan.kept)
+        layer.gradient_checkpointing = number in recomputed
+    keep_gate_up(base, kept)
+    for experts in four_bit_experts(base):
+        experts.one_at_a_time = plan.one_expert

@@ -7,6 +7,8 @@ without the down-projection. Grouped GEMM without host syncs on sm90 and sm100, 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -64,14 +66,19 @@ def _matmul(rows: torch.Tensor, experts: nn.Module, projection: str, routing: Ro
     """Each expert's rows times its weight [N, K], transposed (rows [R, K] -> [R, N]) or not ([R, N] -> [R, K])."""
     packed = getattr(experts, f"{projection}_packed")
     size, width = packed.shape[1], packed.shape[2] * 2
-    weight = weights(experts, projection, rows.dtype)
-    if routing.bounds is None and not (size % 8 or width % 8) and rows.shape[0]:
-        return nn.functional.grouped_mm(rows, weight.transpose(1, 2) if transpose else weight, offs=routing.ends)
+    matrices: Callable[[int], torch.Tensor]
+    if getattr(experts, "one_at_a_time", False):
+        matrices = functools.partial(expert_weights(experts, rows.dtype), projection)
+    else:
+        weight = weights(experts, projection, rows.dtype)
+        if routing.bounds is None and not (size % 8 or width % 8) and rows.shape[0]:
+            return nn.functional.grouped_mm(rows, weight.transpose(1, 2) if transpose else weight, offs=routing.ends)
+        matrices = weight.__getitem__
     out = rows.new_empty(rows.shape[0], size if transpose else width)
     start = 0
     for expert, end in enumerate(routing.ends.tolist() if routing.bounds is None else routing.bounds):
         if end > start:
-            matrix = weight[expert]
+            matrix = matrices(expert)
             torch.mm(rows[start:end], matrix.t() if transpose else matrix, out=out[start:end])
         start = end
     return out
@@ -231,10 +238,9 @@ def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_
     return _combine(rows, routing)
 
 
-def keep_gate_up(model: nn.Module, checkpointed: int, kept: int) -> None:
-    """Where the first `checkpointed` layers recompute their activations, let the last `kept` of them keep the gate and up
-    rows (2 * 2I * top_k bytes a token) from the forward pass: only attention and norms are then computed again. Needs a
-    backward after each forward."""
+def keep_gate_up(model: nn.Module, layers: Collection[int]) -> None:
+    """Let these layers, which recompute their activations, keep the gate and up rows (2 * 2I * top_k bytes a token) from
+    the forward pass: only attention and norms are then computed again. Needs a backward after each forward."""
     for number, experts in enumerate(four_bit_experts(model)):
         experts.__dict__.pop("_kept_gate_up", None)
-        experts.keep_gate_up = checkpointed - kept <= number < checkpointed
+        experts.keep_gate_up = number in layers

@@ -18,10 +18,10 @@ from prompt_recovery.engine.decoding import Decoder, cache_columns
 from prompt_recovery.engine.forward import grouped_gemm
 from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.layers import fast_layers
+from prompt_recovery.engine.memory import free_on
 from prompt_recovery.engine.merging import merged
 from prompt_recovery.engine.planning import CPU_CELLS, PIECES, AnswerPlan, answer_plan, shape_of
 from prompt_recovery.engine.stage import Part, in_parts, layer_devices
-from prompt_recovery.engine.storage import four_bit_experts, workspace
 
 # answers are padded with <unk>: every base has id 0, while a <pad> added for training lies outside its embeddings
 PAD_ID = 0
@@ -186,13 +186,6 @@ def plan_of(model: Any) -> AnswerPlan:
         shape_of(base.config, dtype), layers, free, adapter=adapter, grouped=grouped_gemm(device, dtype),
         triton=uses_triton(device),
     )  # fmt: skip
-
-
-def free_on(model: Any, device: torch.device) -> int:
-    """Bytes that are free on a card, with those that torch holds and does not use, and dequantised weights."""
-    held = sum(workspace(experts).held(device) for experts in four_bit_experts(model)[:1])
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused + held
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:

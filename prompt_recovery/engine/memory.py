@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prompt_recovery.engine.quantiser import becomes_four_bit, fused_experts
-from prompt_recovery.engine.storage import BLOCK, NESTED_BLOCK, PROJECTIONS
+from prompt_recovery.engine.storage import BLOCK, NESTED_BLOCK, PROJECTIONS, four_bit_experts, workspace
 
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)  # a parameter, with double quantisation: 0.516
@@ -143,6 +143,13 @@ def free_memory() -> dict[int, int]:
     rank = os.environ.get("LOCAL_RANK")
     devices = range(torch.cuda.device_count()) if rank is None else [int(rank) % torch.cuda.device_count()]
     return {device: torch.cuda.mem_get_info(device)[0] for device in devices}
+
+
+def free_on(model: Any, device: torch.device) -> int:
+    """Bytes that are free on a card, with those that torch holds and does not use, and dequantised weights."""
+    held = sum(workspace(experts).held(device) for experts in four_bit_experts(model)[:1])
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused + held
 
 
 def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list[int]:
