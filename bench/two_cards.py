@@ -8,6 +8,7 @@ python bench/two_cards.py WORK TOKENIZER PART...     parts run one after the oth
     kill      200 rows, killed half-way and run again: what was answered before stays
     load      the 16-bit folder, of zeros, quantised while it loads
     bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, training by the train notebook's
+    train     steps of training, layers split: 8 x 512 tokens on those, then 4 x 640 on cards like T4s
 --one runs both stages on the first card, without a ballast, to debug.
 
 A ballast process leaves 14.7 GiB a card and samples how much is free. Patched, after Triton has made its driver: capability
@@ -455,9 +456,64 @@ def train24(work: Work) -> None:
     print(pd.read_csv(work.folder / "out" / "training_log.csv").tail(2).to_string(), trained["evaluation"])
 
 
+def train(work: Work) -> None:
+    with_ballast = Ballast(CARD_24)
+    done = subprocess.run(command(work.args, "_steps24"))
+    print(f"two cards of {CARD_24} GiB: rc {done.returncode}, peak a card {with_ballast.peak()} GiB", flush=True)
+    with_ballast.process.kill()
+    subprocess.run(command(work.args, "_steps_t4"))
+
+
+def steps24(work: Work) -> None:
+    steps(work, rows=8, length=512)
+
+
+def steps_t4(work: Work) -> None:
+    work.t4s()
+    steps(work, rows=4, length=640)
+    print(work.peak())
+
+
+def steps(work: Work, rows: int, length: int, count: int = 8) -> None:
+    """training.train on random rows; the rate of the steps after the first two."""
+    from prompt_recovery import adapter, trainer, training
+    from prompt_recovery.engine import base_id, load_base
+    from prompt_recovery.recipe import Recipe
+    from prompt_recovery.tokenizer import load_tokenizer
+
+    lora = adapter.add_lora(load_base(work.nf4), base=base_id(work.nf4), dropout=0.1)
+    draw = np.random.default_rng(0)
+    labels = [-100] * (length - 24)
+    examples = []
+    for _ in range(rows * count):
+        ids = [1, *draw.integers(5, lora.config.vocab_size, length - 2).tolist(), 2]
+        examples.append({"input_ids": ids, "labels": labels + ids[length - 24 :]})
+    ended = []
+    plain = trainer.RowTrainer.training_step
+
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        loss = plain(self, *arguments, **options)
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+        ended.append((time.monotonic(), len(arguments[1]["labels"])))
+        return loss
+
+    trainer.RowTrainer.training_step = step  # type: ignore[method-assign]
+    recipe = Recipe(output_dir=work.folder / "steps", max_steps=count, batch_size=rows, gradient_accumulation=1)
+    log = training.train(lora, load_tokenizer(work.nf4, pad="unk", side="right"), examples, [], recipe)
+    print(log.to_string())
+    spent = ended[-1][0] - ended[1][0]
+    rate = sum(number for _, number in ended[2:]) * length / spent
+    print(f"{rows} rows of {length} tokens a step: {rate:.0f} tokens/s, torch's own peak "
+          + ", ".join(f"{torch.cuda.max_memory_allocated(d) / GIB:.2f}" for d in range(torch.cuda.device_count())) + " GiB",
+          flush=True)  # fmt: skip
+
+
 PARTS = {
     "prepare": prepare, "t4": t4, "equal": equal, "speed": speed, "kill": kill, "load": load_16_bit, "bf16": bf16,
+    "train": train,
     "_one": one, "_rows200": rows200, "_answer24": answer24, "_train24": train24,
+    "_steps24": steps24, "_steps_t4": steps_t4,
 }  # fmt: skip
 
 
