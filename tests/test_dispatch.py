@@ -148,12 +148,16 @@ def test_a_choice_for_a_while_leaves_the_one_before(gpu):
 @pytest.fixture
 def seeming(monkeypatch):
     """A 4-bit model on the CPU, where Triton seems to run: few(out) makes of the right output for few rows that of its
-    kernel, dequantised(out) of the weights those that its kernel writes."""
+    kernel, dequantised(out) of the weights those that its kernel writes, matrix(out) of the product with one matrix that of
+    its kernel."""
+    pytest.importorskip("triton")
+    from prompt_recovery.engine.kernels import experts_decode
+
     model = loading.load_base(TINY, four_bit=True, kernels="torch")
     dispatch._chosen[CPU] = "triton"
     calls = []
 
-    def install(few=None, dequantised=None):
+    def install(few=None, dequantised=None, matrix=lambda out: out):
         def few_rows(x, experts, index, chosen):
             if few is None or not dispatch.uses_triton(CPU) or len(x) > dispatch.FEW_TOKENS:
                 return None
@@ -174,6 +178,11 @@ def seeming(monkeypatch):
                 storage.dequantise(pieces, out.dtype, out, first)
             dequantised(out)
 
+        def linear(x, pieces):
+            with dispatch.using(CPU, "torch"):
+                return matrix(torch.nn.functional.linear(x, storage.dequantise(pieces, x.dtype)[0]))
+
+        monkeypatch.setattr(experts_decode, "linear", linear)
         monkeypatch.setattr(forward, "_few_rows", few_rows)
         monkeypatch.setattr(forward, "training_kernels", lambda device: None)
         monkeypatch.setattr(storage, "training_kernels", kernels)
@@ -204,6 +213,8 @@ def fails(out):
         (dict(few=lambda out: out * 1.001), r"off by 1\.0e-03, at most 4\.8e-07"),
         (dict(few=lambda out: out * float("nan")), "off by nan, at most"),
         (dict(few=fails), r"RuntimeError: ptxas fatal\)"),
+        (dict(few=lambda out: out, matrix=lambda out: out * 1.001), r"off by 1\.0e-03, at most 4\.8e-07"),
+        (dict(few=lambda out: out, matrix=fails), r"RuntimeError: ptxas fatal\)"),
         (dict(dequantised=lambda out: out.mul_(1.01)), r"off by \S+, at most"),
         (dict(dequantised=lambda out: out[-1].zero_()), r"off by \S+, at most"),
         (dict(dequantised=fails), r"RuntimeError: ptxas fatal\)"),
