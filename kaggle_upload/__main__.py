@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from kaggle_upload import notebook, stage, wheels
+from kaggle_upload import notebook, stage, versions, wheels
 from kaggle_upload.contents import adapter_content, base_content
-from kaggle_upload.handles import Page, UploadError, Variation, check_slug
+from kaggle_upload.handles import Page, UploadError, Variation, competition_slug
 from kaggle_upload.publish import Publish, show
 from kaggle_upload.remote import Remote, RemoteDataset, RemoteModel
 
@@ -52,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
         text = "where files are staged until they stand on Kaggle; on DIR's file system they are links"
         sub.add_argument("--work", type=Path, help=text + " (DIR/../.kaggle_upload; wheels: outputs/kaggle_upload)")
         sub.add_argument("--versions", type=Path, default=VERSIONS, metavar="CSV", help="the record (%(default)s)")
+    text = "Kaggle's Python; without it wheels for both go into the dataset, and the notebook picks"
+    made["wheels"].add_argument("--python", choices=[*wheels.PYTHONS], help=text)
     made["adapter"].add_argument("--with-library", action="store_true", help="send our wheel along")
     made["notebook"].add_argument("--to", required=True, metavar="OWNER/NOTEBOOK")
     for option in ("--adapter", "--base"):
@@ -75,7 +78,7 @@ def publish(args: argparse.Namespace, temp: Path) -> None:
         handle = Page.parse(args.to, "dataset")
         metadata = stage.dataset_metadata(handle)
         remote = RemoteDataset(handle, args.timeout)
-        content = stage.read(wheels.collect(temp))
+        content = stage.read(wheels.collect(temp, [args.python] if args.python else wheels.PYTHONS))
         work = Path("outputs/kaggle_upload")
     else:
         handle = Variation.parse(args.to)
@@ -87,14 +90,30 @@ def publish(args: argparse.Namespace, temp: Path) -> None:
             content, details = base_content(args.dir)
         work = args.dir.resolve().parent / ".kaggle_upload"
     if args.dry_run:
+        versions.read(args.versions)
         return show(handle, content, metadata, args.notes)
     work = (args.work or work).resolve()
     Publish(remote, content, metadata, args.notes, work, args.versions, args.verify, args.force, details).run()
 
 
+def _joined(argv: list[str]) -> list[str]:
+    """Notes and messages in one word with their option, unless they look like one themselves.
+
+    argparse takes "-half the rows" for the option -h.
+    """
+    result: list[str] = []
+    for word in argv:
+        option = re.fullmatch(r"-h|--[a-z-]+(=.*)?", word)
+        if result and result[-1] in ("--notes", "--message") and not option:
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return result
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 if all that was asked for stands on Kaggle, else 1."""
-    args = parser().parse_args(argv)
+    args = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         if args.command in ("adapter", "base", "wheels"):
             with tempfile.TemporaryDirectory() as temp:
@@ -102,20 +121,22 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "notebook":
             handle = Page.parse(args.to, "notebook")
             models = [Variation.parse(text, pinned=True) for text in (args.adapter, args.base)]
-            sources = (models, Page.parse(args.wheels, "dataset"), check_slug(args.competition, "competition"))
+            data = Page.parse(args.wheels, "dataset", new=False)
+            sources = (models, data, competition_slug(args.competition))
             metadata = stage.notebook_metadata(handle, args.file.name, *sources)
             stage.pick(args.file.parent, [args.file.name])
+            notebook.check(args.file)
             if args.dry_run:
                 print(f"would push {args.file} with kernel-metadata.json: {json.dumps(metadata, indent=2)}")
             else:
                 print(f"{handle}/{notebook.push(handle, args.file, metadata, args.timeout)}")
         else:
             version = Page.parse(args.notebook, "notebook", pinned=True)
-            check_slug(args.competition, "competition")
+            competition = competition_slug(args.competition)
             if args.dry_run:
-                print(f"would hand in {args.output} of {version} to {args.competition}: {args.message!r}")
+                print(f"would hand in {args.output} of {version} to {competition}: {args.message!r}")
             else:
-                notebook.submit(version, args.competition, args.output, args.message, args.timeout)
+                notebook.submit(version, competition, args.output, args.message, args.timeout)
     except (UploadError, ValueError, OSError) as error:  # AdapterError and Nf4Error are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,19 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Reply:
-    """What one call printed. `code` is None where the call was ended at its deadline or after a lost file."""
+    """What one call printed. `code` is None where it was ended at its deadline or after a lost file."""
 
     code: int | None
     out: str
     err: str
     lost: tuple[str, ...] = ()  # files whose upload failed
+    given: tuple[str, ...] = ()  # the call's arguments
 
     @property
     def kind(self) -> str:
         """ok, timeout, login, forbidden, missing or failed. The program exits with 0 on many errors, and 2.2.4 shows the
         server's message without the status, so that the words have to do."""
-        text = f"{self.out}\n{self.err}".lower()
+        text = _without(" | ".join(self._lines), self.given).lower()
         if self.code == 0 and not self.lost and not re.search(r"^[A-Z][\w ]* error: ", self.out, re.M):
             return "ok"
         if self.code is None and not self.lost:
@@ -52,10 +54,13 @@ class Reply:
     @property
     def said(self) -> str:
         """The last lines of what it said, without its progress."""
+        return _unsigned(" | ".join(self._lines[-4:])) or "it said nothing"
+
+    @property
+    def _lines(self) -> list[str]:
         lines = [line.split("\r")[-1].strip() for line in f"{self.out}\n{self.err}".splitlines()]
         progress = re.compile(r"B/s\]|^Starting upload|^Upload successful|^$")
-        kept = " | ".join([line for line in lines if not progress.search(line)][-4:])
-        return _unsigned(kept) or "it said nothing"
+        return [line for line in lines if not progress.search(line)]
 
     def json(self) -> Any:
         """The JSON that it printed, whatever stood before (page tokens, notes about newer versions)."""
@@ -119,7 +124,7 @@ def run(*arguments: str, timeout: float, temp: Path | None = None, show: bool = 
             if stream:
                 stream.close()
     lost += re.findall(r"^Upload unsuccessful: (.+?)\s*$", "".join(err), re.M)  # 2.2.5 ends by itself
-    return Reply(None if lost else code, "".join(out), "".join(err), tuple(lost))
+    return Reply(None if lost else code, "".join(out), "".join(err), tuple(lost), arguments)
 
 
 def ask(*arguments: str, timeout: float) -> Reply:
@@ -154,6 +159,20 @@ def login_name(timeout: float) -> str | None:
 def transfer_timeout(timeout: float, size: int) -> float:
     """`timeout` seconds besides a transfer of `size` bytes at the slowest bearable rate."""
     return timeout + size / SLOWEST
+
+
+def _without(text: str, given: Sequence[str]) -> str:
+    """The program's and the server's own words: no addresses, nothing that the call was given.
+
+    A handle or a note may hold "denied" or "404", and goes with the names of its owner and model.
+    """
+    text = re.sub(r"https?://\S+", "", text)
+    for word in sorted(given, key=len, reverse=True):
+        parts = word.split("/")
+        handles = ["/".join(parts[:end]) for end in range(len(parts), 1, -1)]
+        for own in handles if len(parts) > 1 else [word.partition("=")[2]]:
+            text = text.replace(own, "") if own else text
+    return text
 
 
 def _unsigned(text: str) -> str:

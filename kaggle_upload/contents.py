@@ -17,23 +17,31 @@ SCORES = ("scs_before", "scs_after", "scs_after_ci", "gain_ci", "exact_match", "
 def adapter_content(folder: Path, wheel: Path | None = None) -> tuple[Content, dict[str, Any]]:
     """The adapter's two files (and the library's wheel), and what versions.csv says about them.
 
-    Style, rows hash and scores come from the evaluation.json that the train notebook leaves beside the folder. Raises
-    UploadError, or AdapterError for files that are not a working adapter.
+    The style comes from the weights' own header. Scores and rows hash come from the evaluation.json
+    that the train notebook leaves beside the folder, where that names these weights' sha256: a run
+    that was killed leaves a new adapter beside an earlier one's scores. Raises UploadError, or
+    AdapterError for files that are not a working adapter.
     """
     paths = pick(folder, ADAPTER)
     from prompt_recovery.adapter import check_adapter  # imports torch
 
     about = check_adapter(folder)
-    evaluation = _json(folder.resolve().parent / "evaluation.json") or {}
+    content = read([*paths, *([wheel] if wheel else [])])
+    path = folder.resolve().parent / "evaluation.json"
+    evaluation = _json(path) or {}
+    measured = evaluation.get("adapter_sha256")
+    if evaluation and measured != content.hashes["adapter_model.safetensors"]:
+        which = "other weights than these" if measured else "weights that it does not name"
+        print(f"note: {path} is of {which} (adapter_sha256): versions.csv gets no scores.")
+        evaluation = {}
     scores = {key: evaluation[key] for key in SCORES if evaluation.get(key) is not None}
-    details = {
+    return content, {
         "base": about["base"],
         "rank": about["rank"],
-        "style": evaluation.get("style") or "",
+        "style": about.get("style", ""),
         "rows_hash": evaluation.get("rows_hash") or "",
         "scores": json.dumps(scores) if scores else "",
     }
-    return read([*paths, *([wheel] if wheel else [])]), details
 
 
 def base_content(folder: Path) -> tuple[Content, dict[str, Any]]:

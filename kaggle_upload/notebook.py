@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import tempfile
@@ -12,12 +13,45 @@ from kaggle_upload import cli
 from kaggle_upload.handles import Page, UploadError
 from kaggle_upload.stage import lay_out, read
 
+KERNEL = "python3"  # the only one of Kaggle's image
+TRAINS = re.compile(r"^\s*train_csv\s*=|\b(?:training|comparison)\.\w+\(", re.M)
+
+
+def check(path: Path) -> list[tuple[str, str]]:
+    """The (type, source) of the notebook's cells.
+
+    Raises UploadError for what would only fail, or do another thing, in the run that each push
+    starts: no notebook, no kernel that Kaggle has, no code, or one that trains.
+    """
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+        kernel = notebook["metadata"].get("kernelspec", {}).get("name")
+        if notebook["nbformat"] != 4:
+            raise ValueError(f"nbformat is {notebook['nbformat']}, it must be 4")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UploadError(f"{path} is not a notebook that Kaggle can run ({error!r}).") from error
+    code = "\n".join(source for kind, source in cells if kind == "code")
+    if not re.search(r"^\s*[^#\s]", code, re.M):
+        raise UploadError(f"{path} holds no code: give the notebook that writes submission.csv.")
+    if kernel != KERNEL:
+        has = f"names the kernel {kernel!r}" if kernel else "names no kernel"
+        raise UploadError(
+            f"{path} {has}, and its run on Kaggle would end at once; Kaggle has {KERNEL!r}: "
+            f"`jupytext --set-kernel {KERNEL} {path}`."
+        )
+    if TRAINS.search(code):
+        raise UploadError(f"{path} trains, and a submission only answers: give notebooks/submission.ipynb.")
+    return cells
+
 
 def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> int:
     """Push the notebook and compare what Kaggle then holds with what was sent; the version number.
 
-    Raises UploadError where it was not saved, or was saved without a source, public, or with internet.
+    Raises UploadError as `check` does, before Kaggle is asked, and where it was not saved, or was
+    saved without a source, public, or with internet.
     """
+    sent = check(path)
     with tempfile.TemporaryDirectory() as folder:
         lay_out(read([path]), Path(folder), {"kernel-metadata.json": metadata})
         reply = cli.run("kernels", "push", "-p", folder, timeout=timeout)
@@ -25,8 +59,9 @@ def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> 
     pushed = re.search(r"^Kernel version (\d+) successfully pushed", reply.out, re.M)
     if reply.kind != "ok" or not pushed:
         raise UploadError(
-            f"{reply.failure(f'Pushing {handle}')} If the reply was lost it may be there all the same: look at "
-            f"https://www.kaggle.com/code/{handle} before pushing again, each push starts a run."
+            f"{reply.failure(f'Pushing {handle}')} If the reply was lost it may be there all the "
+            f"same: look at https://www.kaggle.com/code/{handle} before pushing again, each push "
+            "starts a run."
         )
     version = int(pushed[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -40,22 +75,20 @@ def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> 
         f"{kind} {source} was not attached"
         for kind in ("model", "dataset", "competition")
         for source in metadata[f"{kind}_sources"]
-        if not any(source.lower() in got.lower() for got in held[f"{kind}_sources"] or ())
+        if not any(_same(source, got) for got in held[f"{kind}_sources"] or ())
     ]
     wrong += ["it is public"] if held["is_private"] is not True else []
     wrong += ["it has internet"] if held["enable_internet"] else []
-    if held["machine_shape"] not in (
-        None,
-        "",
-        metadata["machine_shape"],
-    ):  # of the last session, which may be an old one
+    # of the last session, which may be an old one
+    if held["machine_shape"] not in (None, "", metadata["machine_shape"]):
         print(f"note: Kaggle names {held['machine_shape']} as accelerator; {metadata['machine_shape']} was asked for.")
-    if _sources(cells) != _sources(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+    if [(cell["cell_type"], "".join(cell["source"])) for cell in cells] != sent:
         wrong.append("its cells are not those that were sent")
     if wrong:
         raise UploadError(
-            f"{handle}/{version} was pushed, but {'; '.join(wrong)}. Check that each source exists, that you may use it and "
-            "that you have accepted the competition's rules, then push again."
+            f"{handle}/{version} was pushed, but {'; '.join(wrong)}. Check that each source exists, "
+            "that you may use it and that you have accepted the competition's rules, then push "
+            "again."
         )
     return version
 
@@ -63,7 +96,8 @@ def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> 
 def submit(notebook: Page, competition: str, file: str, message: str, timeout: float) -> None:
     """Hand in a finished version of a notebook; prints the remaining submissions before.
 
-    Raises UploadError where none remain, the notebook's run has not ended well, or no new submission is listed afterwards.
+    Raises UploadError where none remain, the version's run has not ended well, a newer version
+    hides its state, or no new submission is listed afterwards.
     """
     limits = cli.run("competitions", "submission-limits", competition, "--json", timeout=timeout)
     remaining = (limits.json() or {}).get("numAllowedNow", 0) if limits.kind == "ok" else None
@@ -73,23 +107,63 @@ def submit(notebook: Page, competition: str, file: str, message: str, timeout: f
     if remaining < 1:
         raise UploadError(f"No submission to {competition} remains today; nothing was handed in.")
     place = f"{notebook.owner}/{notebook.slug}"
-    status = cli.run("kernels", "status", place, timeout=timeout)
-    if status.kind != "ok" or "COMPLETE" not in status.out.upper():
+    status = cli.run("kernels", "status", str(notebook), timeout=timeout)
+    # the first line; a failure message, which may say anything, comes after it
+    found = re.search(rf'^{re.escape(str(notebook))} has status "([\w.]+)"$', status.out, re.M)
+    if status.kind != "ok" or not found or found[1].rpartition(".")[2].upper() != "COMPLETE":
         raise UploadError(
-            f"The run of {place} has not ended well: {status.said}. Wait for it, or look at its log: "
-            f"`kaggle kernels logs {place}`. Nothing was handed in."
+            f"The run of {notebook} has not ended well: {status.said}. Wait for it, or look at its "
+            f"log: `kaggle kernels logs {place}`. Nothing was handed in."
         )
+    _check_newest(notebook, timeout)
     before = {row["ref"] for row in _submissions(competition, timeout)}
-    command = ("competitions", "submit", competition, "-k", place, "-f", file, "-m", message)
-    reply = cli.run(*command, "--version", str(notebook.version), timeout=timeout)
+    command = ("competitions", "submit", competition, "-k", place, "-f", file)
+    number = str(notebook.version)
+    reply = cli.run(*command, f"--message={message}", "--version", number, timeout=timeout)
     fresh = [row for row in _submissions(competition, timeout) if row["ref"] not in before]
-    ours = [row for row in fresh if row["description"] == message]
+    ours = [row for row in fresh if _words(row["description"]) == _words(message)]
+    if not ours and reply.kind == "ok":  # Kaggle may keep another text than it was sent
+        ours = fresh
     if not ours:
-        raise reply.failure(f"No new submission {message!r} is listed: handing in {notebook}")
+        others = "".join(f" {row['ref']} ({row['description']!r}) is new." for row in fresh)
+        raise UploadError(
+            f"No new submission {message!r} is listed: handing in {notebook} said: {reply.said}."
+            f"{others} It may stand all the same, and another one counts too: look at `kaggle "
+            f"competitions submissions {competition}` before you hand in again."
+        )
     print(reply.out.strip())
     for row in ours:
         print(f"submission {row['ref']}: {row['status']}, {row['description']!r}")
     print(f"Its score: kaggle competitions submissions {competition}")
+
+
+def _check_newest(notebook: Page, timeout: float) -> None:
+    """Make sure that the state read is that of this version.
+
+    kaggle 2.2.4 takes a version for `kernels status` and drops it: it answers for the latest run.
+    Raises UploadError where a newer version stands; prints where that can't be known.
+    """
+    release = re.search(r"(\d+)\.(\d+)\.(\d+)", cli.run("--version", timeout=timeout).out)
+    if release and tuple(map(int, release.groups())) >= (2, 2, 5):
+        return
+    assert notebook.version is not None
+    place = f"{notebook.owner}/{notebook.slug}"
+    if _stands(f"{place}/{notebook.version + 1}", timeout):
+        raise UploadError(
+            f"{notebook} is not the newest version, and the kaggle program tells the state of the "
+            "newest run only: hand in the newest, push this one again, or install kaggle 2.2.5. "
+            "Nothing was handed in."
+        )
+    if not _stands(str(notebook), timeout):
+        print(
+            f"note: whether {notebook} is the newest version can't be known here; the run that has "
+            f"ended well is the newest one of {place}."
+        )
+
+
+def _stands(version: str, timeout: float) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        return cli.ask("kernels", "pull", version, "-p", folder, timeout=timeout).kind == "ok"
 
 
 def _submissions(competition: str, timeout: float) -> list[dict[str, Any]]:
@@ -99,5 +173,12 @@ def _submissions(competition: str, timeout: float) -> list[dict[str, Any]]:
     return reply.json() or []
 
 
-def _sources(cells: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+def _words(text: str | None) -> str:
+    """A text without what a server may trim or escape."""
+    return " ".join(html.unescape(text or "").split())
+
+
+def _same(source: str, got: str) -> bool:
+    """Whether Kaggle's name of a source is ours: field by field, a version of it may follow."""
+    fields, others = source.lower().split("/"), got.lower().strip("/").split("/")
+    return others[: len(fields)] == fields

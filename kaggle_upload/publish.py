@@ -6,10 +6,10 @@ lost, and does not say which version it made. So versions are listed before and 
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,12 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kaggle_upload import cli
+from kaggle_upload import cli, versions
 from kaggle_upload.handles import UploadError
 from kaggle_upload.remote import Remote
 from kaggle_upload.stage import HERE, Content, lay_out
+from kaggle_upload.versions import COLUMNS
 
-COLUMNS = ("handle", "version", "sha256", "base", "rank", "style", "rows_hash", "scores", "commit", "time")
 POLL = 1.0  # seconds between two looks at the list of versions, doubled each time up to 30
 LISTING = 300.0  # seconds to wait for a version to be listed, and for new files
 PROCESSING = 2**26  # bytes/s, a guess: how fast Kaggle gets through them
@@ -51,7 +51,11 @@ class Publish:
     def run(self) -> int:
         """The number of the version that holds the content, new or old. Raises UploadError in any other case; run again,
         it goes on where it stopped."""
-        self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._note_other_base(versions.check(self.versions_csv))
+        try:
+            self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise UploadError(f"{self.work} can't be made ({error}): give another --work.") from error
         with _lock(self.work / f"{str(self.remote.handle).replace('/', '_')}.lock"):
             key = hashlib.sha256(f"{self.remote.handle} {self.content.sha256}".encode()).hexdigest()[:16]
             folder = self.work / key
@@ -63,21 +67,21 @@ class Publish:
                     f"{folder}/files/{longest[0]} is too long for the kaggle program: give a shorter --work."
                 )
             lay_out(self.content, folder / "files", self.metadata)
-            versions = self._send(folder)
+            numbers = self._send(folder)
             if changed := self.content.changed():
                 raise UploadError(
-                    f"{changed} changed while being published; {self.remote.handle}/{versions[0]} holds neither state for "
+                    f"{changed} changed while being published; {self.remote.handle}/{numbers[0]} holds neither state for "
                     "sure. Publish again when nothing writes to the folder."
                 )
             if self.remote.private() is not True:
-                raise UploadError(f"{self.remote.handle}/{versions[0]} stands, but it is PUBLIC: make it private now.")
-            self._record(versions)
+                raise UploadError(f"{self.remote.handle}/{numbers[0]} stands, but it is PUBLIC: make it private now.")
+            self._record(numbers)
             shutil.rmtree(folder)
-        handle, *copies = (f"{self.remote.handle}/{number}" for number in versions)
+        handle, *copies = (f"{self.remote.handle}/{number}" for number in numbers)
         for copy in copies:
             print(f"duplicate: {copy} holds the same bytes (the creation was repeated); you may delete it.")
         print(handle)
-        return versions[0]
+        return numbers[0]
 
     def _send(self, folder: Path) -> list[int]:
         """The versions with the content, ascending; sent only if there are none."""
@@ -106,6 +110,8 @@ class Publish:
         for first in [False] if standing else [True, False]:
             reply = self.remote.create_version(folder / "files", self.notes, first, timeout, folder / "tmp")
             ours, others = self._find(newest, reply)
+            if ours and first:
+                print(f"note: Kaggle takes no notes for a first version; {self.versions_csv} has them.")
             if ours:
                 return ours
             _forget_sessions(folder / "tmp", reply)
@@ -116,7 +122,9 @@ class Publish:
     def _find(self, newest: int, reply: cli.Reply) -> tuple[list[int], list[int]]:
         """Versions above `newest`: those with the content, and others. Waits for them to be listed, longer if the program
         reported success."""
-        said_so = reply.kind == "ok" and re.search(r"was created|is being created", reply.out) is not None
+        said_so = reply.kind == "ok" and (
+            re.search(r"^(?:Your [\w ]+|Dataset version) (?:was|is being) created", reply.out, re.M) is not None
+        )
         clean = said_so and "Will retry" not in reply.err
         deadline = time.monotonic() + LISTING + sum(self.content.sizes.values()) / PROCESSING
         pause, looks = POLL, 0
@@ -148,7 +156,11 @@ class Publish:
     def _known(self, standing: list[int]) -> list[int]:
         """A version with this content: recorded in versions.csv and still listed, or the newest one if its bytes are ours."""
         handle, newest = str(self.remote.handle), standing[-1:]
-        recorded = {int(row["version"]): row["sha256"] for row in _rows(self.versions_csv) if row["handle"] == handle}
+        recorded = {
+            int(row["version"]): row["sha256"]
+            for row in versions.read(self.versions_csv)
+            if row["handle"] == handle and re.fullmatch("[0-9a-f]{64}", row["sha256"])
+        }
         ours = [n for n, sha256 in recorded.items() if sha256 == self.content.sha256 and n in standing]
         if ours := self._matching(sorted(ours), exact=False):
             return ours[-1:]
@@ -172,19 +184,36 @@ class Publish:
             return "other bytes of the same size"
         return f"no {', '.join(missing)}" if missing else f"other files or sizes ({files})"
 
-    def _record(self, versions: list[int]) -> None:
-        """Append the versions that versions.csv lacks."""
-        self.versions_csv.parent.mkdir(parents=True, exist_ok=True)
+    def _note_other_base(self, rows: list[dict[str, str]]) -> None:
+        """Say it where the handle's versions are of another base than this content."""
+        handle, base = str(self.remote.handle), self.details.get("base")
+        others = {row["base"] for row in rows if row["handle"] == handle} - {"", base}
+        if base and others:
+            print(
+                f"note: {handle} holds versions of another base ({', '.join(sorted(others))}); this "
+                f"one is of {base}. Pin the versions that belong together, or use another handle."
+            )
+
+    def _record(self, numbers: list[int]) -> None:
+        """Append the versions that versions.csv lacks, with the notes."""
         handle, now = str(self.remote.handle), datetime.now(UTC).isoformat(timespec="seconds")
-        with _lock(self.versions_csv, "a+") as file:
-            known = {(row["handle"], row["version"]) for row in _rows(self.versions_csv)}
-            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-            if self.versions_csv.stat().st_size == 0:
-                writer.writeheader()
-            for number in versions:
-                if (handle, str(number)) not in known:
-                    row = {"handle": handle, "version": number, "sha256": self.content.sha256}
-                    writer.writerow(self.details | row | {"commit": commit(), "time": now})
+        try:
+            with _lock(self.versions_csv):
+                rows = versions.read(self.versions_csv)
+                known = {(row["handle"], row["version"]) for row in rows}
+                about = dict.fromkeys(COLUMNS, "") | self.details
+                about |= {"handle": handle, "sha256": self.content.sha256, "notes": self.notes}
+                about |= {"commit": commit(), "time": now}
+                rows += [about | {"version": str(number)} for number in numbers if (handle, str(number)) not in known]
+                before = self.versions_csv.read_bytes()
+                versions.write(self.versions_csv, rows)
+            if not self.versions_csv.read_bytes().startswith(before):
+                print(f"note: {self.versions_csv} had another form, and is written anew in ours.")
+        except OSError as error:
+            raise UploadError(
+                f"{handle}/{numbers[0]} stands, but {self.versions_csv} can't be written ({error}): "
+                "run the same command again, it records the version and sends nothing."
+            ) from error
 
 
 def show(handle: object, content: Content, metadata: dict[str, dict[str, Any]], notes: str) -> None:
@@ -205,13 +234,6 @@ def commit() -> str:
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _forget_sessions(temp: Path, reply: cli.Reply) -> None:
     """Drop the upload sessions of lost files, so that the next run starts them afresh: 2.2.4 would try an expired or
     refused one again and again. One that broke with its connection is kept, to be resumed."""
@@ -222,12 +244,16 @@ def _forget_sessions(temp: Path, reply: cli.Reply) -> None:
 
 
 @contextmanager
-def _lock(path: Path, mode: str = "a") -> Iterator[Any]:
-    """The opened file, held by this process alone; a second publish to the same handle waits here."""
-    with path.open(mode, newline="", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another publish that holds {path.name} ...", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the file, made where it is missing; a second publish to the same handle waits here."""
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Waiting for another publish that holds {path.name} ...", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
+            # else the one before has put another file in its place

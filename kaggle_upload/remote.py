@@ -53,7 +53,9 @@ class RemoteModel:
     def create_version(self, folder: Path, notes: str, first: bool, timeout: float, temp: Path) -> cli.Reply:
         """Send the folder as the first or next version, with `temp` as the program's TMPDIR."""
         command = ["models", "variations", *([] if first else ["versions"]), "create"]
-        command += ["-p", str(folder)] if first else [str(self.handle), "-p", str(folder), "-n", notes]
+        command += ["-p", str(folder)] if first else [str(self.handle), "-p", str(folder)]
+        # in one word: notes may begin with a dash. The first version takes none
+        command += [] if first else [f"--version-notes={notes}"]
         return cli.run(*command, timeout=timeout, temp=temp, show=True)
 
 
@@ -90,7 +92,7 @@ class RemoteDataset:
         return _download(command, cli.transfer_timeout(self.timeout, size), work)
 
     def create_version(self, folder: Path, notes: str, first: bool, timeout: float, temp: Path) -> cli.Reply:
-        command = ["datasets", "create"] if first else ["datasets", "version", "-m", notes]
+        command = ["datasets", "create"] if first else ["datasets", "version", f"--message={notes}"]
         return cli.run(*command, "-p", str(folder), timeout=timeout, temp=temp, show=True)
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.tags import Tag, compatible_tags, cpython_tags
@@ -17,7 +18,7 @@ from kaggle_upload.handles import UploadError
 from kaggle_upload.stage import HERE
 
 ROOT = HERE.parent
-PYTHON = (3, 12)
+PYTHONS = ("3.12", "3.13")  # of Kaggle's image, and of what it is built from since 2026-08
 # glibc 2.35 (Ubuntu 22.04) and older
 PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)), "manylinux2014_x86_64", "linux_x86_64"]
 NEVER = re.compile(r"torch|triton|nvidia-.*|cuda-.*|numpy")  # the image's own stay
@@ -38,21 +39,34 @@ def build_library(folder: Path) -> Path:
     return next(folder.glob("prompt_recovery-*.whl"))
 
 
-def collect(folder: Path) -> list[Path]:
-    """Our wheel and those of wheels.txt, downloaded into `folder` and checked. Raises UploadError."""
+def collect(folder: Path, pythons: Sequence[str] = PYTHONS) -> list[Path]:
+    """Our wheel and those of wheels.txt for each Python, downloaded into `folder` and checked.
+
+    Most wheels serve every Python and are there once. Raises UploadError.
+    """
     ours = build_library(folder)
     wanted = requirements()
-    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    target = ["--python-version", "3.12", "--implementation", "cp", *platforms]
-    _pip("download", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder), *wanted)
+    for python in pythons:
+        _pip("download", "--no-deps", *target(python), "-d", str(folder), *wanted)
     wheels = sorted(folder.glob("*.whl"))
     for wheel in wheels:
-        check_wheel(wheel)
-    found = {canonicalize_name(parse_wheel_filename(wheel.name)[0]) for wheel in wheels if wheel != ours}
-    missing = {canonicalize_name(line.split("==")[0]) for line in wanted} - found
-    if missing:
-        raise UploadError(f"pip gave no wheel for {sorted(missing)}; correct kaggle_upload/wheels.txt.")
+        check_wheel(wheel, pythons)
+    names = {canonicalize_name(line.split("==")[0]) for line in wanted}
+    for python in pythons:
+        parsed = [parse_wheel_filename(wheel.name) for wheel in wheels if wheel != ours]
+        found = {canonicalize_name(name) for name, _, _, tags in parsed if tags & accepted(python)}
+        if names - found:
+            raise UploadError(f"pip gave no wheel for {sorted(names - found)} on Python {python}; correct wheels.txt.")
     return wheels
+
+
+def target(python: str) -> list[str]:
+    """pip's options for wheels of Kaggle's machines with that Python."""
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    return [
+        *("--only-binary=:all:", "--implementation", "cp", "--python-version", python),
+        *platforms,
+    ]
 
 
 def requirements() -> list[str]:
@@ -72,9 +86,9 @@ def requirements() -> list[str]:
     return result
 
 
-def check_wheel(path: Path) -> None:
-    """Raises UploadError for a wheel that Kaggle's Python would not install, a broken one, and for torch and the like."""
-    accepted: set[Tag] = {*cpython_tags(PYTHON, platforms=PLATFORMS), *compatible_tags(PYTHON, "cp312", PLATFORMS)}
+def check_wheel(path: Path, pythons: Sequence[str] = PYTHONS[:1]) -> None:
+    """Raises UploadError for a wheel that no such Python of Kaggle's would install, a broken one,
+    and for torch and the like."""
     try:
         name, _, _, tags = parse_wheel_filename(path.name)
         broken = zipfile.ZipFile(path).testzip()
@@ -84,9 +98,16 @@ def check_wheel(path: Path) -> None:
         raise UploadError(f"{path.name} is damaged ({broken}); download it again.")
     if NEVER.fullmatch(name):
         raise UploadError(f"{path.name} must not be sent: Kaggle's own stays.")
-    if not tags & accepted:
+    if not any(tags & accepted(each) for each in pythons):
         shown = ", ".join(sorted(map(str, tags)))
-        raise UploadError(f"{path.name} ({shown}) does not install on Kaggle's Python 3.12, manylinux x86_64.")
+        raise UploadError(f"{path.name} ({shown}) does not install on Kaggle's Python {' or '.join(pythons)}, x86_64.")
+
+
+def accepted(python: str) -> frozenset[Tag]:
+    """The tags of wheels that Kaggle's machines install with that Python, such as "3.12"."""
+    major, minor = map(int, python.split("."))
+    pure = compatible_tags((major, minor), f"cp{major}{minor}", PLATFORMS)
+    return frozenset(cpython_tags((major, minor), platforms=PLATFORMS)) | frozenset(pure)
 
 
 def _pip(*arguments: str, env: dict[str, str] | None = None) -> None:

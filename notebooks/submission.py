@@ -41,12 +41,13 @@ answer_public_test = False  # load the model even for the one row of the public 
 
 # %% [markdown]
 # ## Libraries
-# What Kaggle's image lacks is installed from the attached wheels; where none are attached, nothing
-# happens.
+# What Kaggle's image lacks is installed from the attached wheels. They are there for several
+# Pythons, and pip picks those of this one. Where none are attached, what is installed is used.
 
 # %%
 # %xmode Minimal
 import glob
+import importlib.util
 import subprocess
 import sys
 import time
@@ -58,9 +59,21 @@ folders = [sorted(Path(path).parent.glob("*.whl")) for path in sorted(libraries)
 wheels = max(folders, key=len, default=[])  # one may lie beside the adapter too
 if wheels:
     print(f"installing {len(wheels)} wheels of {wheels[0].parent}")
-    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps"]
-    quiet = ["--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *quiet, *map(str, wheels)], check=True)
+    names = sorted({"==".join(path.name.split("-")[:2]) for path in wheels})
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip += ["--no-index", "--no-deps", f"--find-links={wheels[0].parent}", *names]
+    installed = subprocess.run(pip, capture_output=True, text=True)
+    if installed.returncode:
+        raise ImportError(
+            f"The wheels in {wheels[0].parent} can't be installed on Python {sys.version.split()[0]}"
+            f" ({installed.stderr.strip().splitlines()[-1]}): make the dataset of wheels anew, for"
+            " this Python (docs/KAGGLE.md), and attach its new version."
+        )
+elif importlib.util.find_spec("prompt_recovery") is None:
+    raise ImportError(
+        f"prompt_recovery is not installed, and no wheel of it lies under {input_dir}: attach your"
+        " dataset of wheels, such as OWNER/prompt-recovery-wheels (docs/KAGGLE.md makes it)."
+    )
 
 # %%
 from prompt_recovery.quiet import silence_known_notices

@@ -49,6 +49,7 @@ from prompt_recovery.quiet import silence_known_notices
 silence_known_notices()  # of libraries, by name: those that are nothing to act on
 
 # %%
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -194,7 +195,12 @@ after = answers.answer_table(lora, tok, eval_rows, description="answers after", 
 predictions = metric.score_table(eval_rows, before, after, encoder)
 predictions.to_csv(output / "predictions.csv", index=False)
 evaluation = metric.evaluation(predictions, metric.encoder_name(recipe.encoder_dir))
-evaluation |= dict(style=recipe.style, rows_hash=data.rows_hash(train_rows))
+weights = (output / "adapter" / adapter.WEIGHTS).read_bytes()  # publishing takes scores by their hash
+evaluation |= dict(
+    style=recipe.style,
+    rows_hash=data.rows_hash(train_rows),
+    adapter_sha256=hashlib.sha256(weights).hexdigest(),
+)
 (output / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 evaluation
 

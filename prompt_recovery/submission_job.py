@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,7 +68,9 @@ class Job:
         try:
             write_submission(self.test, self.answers, path)
         except OSError as error:
-            self.say(f"{path} can't be written ({error}): the one before stays. Free some space.")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            remedy = "Free some space." if full else "Give another submission_csv."
+            self.say(f"{path} can't be written ({error}): the one before stays. {remedy}")
             check_submission(self.test, path)
         self.written = time.monotonic()
 

@@ -47,7 +47,9 @@ class StandIn(ThreadingHTTPServer):
         self.makes_public: set[str] = set()
         self.kernels: dict[str, list[dict[str, Any]]] = {}
         self.refused_sources: set[str] = set()
-        self.kernel_status = "COMPLETE"
+        self.kernel_status = "COMPLETE"  # of the latest run
+        self.kernel_failure = ""
+        self.keeps = lambda message: message  # what is kept of a submission's description
         self.submissions: list[dict[str, Any]] = []
         self.allowed_submissions = 5
         self.blobs: dict[str, dict[str, Any]] = {}
@@ -191,7 +193,8 @@ class StandIn(ThreadingHTTPServer):
     def GetKernel(self, body: dict[str, Any]) -> dict[str, Any]:
         slug, _, number = body["kernelSlug"].partition("/")
         versions = self.kernels.get(f"{body['userName']}/{slug}")
-        if not versions:
+        number = number or body.get("versionLabel", "").removeprefix("v")  # 2.2.4, 2.2.5
+        if not versions or not 1 <= int(number or 1) <= len(versions):
             raise ApiError(404, "Not found")
         held = versions[int(number or len(versions)) - 1]
         keys = ("language", "kernelType", "isPrivate", "enableGpu", "enableInternet", "machineShape")
@@ -202,7 +205,13 @@ class StandIn(ThreadingHTTPServer):
         return {"metadata": {"ref": held["slug"], "title": held.get("newTitle"), **about}, "blob": blob}
 
     def GetKernelSessionStatus(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"status": self.kernel_status}
+        number = body.get("versionLabel", "").removeprefix("v")  # kaggle 2.2.4 sends none
+        versions = self.kernels.get(f"{body['userName']}/{body['kernelSlug']}", [])
+        old = number and int(number) < len(versions)
+        return {
+            "status": "COMPLETE" if old else self.kernel_status,
+            "failureMessage": self.kernel_failure,
+        }
 
     def GetSubmissionLimits(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"numToday": len(self.submissions), "numAllowedNow": self.allowed_submissions}
@@ -211,7 +220,7 @@ class StandIn(ThreadingHTTPServer):
         return {"submissions": self.submissions[::-1]}
 
     def CreateCodeSubmission(self, body: dict[str, Any]) -> dict[str, Any]:
-        ref, text = 100 + len(self.submissions), body["submissionDescription"]
+        ref, text = 100 + len(self.submissions), self.keeps(body["submissionDescription"])
         self.submissions.append(
             {"ref": ref, "description": text, "fileName": body["fileName"], "version": body["kernelVersion"]}
         )

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -45,7 +46,8 @@ def write_adapter(folder: Path, seed: int) -> dict[str, bytes]:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(4, 5000, generator=generator), torch.randn(5000, 4, generator=generator)
     names = [f"base_model.model.q_proj.lora_{x}.weight" for x in "AB"]
-    save_file(dict(zip(names, (a, b), strict=True)), folder / WEIGHTS)
+    tensors = dict(zip(names, (a, b), strict=True))
+    save_file(tensors, folder / WEIGHTS, metadata={"style": "plain"})
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -137,16 +139,19 @@ def each_program(request, case, monkeypatch):
 
 def test_first_next_unchanged(case, each_program):
     case.server.page_size = 1  # the list of versions comes in pages
-    evaluation = {"scs_after": 0.5, "n": 3, "style": "plain", "rows_hash": "abc"}
     first = case.write(1)
+    evaluation = {"scs_after": 0.5, "n": 3, "style": "json", "rows_hash": "abc"}
+    evaluation["adapter_sha256"] = hashlib.sha256(first[WEIGHTS]).hexdigest()
     (case.folder.parent / "evaluation.json").write_text(json.dumps(evaluation))
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/1"
     assert case.versions == [first] and not case.server.public
     assert [request["isPrivate"] for name, request in case.server.requests if name == "CreateModel"] == [True]
+    assert "no notes for a first version" in out
     second = case.write(2)
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/2" and case.versions == [first, second]
+    assert "evaluation.json is of other weights than these" in out
     sent = [body["body"]["versionNotes"] for name, body in case.server.requests if name == "CreateModelInstanceVersion"]
     assert sent == ["some notes"]
     code, out, _ = case.publish()
@@ -163,6 +168,9 @@ def test_first_next_unchanged(case, each_program):
     assert rows[0]["style"] == "plain" and rows[0]["rows_hash"] == "abc"
     assert json.loads(rows[0]["scores"]) == {"scs_after": 0.5, "n": 3}
     assert rows[0]["sha256"] != rows[1]["sha256"]
+    # the second adapter lies beside the first one's evaluation
+    assert [rows[1][name] for name in ("style", "rows_hash", "scores")] == ["plain", "", ""]
+    assert [row["notes"] for row in rows] == ["some notes"] * 2
     assert [path.name for path in (case.folder.parent / ".kaggle_upload").iterdir() if path.is_dir()] == []
 
 

@@ -445,6 +445,14 @@ assert set(report["source"]) == {"model"}
         answer_test(None, None, test, tmp_path / "full.csv", **OPTIONS)
 
 
+def test_a_place_that_cannot_be_written_is_not_called_full(tmp_path, capsys):
+    (tmp_path / "s.csv.partial").mkdir()
+    with pytest.raises(SubmissionError, match="no submission"):
+        answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS)
+    said = capsys.readouterr().out
+    assert "Give another submission_csv." in said and "Free some space" not in said
+
+
 # --- time ---------------------------------------------------------------------------------------------------
 
 
