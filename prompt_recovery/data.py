@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import random
 import re
@@ -17,20 +15,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from prompt_recovery.tables import DataError, read_table
+
 ROW_COLUMNS = ("original_text", "rewritten_text", "rewrite_prompt")
 TEST_COLUMNS = ("id", "original_text", "rewritten_text")
 ACCOUNT_COLUMNS = ("id", "source", "reason", "action")
-
-# Longer than any text; csv's own limit of 131,072 characters would refuse a long book chapter.
-FIELD_LIMIT = 2**31 - 1
-
-
-class DataError(ValueError):
-    """Rows that can't be used as they are; the message names the file, the column and the rows."""
+# what astype(str) makes of a value that is missing; "NA" and "null" may be somebody's texts
+MISSING = ("nan", "None", "NaT", "<NA>")
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
-    """Read one or several training CSV files (UTF-8, header, commas) into one table.
+    """Read one or several files of training rows into one table.
+
+    The files are CSV (UTF-8, header) or what tables.read_table reads besides.
 
     Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response ('' where the
     file has none), source ("file.csv:7" is data row 7, counted from 1 under the header), file (its path). A file
@@ -60,6 +57,7 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
             table["id"] = [f"{stem}-{n}" for n in numbers]
         if "response" not in table:
             table["response"] = ""
+        table["response"] = table["response"].where(~table["response"].isin(MISSING), "")
         table["source"] = [f"{path.name}:{n}" for n in numbers]
         table["file"] = str(path)
         parts.append(table[["id", *ROW_COLUMNS, "response", "source", "file"]])
@@ -89,17 +87,7 @@ def read_test(path: str | Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    if not path.is_file():
-        raise DataError(f"No file at {path}: check the path.")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} is not UTF-8: byte {content[error.start]:#04x} in line {line}. Save it as 'CSV UTF-8'."
-        ) from error
-    header, records = _parse_csv(path, text)
+    header, records = read_table(path, needed)
     missing = [name for name in needed if name not in header]
     if missing:
         hint = ""
@@ -117,48 +105,9 @@ def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(columns, columns=wanted, dtype=str)
 
 
-def _parse_csv(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
-    """Header and records of a CSV text. The csv module, not pandas: pandas pads short rows without a word."""
-    old_limit = csv.field_size_limit(FIELD_LIMIT)
-    try:
-        # newline="" keeps the line ends inside quotes as they are; strict refuses stray and unclosed quotes.
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header: list[str] = []
-        records: list[list[str]] = []
-        wrong: list[str] = []
-        start = 1
-        try:
-            for record in reader:
-                line, start = start, reader.line_num + 1
-                if not record:
-                    continue
-                if not header:
-                    header = record
-                    continue
-                records.append(record)
-                if len(record) != len(header):
-                    wrong.append(f"row {len(records)} (line {line}) has {len(record)}")
-        except csv.Error as error:
-            raise DataError(
-                f"{path} is malformed at row {len(records) + 1} (from line {start}): {error}. "
-                "Put texts in double quotes, and write a quote inside a text as two."
-            ) from error
-    finally:
-        csv.field_size_limit(old_limit)
-    if not header:
-        raise DataError(f"{path} is empty: it needs a header and rows.")
-    if wrong:
-        raise DataError(
-            f"{path} has {len(header)} columns, but {'; '.join(wrong[:5])}"
-            f"{' ...' if len(wrong) > 5 else ''}. "
-            "Put texts that hold commas or line ends in double quotes."
-        )
-    return header, records
-
-
 def _refuse_bad_ids(rows: pd.DataFrame) -> None:
     """Raise DataError for blank ids and for ids that stand twice; rows has id, source and file."""
-    blank = rows[rows["id"].str.strip() == ""]
+    blank = rows[rows["id"].str.strip().isin(["", *MISSING])]
     if len(blank):
         places = ", ".join(blank["source"].head(10))
         raise DataError(f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill them in.")
@@ -258,8 +207,9 @@ def clean_rows(rows: pd.DataFrame, strip_lead_ins: bool = False) -> tuple[pd.Dat
     """Drop rows that teach nothing; returns (kept rows, account).
 
     account has one line per dropped or changed row: id, source, reason, action ('dropped' | 'changed').
-    Reasons: "blank <column>", "identical original and rewritten", "refusal", "exact duplicate" (the first
-    one stays), and with strip_lead_ins "lead-in stripped" (changed). The tables given are not altered.
+    Reasons: "blank <column>", "<column> is 'nan'" (or another of MISSING), "identical original and
+    rewritten", "refusal", "exact duplicate" (the first one stays), and with
+    strip_lead_ins "lead-in stripped" (changed). The tables given are not altered.
     """
     entries: list[tuple[str, str, str, str]] = []
     kept: list[int] = []
@@ -274,8 +224,11 @@ def clean_rows(rows: pd.DataFrame, strip_lead_ins: bool = False) -> tuple[pd.Dat
                 rewritten = stripped
         texts = (original.strip(), rewritten.strip(), prompt.strip())
         blank = [name for name, text in zip(ROW_COLUMNS, texts, strict=True) if not text]
+        unsaid = [name for name, text in zip(ROW_COLUMNS, texts, strict=True) if text in MISSING]
         if blank:
             reason = f"blank {blank[0]}"
+        elif unsaid:
+            reason = f"{unsaid[0]} is {texts[ROW_COLUMNS.index(unsaid[0])]!r}"
         elif texts[0] == texts[1]:
             reason = "identical original and rewritten"
         elif is_refusal(rewritten):

@@ -91,7 +91,7 @@ def test_several_files_with_made_ids_and_responses(tmp_path):
     ("text", "encoding", "words"),
     [
         ("id,original_text\n1,a\n", "utf-8", ["bad.csv", "no column rewritten_text, rewrite_prompt", "'id'"]),
-        ("original_text;rewritten_text;rewrite_prompt\na;b;c\n", "utf-8", ["separated by commas"]),
+        ("original_text;rewritten_text;prompt\na;b;c\n", "utf-8", ["separated by commas"]),
         ("", "utf-8", ["bad.csv", "empty"]),
         ("\n\n", "utf-8", ["bad.csv", "empty"]),
         (HEADER, "utf-8", ["bad.csv", "no rows"]),

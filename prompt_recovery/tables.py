@@ -1,0 +1,261 @@
+"""A table of texts from the files that people have: CSV in its dialects, JSON lines, Parquet, packed."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Longer than any text; csv's own limit of 131,072 characters would refuse a long book chapter.
+FIELD_LIMIT = 2**31 - 1
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+GET_AGAIN = "download the file itself once more"
+SAVE_AS = "save it as 'CSV UTF-8'"
+TEXTS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
+# what a file is that begins so, and what to do
+OTHERS = (
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file: run `git lfs pull`"),
+    (rb"[./]*\.git/annex/|/annex/objects/", "a git-annex pointer, not the file: run `git annex get`"),
+    (rb"(?i)\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)", f"an HTML page: {GET_AGAIN}"),
+    (rb"\s*<\?xml", f"an XML page: {GET_AGAIN}"),
+    (rb"%PDF", "a PDF: give the rows as CSV"),
+    (rb"\xd0\xcf\x11\xe0", f"an old Excel workbook: {SAVE_AS}"),
+    (rb"SQLite format 3", "an SQLite database: write the table as CSV"),
+    (rb"ARROW1|FEA1|\xff\xff\xff\xff", "an Arrow file: write it as CSV or Parquet"),
+    (rb"\x28\xb5\x2f\xfd", "packed by zstd: unpack it with `unzstd`"),
+    (rb"7z\xbc\xaf|Rar!", "a 7z or RAR archive: unpack it"),
+    (rb".{257}ustar", "a tar archive: unpack it, and give the file of rows"),
+    (rb"\x80[\x02-\x05]", "a pickle, which can run code when it is loaded: write it as CSV"),
+    (rb"\x93NUMPY|\x89PNG|\xff\xd8\xff|GIF8", "no table of texts: check the path"),
+)
+
+
+class DataError(ValueError):
+    """Rows that can't be used as they are; the message names the file, the column and the rows."""
+
+
+def read_table(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and records of a file, every value a str; the strict parser refuses a broken CSV.
+
+    The first bytes tell what the file is, not its name. Names of columns are taken without white
+    space around them, in lower case. What was read in another way than a plain CSV is printed.
+
+    Args:
+        path: the file; it may be packed (zip with one file in it, gzip, bzip2, xz).
+        needed: columns by which the separator is told.
+
+    Raises:
+        DataError: for no file, an empty one, one that is no table (it says what it is), bad UTF-8,
+            malformed records, a header that stands inside in another order.
+    """
+    if path.is_dir():
+        found = sorted(each.name for each in path.iterdir() if each.is_file())[:5]
+        raise DataError(f"{path.absolute()} is a folder: give one of its files, such as {found}.")
+    if not path.is_file():
+        raise DataError(f"No file at {path.absolute()}: check the path.")
+    notes: list[str] = []
+    content = _unpacked(path, path.read_bytes(), notes)
+    if content.startswith(b"PAR1"):
+        notes.append("Parquet")
+        header, records = _parquet(path, content)
+    else:
+        text = _decoded(path, content)
+        if json_lines := _json(path, text):
+            notes.append("JSON")
+            header, records = json_lines
+        else:
+            header, records = _csv(path, text, needed, notes)
+    names = [_name(name) for name in header]
+    rows = [record for record in records if [_name(value) for value in record] != names]
+    if len(rows) < len(records):
+        notes.append(f"without {len(records) - len(rows)} repeated headers")
+    for number, record in enumerate(rows, 1):
+        if set(needed) <= {_name(value) for value in record}:
+            raise DataError(
+                f"{path} has another header as row {number}, {record}: give files with other columns apart."
+            )
+    if notes:
+        print(f"{path}: read as {', '.join(notes)}")
+    return names, rows
+
+
+def _name(text: str) -> str:
+    """A column's name: no quotes and marks around it, "Original Text" is original_text."""
+    return re.sub(r"[\s-]+", "_", text.strip('\ufeff\u200b\u00a0" \t\r\n').lower())
+
+
+def _unpacked(path: Path, content: bytes, notes: list[str]) -> bytes:
+    """What is in the packing, and in that one's. Raises DataError for what is no table."""
+    for start, meaning in OTHERS:
+        if re.match(start, content[:400], re.DOTALL):
+            raise DataError(f"{path} is {meaning}.")
+    try:
+        if content.startswith(b"PK\x03\x04") or content.startswith(b"PK\x05\x06"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                names = [each.filename for each in archive.infolist() if not each.is_dir()]
+                if "xl/workbook.xml" in names:
+                    raise DataError(f"{path} is an Excel workbook: {SAVE_AS}.")
+                names = [n for n in names if not n.startswith("__MACOSX/") and n[-9:] != ".DS_Store"]
+                if len(names) != 1:
+                    raise DataError(
+                        f"{path} is a zip with {len(names)} files in it ({', '.join(names[:5])}): "
+                        "unpack it, and give the one with the rows."
+                    )
+                notes.append(f"zip of {names[0]}")
+                return _unpacked(path, archive.read(names[0]), notes)
+        for start, unpack in PACKED.items():
+            if content.startswith(start):
+                notes.append(unpack.__module__.lstrip("_"))
+                return _unpacked(path, unpack(content), notes)
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path} is packed and can't be unpacked ({error}): {GET_AGAIN}.") from error
+    return content
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} in line {line}. Save it as 'CSV UTF-8'."
+        ) from error
+
+
+def _parquet(path: Path, content: bytes) -> tuple[list[str], list[list[str]]]:
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(io.BytesIO(content), engine="pyarrow")
+    except ImportError as error:
+        raise DataError(
+            f"{path} is a Parquet file, and pyarrow, which reads them, is not installed: "
+            "`pip install pyarrow`, or write the rows as CSV."
+        ) from error
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+        raise DataError(f"{path} is a damaged Parquet file ({error}): {GET_AGAIN}.") from error
+    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return _records(path, [{str(name): value for name, value in row.items()} for row in rows])
+
+
+def _json(path: Path, text: str) -> tuple[list[str], list[list[str]]] | None:
+    """Rows of JSON lines or of a list of objects; None for a text that is no JSON."""
+    if not re.match(r"\s*[\[{]", text):
+        return None
+    listed = text.lstrip().startswith("[")
+    place = 1
+    try:
+        if listed:
+            rows = json.loads(text)
+        else:
+            rows = []
+            for place, line in enumerate(text.split("\n"), 1):  # noqa: B007  (for the message)
+                rows += [json.loads(line)] if line.strip() else []
+    except json.JSONDecodeError as error:
+        try:
+            json.loads(text)
+        except json.JSONDecodeError:
+            where = error if listed else f"line {place}: {error}"
+            raise DataError(f"{path} is JSON, and broken ({where}); write it again.") from error
+        raise DataError(
+            f"{path} is one JSON object: write an object a line (pandas: to_json(orient='records', lines=True))."
+        ) from error
+    wrong = [n for n, row in enumerate(rows, 1) if not isinstance(row, dict)]
+    if wrong:
+        raise DataError(f"{path} is JSON, and row {wrong[0]} is no object: write an object a row.")
+    return _records(path, rows)
+
+
+def _records(path: Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The values as text; what is missing is ''."""
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    records = [[_text(row.get(name)) for name in header] for row in rows]
+    for number, (row, record) in enumerate(zip(rows, records, strict=True), 1):
+        for name, value in zip(header, record, strict=True):
+            if isinstance(row.get(name), (list, dict)) and _name(name) in TEXTS:
+                raise DataError(f"{path}: {name} of row {number} is no text but {value[:60]}.")
+            if re.search("[\ud800-\udfff]", value):
+                raise DataError(f"{path}: {name} of row {number} holds half a character (a surrogate).")
+    return header, records
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    nested = isinstance(value, (list, dict, bool))
+    return json.dumps(value, ensure_ascii=False) if nested else str(value)
+
+
+def _csv(path: Path, text: str, needed: Sequence[str], notes: list[str]) -> tuple[list[str], list[list[str]]]:
+    named = re.match(r'"?sep=([,;|\t])"?\r?\n', text)  # a line that Excel writes and reads
+    if named:
+        text = text[named.end() :]
+    line = re.match(r"[^\r\n]{0,10000}", text.lstrip())
+    separator = ","
+    for each in SEPARATORS:
+        first = next(csv.reader([line[0] if line else ""], delimiter=each), [])
+        if set(needed) <= {_name(name) for name in first}:
+            separator = each
+            spaced = all(name.startswith(" ") for name in first[1:])
+            break
+    else:
+        spaced = False
+    if separator != ",":
+        notes.append(f"separated by {SEPARATORS[separator]}")
+    if spaced:
+        notes.append("a space behind each separator")
+    return _parse(path, text, separator, spaced)
+
+
+def _parse(path: Path, text: str, separator: str, spaced: bool) -> tuple[list[str], list[list[str]]]:
+    """Header and records of a CSV text. csv, not pandas: pandas pads short rows without a word."""
+    old_limit = csv.field_size_limit(FIELD_LIMIT)
+    try:
+        # newline="" keeps the line ends inside quotes as they are; strict refuses stray and
+        # unclosed quotes.
+        lines = io.StringIO(text, newline="")
+        reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
+        header: list[str] = []
+        records: list[list[str]] = []
+        wrong: list[str] = []
+        start = 1
+        try:
+            for record in reader:
+                line, start = start, reader.line_num + 1
+                if not record:
+                    continue
+                if not header:
+                    header = record
+                    continue
+                records.append(record)
+                if len(record) != len(header):
+                    wrong.append(f"row {len(records)} (line {line}) has {len(record)}")
+        except csv.Error as error:
+            raise DataError(
+                f"{path} is malformed at row {len(records) + 1} (from line {start}): {error}. "
+                "Put texts in double quotes, and write a quote inside a text as two."
+            ) from error
+    finally:
+        csv.field_size_limit(old_limit)
+    if not header:
+        raise DataError(f"{path} is empty: it needs a header and rows.")
+    if wrong:
+        raise DataError(
+            f"{path} has {len(header)} columns, but {'; '.join(wrong[:5])}"
+            f"{' ...' if len(wrong) > 5 else ''}. "
+            "Put texts that hold commas or line ends in double quotes."
+        )
+    return header, records
