@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from prompt_recovery.cleaning import strip_lead_in
+from prompt_recovery.refusals import is_refusal
 from prompt_recovery.tables import DataError, read_table
 
 ROW_COLUMNS = ("original_text", "rewritten_text", "rewrite_prompt")
@@ -122,85 +124,6 @@ def _refuse_bad_ids(rows: pd.DataFrame) -> None:
             f"{'; '.join(shown)}. "
             "Make every id unique within and across the files."
         )
-
-
-# --- cleaning -----------------------------------------------------------------------------------------------
-
-# A refusal speaks of the request itself. The first words alone are no sign: "I cannot believe how warm it
-# was" is a diary, "I'm sorry, but I can't come on Saturday" a letter, "As an AI researcher, I ..." a
-# biography. Blanks are \s+ because the pattern below is compiled with VERBOSE, which drops literal ones.
-_APOLOGY = (
-    r"(?:(?:i'm|i\s+am|we're|we\s+are)\s+(?:\w+\s+){0,2}sorry|sorry|"
-    r"(?:i|we|my)\s+apologi[sz]\w*|apologies|unfortunately)"
-)
-_CANNOT = (
-    r"(?:i|we)\s*(?:cannot|can't|can\s+not|could\s+not|couldn't|won't|will\s+not|"
-    r"(?:am|'m|are|'re)\s+not\s+able\s+to|(?:am|'m|are|'re)\s+unable\s+to|(?:must|have\s+to)\s+decline\s+to)"
-)
-_THING = (
-    r"(?:request|text|passage|content|prompt|response|rewrite|version|"
-    r"instruction|task|material|query|paragraph)s?\b"
-)
-_REFUSAL = re.compile(
-    rf"""^[\s"'*]*
-    (?:{_APOLOGY}[^.!?\n]{{0,40}}?[,.;:!]?\s+(?:but\s+)?(?:as\s+an\s+ai[^.,\n]{{0,40}},\s*)?)?
-    (?:
-      {_CANNOT}\s+(?:
-        (?:help|assist)\s+(?:you\s+)?(?:with|in)\s+(?:that|this|it)\s*(?:[.,;!]|$)
-      | comply\s+with\s+(?:that|this|your|the)(?:\s+{_THING}|\s*(?:[.,;!]|$))
-      | (?:continue\s+)?(?:to\s+)?
-          (?:help|assist|fulfil|fulfill|complete|process|provide|produce|generate|create|write|rewrite|rephrase|
-          paraphrase|transform|engage|answer|respond|reply|translate)
-          (?:\s+(?:you|with|in|to|on|for|out))*(?:\s+(?:this|that|the|your|any|such|a|an|these|those))?
-          (?:\s+[\w'-]+){{0,3}}?\s+{_THING}
-      | (?:do|help|assist|comply)(?:\s+(?:with\s+)?(?:that|this|it))?[.!]?\s*$
-      )
-    | as\s+(?:an?\s+)?(?:ai|artificial\s+intelligence|large\s+language\s+model|language\s+model)
-        (?:\s+(?:language\s+)?(?:model|assistant|chatbot|system))?\s*(?:\([^)]*\))?\s*,?\s+
-        (?:i|we)\s*(?:cannot|can't|do\s+not|don't|am|'m|must|have|won't|will\s+not|could)\b
-    | (?:i\s+am|i'm)\s+(?:just\s+|only\s+)?an?\s+(?:ai|large\s+language\s+model|language\s+model)
-        (?:\s+(?:language\s+)?(?:model|assistant))?\s*(?:,|\.|and\b)
-        [^.\n]{{0,60}}(?:cannot|can't|unable|not\s+able|don't)
-    )""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_BARE_REFUSAL = re.compile(rf"^\s*{_APOLOGY}[,.]?\s+(?:but\s+)?(?:i\s+(?:cannot|can't))[.!]?\s*$", re.IGNORECASE)
-
-_OPENER = r"(?:sure(?:\s+thing)?|certainly|of\s+course|absolutely|okay|ok|gladly|no\s+problem)"
-_HERE = r"(?:here(?:'s|\s+is|\s+are)|this\s+is|below\s+is)"
-_REWORK = r"(?:re-?writ\w+|re-?wrote|revis\w+|rephras\w+|reword\w+|paraphras\w+|transformed|modified|updated)"
-_LEAD_INS = (
-    # "Sure! Here is the rewritten text:" and "Here's a revised version of your letter: Dear ..."
-    re.compile(
-        rf"^\s*\**(?:{_OPENER}[,.!:]*\s+)?{_HERE}\s[^:\n]{{0,80}}\b{_REWORK}\b[^:\n]{{0,80}}:\**[ \t]*\n*",
-        re.IGNORECASE,
-    ),
-    # "Sure, here is the poem:" only when the line ends there: in a dialogue the speech goes on.
-    re.compile(rf"^\s*\**{_OPENER}[,.!:]*\s+{_HERE}\s[^:\n]{{0,120}}:\**[ \t]*\n+", re.IGNORECASE),
-    # "Rewritten text:"
-    re.compile(
-        r"^\s*\**(?:the\s+)?(?:rewritten|revised|rephrased|reworded|paraphrased)\s+(?:text|version|"
-        r"passage|paragraph)"
-        r"\**:\**[ \t]*\n*",
-        re.IGNORECASE,
-    ),
-)
-
-
-def is_refusal(text: str) -> bool:
-    """Whether a rewritten text begins as an LLM's refusal of the request, and not merely with "I cannot"."""
-    plain = text.replace("\u2019", "'").replace("\u2018", "'")[:400]
-    return bool(_REFUSAL.match(plain) or (len(text) < 400 and _BARE_REFUSAL.match(plain)))
-
-
-def strip_lead_in(text: str) -> str:
-    """The text without a first line such as "Sure, here is the rewritten text:"; unchanged if it has none."""
-    plain = text.replace("\u2019", "'")  # one character for one: positions stay
-    for pattern in _LEAD_INS:
-        found = pattern.match(plain)
-        if found:
-            return text[found.end() :].lstrip("\n")
-    return text
 
 
 def clean_rows(rows: pd.DataFrame, strip_lead_ins: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
