@@ -28,7 +28,7 @@ def load_encoder(encoder_dir: str | Path, device: str | None = None) -> Sentence
     folder = Path(encoder_dir)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"No encoder folder at {folder}. Give a local folder in sentence-transformers format "
+            f"No encoder folder at {folder.absolute()}. Give a local folder in sentence-transformers format "
             f"(sentence-t5-base, "
             "or metric.minilm_dir() for the one that the requirements install)."
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from prompt_recovery.files import located
 from prompt_recovery.templates import STYLES, SYSTEM_PLACEMENTS
 
 PADS = ("<pad>", "unk")
@@ -144,7 +145,7 @@ def text(value: Any) -> str:
 def path(value: Any) -> str:
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str) and value.strip():
-        return value
+        return located(value)
     raise ValueError("give a path")
 
 
