@@ -10,7 +10,10 @@ import gc
 import resource
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -22,7 +25,15 @@ from torch.nn import functional
 from true_shape import device_rates, fill, write_checkpoint
 
 from prompt_recovery.adapter import add_lora
-from prompt_recovery.engine import checkpointing, forward, load_base, release_buffers, save_quantised, storage
+from prompt_recovery.engine import (
+    TooLittleMemory,
+    checkpointing,
+    forward,
+    load_base,
+    release_buffers,
+    save_quantised,
+    storage,
+)
 from prompt_recovery.examples import IGNORED
 
 GIB = 2**30
@@ -34,6 +45,18 @@ rows_of_table: list[tuple[str, ...]] = []
 def report(*cells: str) -> None:
     rows_of_table.append(cells)
     print("  ".join(cells), flush=True)
+
+
+def fits(name: str, call: Callable[[], Any]) -> Any:
+    """What `call` returns; None and a line of the table where the card has too little memory."""
+    try:
+        return call()
+    except (torch.OutOfMemoryError, TooLittleMemory) as error:
+        report(f"{name:<58}", f"does not fit: {str(error).partition('. GPU')[0][:90]}")
+    # behind the except: what raised holds the tensors of its frames
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
 
 
 def timed_steps(step, rows: int, steps: int = 4, warm: int = 2) -> tuple[float, float]:
@@ -157,26 +180,34 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
         ("plan for the card, batch of 64", 64, total),
     ):
         free = min(budget, total) - torch.cuda.memory_allocated()
-        plans.append((name, checkpointing.training_plan(lora, LENGTH, LABELS, rows, torch.bfloat16, free)))
+        wanted = (lora, LENGTH, LABELS, rows, torch.bfloat16, free)
+        planned = fits(f"ours, {name}", partial(checkpointing.training_plan, *wanted))
+        plans += [(name, planned)] if planned else []
+    fitting = None  # the last plan that did
     for name, plan in plans[: args.plans]:
         checkpointing.apply_plan(lora, plan)
         release_buffers(lora)
         gc.collect()
         torch.cuda.empty_cache()
         allocated = torch.cuda.memory_allocated()
-        try:
-            spent, peak = timed_steps(step, plan.rows, steps=4 if plan.rows < 32 else 3)
-        except torch.OutOfMemoryError as error:
-            report(f"{name}: {plan} -> {str(error)[:120]}")
+        name = f"ours, {name}: {plan.rows} rows, {plan.checkpointed} recomputed, {plan.kept} kept"
+        steps = 4 if plan.rows < 32 else 3
+        measured = fits(name, partial(timed_steps, step, plan.rows, steps=steps))
+        if measured is None:
             optimiser.zero_grad()
             continue
+        spent, peak = measured
+        fitting = plan
         recomputing = plan.checkpointed > plan.kept
-        row(f"ours, {name}: {plan.rows} rows, {plan.checkpointed} recomputed, {plan.kept} kept", plan.rows * LENGTH,
-            spent, peak, 6 if recomputing else 4, rate, scale)  # fmt: skip
+        row(name, plan.rows * LENGTH, spent, peak, 6 if recomputing else 4, rate, scale)
         if plan.peak:
             print(f"    expected peak {(allocated + plan.peak) / GIB:.1f} GiB, measured {peak:.1f}")
-    ids = torch.randint(5, 32000, (plan.rows, LENGTH), device="cuda")
-    profile(lambda: step(ids, torch.where(torch.arange(LENGTH, device="cuda") < LENGTH - LABELS, -100, ids)))
+    if fitting is None:
+        return
+    checkpointing.apply_plan(lora, fitting)
+    ids = torch.randint(5, 32000, (fitting.rows, LENGTH), device="cuda")
+    supervised = torch.arange(LENGTH, device="cuda") >= LENGTH - LABELS
+    fits("profile", lambda: profile(lambda: step(ids, torch.where(supervised, ids, IGNORED))))
 
 
 def profile(call) -> None:
@@ -206,15 +237,19 @@ def stock(args: argparse.Namespace, rate: float, scale: float) -> None:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         if not recomputed:
             base.gradient_checkpointing_disable()
-        spent, peak = timed_steps(step, rows, steps=3, warm=1)
         name = f"stock parts, dequantise + grouped_mm, B{rows}{' checkpointed' if recomputed else ''}"
-        row(name, rows * LENGTH, spent, peak, 6 if recomputed else 4, rate, scale)
+        measured = fits(name, partial(timed_steps, step, rows, steps=3, warm=1))
+        if measured:
+            row(name, rows * LENGTH, *measured, 6 if recomputed else 4, rate, scale)
+        optimiser.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
     parametrise(base)
     base.gradient_checkpointing_enable({"use_reentrant": False})
-    spent, peak = timed_steps(step, 8, steps=3, warm=1)
-    row("stock, bitsandbytes parametrisation + grouped_mm, B8", 8 * LENGTH, spent, peak, 6, rate, scale)
+    name = "stock, bitsandbytes parametrisation + grouped_mm, B8"
+    measured = fits(name, lambda: timed_steps(step, 8, steps=3, warm=1))
+    if measured:
+        row(name, 8 * LENGTH, *measured, 6, rate, scale)
 
 
 def main() -> None:
@@ -237,7 +272,7 @@ def main() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     if not args.no_stock:
-        stock(args, rate, scale)
+        fits("stock", lambda: stock(args, rate, scale))
     print("\n== table")
     for cells in rows_of_table:
         print("  ".join(cells))

@@ -46,10 +46,13 @@ four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
 seed = 0
 
 # %%
-# %xmode Minimal
+from IPython import get_ipython
+
 from prompt_recovery.quiet import silence_known_notices
 
 silence_known_notices()  # of libraries, by name: those that are nothing to act on
+if shell := get_ipython():
+    shell.InteractiveTB.set_mode("Minimal")  # errors in one line; %xmode would print one about it
 
 # %%
 from pathlib import Path

@@ -45,7 +45,6 @@ answer_public_test = False  # load the model even for the one row of the public 
 # Pythons, and pip picks those of this one. Where none are attached, what is installed is used.
 
 # %%
-# %xmode Minimal
 import glob
 import importlib.util
 import subprocess
@@ -53,6 +52,10 @@ import sys
 import time
 from pathlib import Path
 
+from IPython import get_ipython
+
+if shell := get_ipython():
+    shell.InteractiveTB.set_mode("Minimal")  # errors in one line; %xmode would print one about it
 started = time.monotonic()
 libraries = glob.glob(f"{input_dir}/**/prompt_recovery-*.whl", recursive=True)
 folders = [sorted(Path(path).parent.glob("*.whl")) for path in sorted(libraries)]

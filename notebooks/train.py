@@ -43,10 +43,13 @@ evaluations = 10  # in the whole run, each with a checkpoint
 report_to = "none"  # none | tensorboard | wandb | trackio
 
 # %%
-# %xmode Minimal
+from IPython import get_ipython
+
 from prompt_recovery.quiet import silence_known_notices
 
 silence_known_notices()  # of libraries, by name: those that are nothing to act on
+if shell := get_ipython():
+    shell.InteractiveTB.set_mode("Minimal")  # errors in one line; %xmode would print one about it
 
 # %%
 import hashlib

@@ -119,6 +119,7 @@ def test_demo_trains_on_the_rows_given_and_uses_nothing_stale(tmp_path, monkeypa
     assert answers["id"].to_list() == pd.read_csv(ROOT / "demo" / "test.csv", dtype=str)["id"].to_list()
     assert (answers["rewrite_prompt"].str.strip() != "").all()
     report = capsys.readouterr().out.split("== report")[1]
+    assert "near 0: it shows that your file is read" in report
     assert "24 in own rows.csv" in report and "peak memory" in report and "95%" in report
     assert report.count("  truth ") == report.count("  after ") > 0 and "submission.csv" in report
 
