@@ -23,9 +23,12 @@ def adapter_content(folder: Path, wheel: Path | None = None) -> tuple[Content, d
     AdapterError for files that are not a working adapter.
     """
     paths = pick(folder, ADAPTER)
-    from prompt_recovery.adapter import check_adapter  # imports torch
+    from prompt_recovery.adapter import check_to_publish  # imports torch
 
-    about = check_adapter(folder)
+    about = check_to_publish(folder)
+    left = sorted(path.name for path in folder.iterdir() if path not in paths)
+    if left:
+        print(f"not sent: {', '.join(left)}")
     content = read([*paths, *([wheel] if wheel else [])])
     path = folder.resolve().parent / "evaluation.json"
     evaluation = _json(path) or {}

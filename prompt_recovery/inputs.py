@@ -90,7 +90,9 @@ def is_public_run(test: pd.DataFrame) -> bool:
     return len(test) == 1 and not os.environ.get(RERUN)
 
 
-def usable_adapter(adapter_dir: str | Path | None, model_dir: str | Path, allow_base: bool = False) -> Path | None:
+def usable_adapter(
+    adapter_dir: str | Path | None, model_dir: str | Path, allow_base: bool = False, four_bit: bool | None = None
+) -> Path | None:
     """The adapter's folder if `check_adapter` finds it sound; nothing goes onto a GPU. Prints what it is.
 
     A missing or broken one raises InputError with the remedy, or is None with allow_base, which is printed.
@@ -99,7 +101,7 @@ def usable_adapter(adapter_dir: str | Path | None, model_dir: str | Path, allow_
     try:
         if adapter_dir is None:
             raise AdapterError("There is no adapter.")
-        print("adapter:", check_adapter(adapter_dir, model_dir))
+        print("adapter:", check_adapter(adapter_dir, model_dir, four_bit))
         return Path(adapter_dir)
     except (ValueError, OSError) as error:
         _without(error, allow_base)
@@ -113,7 +115,7 @@ def complete(settings: SubmissionSettings) -> SubmissionSettings:
         settings.model_dir, settings.adapter_dir, settings.test_csv, settings.input_dir, settings.allow_base
     )
     print(f"model    {model_dir}\nadapter  {found}\ntest     {test_csv}")
-    adapter_dir = usable_adapter(found, model_dir, settings.allow_base)
+    adapter_dir = usable_adapter(found, model_dir, settings.allow_base, settings.four_bit)
     format = answer_format(adapter_dir, settings.style, settings.system_placement)
     return replace(settings, model_dir=model_dir, adapter_dir=adapter_dir, test_csv=test_csv, **asdict(format))
 

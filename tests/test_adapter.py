@@ -96,13 +96,12 @@ def miss_each_other(tensors):
 @pytest.mark.parametrize(
     "break_it, message",
     [
-        (lambda f: (f / WEIGHTS).unlink(), "must hold exactly"),
-        (lambda f: (f / "README.md").write_text("x"), "must hold exactly"),
-        (lambda f: (f / "adapter_model.bin").write_bytes(b"x"), "pickle"),
+        (lambda f: (f / WEIGHTS).unlink(), "must hold adapter_config.json and adapter_model.safetensors"),
+        (lambda f: (f / CONFIG).unlink(), "must hold adapter_config.json and adapter_model.safetensors"),
+        (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "pickle"),
         (lambda f: (f / WEIGHTS).write_bytes(b"not safetensors"), "not a safetensors file"),
         (lambda f: (f / CONFIG).write_text("{"), "not a LoRA config"),
         (lambda f: edit_config(f, r=8), "in another shape"),
-        (lambda f: edit_config(f, base_model_name_or_path="/home/me/mixtral"), "local path"),
         (lambda f: edit_tensors(f, drop), "misses 1 tensors"),
         (lambda f: edit_tensors(f, add_head), "has besides 1 tensors.*lm_head"),
         (lambda f: edit_tensors(f, poison), "NaN"),
@@ -118,6 +117,14 @@ def test_broken_adapters_are_refused_by_name(copy, break_it, message):
     break_it(copy)
     with pytest.raises(AdapterError, match=message):
         adapter.check_adapter(copy, TINY)
+
+
+@pytest.mark.parametrize("name", ["/home/me/mixtral", "~/mixtral", "out/models/mixtral", "C:\\mixtral"])
+def test_a_local_path_as_the_base_s_name_is_not_published(copy, name):
+    edit_config(copy, base_model_name_or_path=name)
+    adapter.check_adapter(copy, TINY)
+    with pytest.raises(AdapterError, match="local path"):
+        adapter.check_to_publish(copy)
 
 
 def test_rank_is_checked_without_the_base(copy):

@@ -26,6 +26,7 @@ NAMES = [  # module, attribute path in it
     ("bitsandbytes.functional", "create_dynamic_map"),
     ("bitsandbytes.functional", "get_4bit_type"),
     ("torch", "_C._accelerator_setAllocatorSettings"),
+    ("peft.utils.transformers_weight_conversion", "convert_peft_adapter_state_dict_for_transformers"),
     ("torch", "_C._current_graph_task_id"),
 ]
 
@@ -44,7 +45,20 @@ def test_bitsandbytes_operator():
     assert hasattr(torch.ops.bitsandbytes.dequantize_4bit, "out")
 
 
-@pytest.mark.parametrize("name", ["lora_A", "lora_B", "scaling", "lora_variant", "lora_bias", "active_adapters"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_A",
+        "lora_B",
+        "scaling",
+        "lora_variant",
+        "lora_bias",
+        "active_adapters",
+        "disable_adapters",
+        "merged",
+        "fan_in_fan_out",
+    ],
+)
 def test_peft_layers_have(name):
     from peft import LoraConfig
     from peft.tuners.lora import Linear

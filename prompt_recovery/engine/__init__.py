@@ -6,7 +6,14 @@ Outside code uses what is named here, and nothing below. The engine imports noth
 from prompt_recovery.engine.batching import spread_order
 from prompt_recovery.engine.checkpointing import TrainingPlan, apply_plan, training_plan
 from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Meter, Sampling, generate, ready
-from prompt_recovery.engine.loading import ModelError, base_id, check_model_dir, load_base, save_quantised
+from prompt_recovery.engine.loading import (
+    ModelError,
+    base_id,
+    check_model_dir,
+    load_base,
+    loads_in_four_bit,
+    save_quantised,
+)
 from prompt_recovery.engine.memory import TooLittleMemory, processes
 from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.planning import Planned, on_h100s, on_t4s, plan
@@ -31,6 +38,7 @@ __all__ = [
     "check_model_dir",
     "generate",
     "load_base",
+    "loads_in_four_bit",
     "merged",
     "on_h100s",
     "on_t4s",

@@ -19,7 +19,7 @@ from prompt_recovery.engine.forward import grouped_gemm
 from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.layers import fast_layers
 from prompt_recovery.engine.memory import free_on
-from prompt_recovery.engine.merging import merged
+from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.planning import CPU_CELLS, PIECES, AnswerPlan, answer_plan, shape_of
 from prompt_recovery.engine.stage import Part, in_parts, layer_devices
 
@@ -158,14 +158,19 @@ def ready(model: Any, plan: AnswerPlan | None = None) -> Iterator[Ready]:
     """Inside the with block, the model as it answers, by this plan or the fastest one that memory allows: the adapter merged
     or left beside the weights, layers called directly, the small work of a decode step in few launches.
 
-    Raises MergeError where merging would change the answers, StageError for layers that can't be called in parts.
+    Where merging would change the answers, the adapter stays beside the weights, which is printed.
+    Raises StageError for layers that can't be called in parts.
     """
     model.eval()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     plan = plan or plan_of(model)
     with ExitStack() as stack:
         if plan.merged:
-            base = stack.enter_context(merged(model))
+            try:
+                base = stack.enter_context(merged(model))
+            except MergeError as problem:
+                print(f"the adapter stays beside the weights, unmerged: {problem}")
+                plan = plan._replace(merged=False)
         parts = stack.enter_context(in_parts(base, plan.layers))
         knows_rows = stack.enter_context(fast_layers(base))
         yield Ready(base, [part._replace(knows_rows=knows_rows) for part in parts], plan)

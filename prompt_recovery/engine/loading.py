@@ -35,14 +35,29 @@ def check_model_dir(model_dir: str | Path) -> Path:
 
 
 def base_id(model_dir: str | Path) -> str:
-    """A public name for the base: `_name_or_path` of its config if that is owner/name, else the folder's name; for a
-    folder of `save_quantised`, that of the model it was made from."""
+    """A public name for the base, which does not depend on where it is mounted: `_name_or_path` of its
+    config if that is owner/name, the id in a path of the hub's cache, or the folder's name without a
+    Kaggle model's version; for a folder of `save_quantised`, that of the model it was made from."""
     config = json.loads((check_model_dir(model_dir) / "config.json").read_text())
     name = config.get("quantization_config", {}).get("base") or config.get("_name_or_path", "")
     if "quantization_config" in config and name:
         return name
-    public = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-    return name if public else Path(model_dir).resolve().name
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
+        return name
+    for folder in (Path(model_dir).absolute(), Path(model_dir).resolve()):
+        parents = [folder, *folder.parents]
+        hub = next((each.name for each in parents if each.name.startswith("models--")), None)
+        if hub and "snapshots" in folder.parts:  # a hub's cache: models--owner--name/snapshots/COMMIT
+            return hub.removeprefix("models--").replace("--", "/")
+    while folder.name.isdigit() and folder.parent.name:  # a Kaggle model's version
+        folder = folder.parent
+    return folder.name
+
+
+def loads_in_four_bit(model_dir: str | Path, four_bit: bool | None = None) -> bool:
+    """What `load_base` makes of four_bit: None is on a GPU, or where the folder is in 4 bits already."""
+    quantised = quantiser.check_folder(check_model_dir(model_dir))
+    return quantised or torch.cuda.is_available() if four_bit is None else four_bit
 
 
 def default_dtype() -> torch.dtype:
@@ -68,7 +83,7 @@ def load_base(
     """
     folder = check_model_dir(model_dir)
     quantised = quantiser.check_folder(folder)
-    four_bit = quantised or torch.cuda.is_available() if four_bit is None else four_bit
+    four_bit = loads_in_four_bit(folder, four_bit)
     if quantised and not four_bit:
         raise ModelError(f"model_dir {folder} holds a 4-bit model; set four_bit=True, or give the 16-bit folder.")
     if kernels and not four_bit:
