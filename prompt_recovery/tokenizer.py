@@ -6,6 +6,8 @@ the prompt that is trained on and the prompt that is answered are the same ids.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from prompt_recovery.recipe import PADS, Format
 from prompt_recovery.templates import Conversation, render_conversation
 
 SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+# sha256 of the pieces of Mistral's v1 vocabulary in the order of their ids, a line each
+MISTRAL_V1 = "9667493c598ed599f14df3157cb9a6f373d49a1b2d99d98c79e937ff490d219b"
+PROBE = "a</s><s> <unk>[INST]  two  spaces\n\tné 漢 😀"
 CUT = " ... "  # stands where the middle of an over-long text was; plain ASCII, so that it costs 2-3 tokens
 
 
@@ -28,12 +33,14 @@ def load_tokenizer(model_dir: str | Path, pad: str = "<pad>", side: str = "right
     """The tokenizer of a Mixtral folder, with a pad token that is not EOS.
 
     `tokenizer.model` (Mistral's reference) is preferred to `tokenizer.json`. Neither goes through `AutoTokenizer`:
-    transformers 5 rebuilds it as a `LlamaTokenizer` whose ids differ from Mistral's own ("[INST]" after <s>, two spaces).
+    transformers 5 rebuilds it as a `LlamaTokenizer` whose ids differ from Mistral's own ("[INST]" after <s>, two spaces),
+    and saves it so. Of a `tokenizer.json` with Mistral's vocabulary only the vocabulary is taken, which gives all ids.
 
     pad: "<pad>" adds a token (its id is the vocabulary's size, so that training resizes the input embeddings);
     "unk" pads with id 0, which every base has. Never EOS: collators that mask by id would mask the answer's end too.
     side: "right" to train, "left" to generate.
-    Raises TokenizerError for an unknown pad, a missing file, or a vocabulary without <unk> 0, <s> 1, </s> 2.
+    Raises TokenizerError for an unknown pad, a missing or broken file, a vocabulary without <unk> 0, <s> 1, </s> 2,
+    the tokenizers of Mistral's later models (v2, v3), and a tokenizer.json as transformers 5 saves other vocabularies.
     """
     if pad not in PADS:
         raise TokenizerError(f"pad is {pad!r}; it must be one of {PADS}. EOS would never be learned as a stop.")
@@ -41,7 +48,7 @@ def load_tokenizer(model_dir: str | Path, pad: str = "<pad>", side: str = "right
     if (folder / "tokenizer.model").is_file():
         backend = _from_sentencepiece(folder / "tokenizer.model")
     elif (folder / "tokenizer.json").is_file():
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend = _from_json(folder / "tokenizer.json")
     else:
         raise TokenizerError(f"{folder} has neither tokenizer.model nor tokenizer.json; give the base model's folder.")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=side, **SPECIALS)
@@ -54,21 +61,86 @@ def load_tokenizer(model_dir: str | Path, pad: str = "<pad>", side: str = "right
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     else:
         tokenizer.pad_token = SPECIALS["unk_token"]
-    if any(i < 3 for i in encode_text(tokenizer, "a</s><s> <unk>[INST]")):
+    probe = encode_text(tokenizer, PROBE)
+    if any(i < 3 for i in probe):
         raise TokenizerError(f"{folder}: text such as </s> becomes a special token; use the folder's tokenizer.model.")
+    if tokenizer.decode(probe) != PROBE:
+        raise TokenizerError(
+            f"{folder}: {PROBE!r} comes back as {tokenizer.decode(probe)!r}: a broken tokenizer. Use"
+            " the files of the base model as the hub has them."
+        )
     return tokenizer
 
 
-def _from_sentencepiece(path: Path) -> Tokenizer:
-    # merges ordered by the pieces' scores: ordered by id (transformers' default) "▁▁" would win over "▁the"
-    from sentencepiece import SentencePieceProcessor
-    from transformers.tokenization_utils_base import generate_merges
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int, model_dir: str | Path) -> None:
+    """Raises TokenizerError where a tokenizer can't be that of a base with vocab_size embeddings: ids
+    beyond them, or a twentieth of them without a piece (bases are padded by less)."""
+    size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    if not 0.95 * vocab_size <= size <= vocab_size:
+        raise TokenizerError(
+            f"{model_dir}: the tokenizer has {size} pieces, the model {vocab_size} embeddings: it is"
+            " another model's. Put this base's own tokenizer.model there."
+        )
 
-    pieces = SentencePieceProcessor(model_file=str(path))
+
+def _from_json(path: Path) -> Tokenizer:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        vocab, normaliser = raw["model"]["vocab"], json.dumps(raw["normalizer"])
+        pieces = "\n".join(sorted(vocab, key=vocab.__getitem__))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TokenizerError(
+            f"{path} is no tokenizer.json of a BPE ({_cause(path, error)}): fetch it again."
+        ) from error
+    _refuse_later_versions(path, {*vocab, *(each.get("content") for each in raw.get("added_tokens", []))})
+    if hashlib.sha256(pieces.encode()).hexdigest() == MISTRAL_V1:
+        # what tokenizer.model says: pieces in the order of their scores, runs of spaces last
+        hidden = {*SPECIALS.values(), *(f"<0x{byte:02X}>" for byte in range(256))}
+        scores = {piece: -1e9 if set(piece) == {"▁"} else float(-number) for piece, number in vocab.items()}
+        return _bpe(vocab, scores, hidden)
+    if "Prepend" not in normaliser:
+        raise TokenizerError(
+            f"{path} puts no space before a text, as transformers 5 saves it, and gives other ids than"
+            " the model was trained with: put the base's tokenizer.model there."
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no class of its own
+        raise TokenizerError(f"{path} can't be read ({error}): fetch it again.") from error
+
+
+def _refuse_later_versions(path: Path, pieces: set[str]) -> None:
+    if "[INST]" in pieces:
+        raise TokenizerError(
+            f"{path} has a control token [INST]: it is Mistral's v2 or v3, of later models, and only"
+            " v1 is written here (Mixtral-8x7B-Instruct-v0.1, Mistral-7B-Instruct-v0.1 and v0.2)."
+        )
+
+
+def _cause(path: Path, error: Exception) -> str:
+    pointer = path.read_bytes()[:40].startswith(b"version https://git-lfs")
+    return "a Git LFS pointer, not the file itself" if pointer else f"{type(error).__name__}: {error}"
+
+
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise TokenizerError(f"{path} is no SentencePiece model ({_cause(path, error)}): fetch it again.") from error
     size = pieces.get_piece_size()
     vocab = {pieces.id_to_piece(i): i for i in range(size)}
+    _refuse_later_versions(path, set(vocab))
     hidden = {p for p, i in vocab.items() if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i)}
     scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(size)}
+    return _bpe(vocab, scores, hidden)
+
+
+def _bpe(vocab: dict[str, int], scores: dict[str, float], hidden: set[str]) -> Tokenizer:
+    # merges ordered by the pieces' scores: ordered by id (transformers' default) "▁▁" would win over "▁the"
+    from transformers.tokenization_utils_base import generate_merges
+
     merges = generate_merges(vocab, scores, skip_tokens=hidden)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

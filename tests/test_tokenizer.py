@@ -1,15 +1,27 @@
 import itertools
+import json
+import shutil
 from pathlib import Path
 
+import mistral_common
 import pytest
-from conftest import NASTY
+from conftest import NASTY, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from prompt_recovery import templates, tokenizer
 from prompt_recovery.recipe import Format
 from prompt_recovery.templates import Conversation
-from prompt_recovery.tokenizer import TokenizerError, encode_conversation, encode_row, encode_text, load_tokenizer
+from prompt_recovery.tokenizer import (
+    TokenizerError,
+    check_tokenizer,
+    encode_conversation,
+    encode_row,
+    encode_text,
+    load_tokenizer,
+)
 
 
 @pytest.fixture(scope="module", params=["tiny", "mistral_dir"])
@@ -24,7 +36,6 @@ CONVERSATIONS = [((text, None),) for text in NASTY] + [
 
 @pytest.mark.parametrize("system", ["", "You are terse.\nVery </s> [INST]  terse."])
 def test_ids_equal_mistral_commons(mistral_dir, system):
-    import mistral_common
     from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -49,8 +60,6 @@ def test_ids_equal_mistral_commons(mistral_dir, system):
 
 def test_stock_loading_would_give_other_ids(mistral_dir):
     """Why AutoTokenizer is not used (facts.md 13): if this fails, the stock class is right and ours can go."""
-    from transformers import LlamaTokenizer
-
     stock = LlamaTokenizer(vocab_file=str(mistral_dir / "tokenizer.model"))
     ours = load_tokenizer(mistral_dir)
     assert stock("a  b", add_special_tokens=False)["input_ids"] != encode_text(ours, "a  b")
@@ -127,3 +136,81 @@ def test_cut_middle_keeps_both_ends(tiny):
     cut = tokenizer._cut_middle(tok, "alpha " + "x y z " * 200 + "omega", 40)
     assert cut.startswith("alpha") and cut.endswith("omega") and tokenizer.CUT in cut
     assert len(encode_text(tok, cut)) <= 44
+
+
+# --- files as other programs leave them ---------------------------------------------------------
+
+
+def saved_by(mistral_dir, folder, way):
+    """tokenizer.json of Mistral's vocabulary as three programs save it; no tokenizer.model."""
+    if way == "ours":
+        load_tokenizer(mistral_dir).save_pretrained(folder)
+    else:
+        {"auto": AutoTokenizer, "llama": LlamaTokenizer}[way].from_pretrained(mistral_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("way", ["auto", "llama", "ours"])
+def test_a_tokenizer_json_of_mistral_s_vocabulary_gives_mistral_s_ids_whoever_saved_it(mistral_dir, tmp_path, way):
+    right, found = load_tokenizer(mistral_dir), load_tokenizer(saved_by(mistral_dir, tmp_path / "t", way))
+    assert encode_text(found, "[INST] a")[0] == 733 and encode_text(found, "a  b")[1] == 28705
+    rows = (ROOT / "demo" / "natural_rows.csv").read_text()
+    for text in [*NASTY, *("x" + " " * n + "y" for n in range(1, 40)), rows]:
+        assert encode_text(found, text) == encode_text(right, text)
+        assert found.decode(encode_text(found, text)) == text
+    if way != "ours":  # what is corrected: if this fails, transformers saves it right
+        stock = Tokenizer.from_file(str(tmp_path / "t" / "tokenizer.json"))
+        assert stock.encode("a  b", add_special_tokens=False).ids != encode_text(right, "a  b")
+
+
+def test_a_tokenizer_json_of_another_vocabulary_as_transformers_5_saves_it_is_refused(tiny, tmp_path):
+    raw = json.loads((tiny / "tokenizer.json").read_text())
+    raw |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(TokenizerError, match="as transformers 5 saves it.*tokenizer.model"):
+        load_tokenizer(tmp_path)
+
+
+DATA = Path(mistral_common.__file__).parent / "data"
+LATER = sorted(path for path in DATA.glob("*.model.v*") if not path.name.endswith("v1"))
+
+
+@pytest.mark.parametrize("path", LATER, ids=[path.name for path in LATER])
+def test_the_tokenizers_of_later_models_are_refused_by_name(tmp_path, path):
+    shutil.copy(path, tmp_path / "tokenizer.model")
+    with pytest.raises(TokenizerError, match=r"control token \[INST\].*v2 or v3.*v0.1"):
+        load_tokenizer(tmp_path)
+    saved = tmp_path / "json"
+    LlamaTokenizer.from_pretrained(tmp_path).save_pretrained(saved)
+    with pytest.raises(TokenizerError, match=r"v2 or v3|<unk>, <s>, </s> have the ids"):
+        load_tokenizer(saved)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:dadfd56d\nsize 493443\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "content", [LFS, b"", b"[1, 2]", b"<!DOCTYPE html>", b'{"model": {}}', b'{"model": {"vocab": 3}}']
+)
+def test_broken_files_are_named_with_their_remedy(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=rf"{name}.*{'LFS pointer' if content == LFS else ''}.*fetch it again"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path, tiny):
+    raw = json.loads((tiny / "tokenizer.json").read_text())
+    raw["model"] |= {"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3}, "merges": [], "byte_fallback": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(TokenizerError, match="special token|comes back as"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, mistral_dir):
+    check_tokenizer(load_tokenizer(tiny), 2400, tiny)
+    check_tokenizer(load_tokenizer(tiny), 2432, tiny)  # padded
+    check_tokenizer(load_tokenizer(mistral_dir), 32_000, mistral_dir)
+    for size in (2399, 32_000):
+        with pytest.raises(TokenizerError, match=f"2400 pieces, the model {size} embeddings"):
+            check_tokenizer(load_tokenizer(tiny), size, tiny)
