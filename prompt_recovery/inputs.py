@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 
 from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter, read_header
-from prompt_recovery.engine import check_model_dir, load_base
+from prompt_recovery.base import load_config
+from prompt_recovery.engine import check_base, load_base
 from prompt_recovery.recipe import Format, SubmissionSettings
-from prompt_recovery.tokenizer import load_tokenizer
+from prompt_recovery.tokenizer import check_tokenizer, load_tokenizer
 
 KAGGLE_INPUT = "/kaggle/input"
 RERUN = "KAGGLE_IS_COMPETITION_RERUN"  # set while a submission is scored on the hidden rows
@@ -95,9 +96,12 @@ def usable_adapter(
 ) -> Path | None:
     """The adapter's folder if `check_adapter` finds it sound; nothing goes onto a GPU. Prints what it is.
 
-    A missing or broken one raises InputError with the remedy, or is None with allow_base, which is printed.
+    The base is checked first, with all that costs no loading: its files, whether it fits on the GPUs at hand, its
+    tokenizer. Raises ModelError, Nf4Error, TooLittleMemory or TokenizerError for it. A missing or broken adapter raises
+    InputError with the remedy, or is None with allow_base, which is printed.
     """
-    check_model_dir(model_dir)
+    check_base(model_dir, four_bit=four_bit)
+    check_tokenizer(load_tokenizer(model_dir), load_config(model_dir).vocab_size, model_dir)
     try:
         if adapter_dir is None:
             raise AdapterError("There is no adapter.")

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from prompt_recovery.answers import Recovered, answer_prompts
-from prompt_recovery.base import load_config
+from prompt_recovery.base import longest
 from prompt_recovery.combine import LIMIT, combine, count_tokens
 from prompt_recovery.engine import Meter, Sampling, ready, spread_order
 from prompt_recovery.recipe import MOST_TOKENS, SubmissionSettings
@@ -87,7 +87,7 @@ def prepare(
 
     started = time.monotonic() if started is None else started
     if max_tokens is None:
-        max_tokens = min(MOST_TOKENS, load_config(settings.model_dir).max_position_embeddings)
+        max_tokens = longest(settings.model_dir, MOST_TOKENS)
     asked = settings.values("answers") | dict(max_tokens=max_tokens, seed=seed)
     journal = journal_path(test, settings.submission_csv, settings.model_dir, settings.adapter_dir, asked)
     found, spent = read_journal(journal)

@@ -5,15 +5,9 @@ Outside code uses what is named here, and nothing below. The engine imports noth
 
 from prompt_recovery.engine.batching import spread_order
 from prompt_recovery.engine.checkpointing import TrainingPlan, apply_plan, training_plan
+from prompt_recovery.engine.folder import ModelError, base_id, check_model_dir, loads_in_four_bit, read_config
 from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Meter, Sampling, generate, ready
-from prompt_recovery.engine.loading import (
-    ModelError,
-    base_id,
-    check_model_dir,
-    load_base,
-    loads_in_four_bit,
-    save_quantised,
-)
+from prompt_recovery.engine.loading import check_base, load_base, save_quantised
 from prompt_recovery.engine.memory import TooLittleMemory, processes
 from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.planning import Planned, on_h100s, on_t4s, plan
@@ -34,6 +28,7 @@ __all__ = [
     "TrainingPlan",
     "apply_plan",
     "base_id",
+    "check_base",
     "check_folder",
     "check_model_dir",
     "generate",
@@ -44,6 +39,7 @@ __all__ = [
     "on_t4s",
     "plan",
     "processes",
+    "read_config",
     "ready",
     "release_buffers",
     "save_quantised",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,51 +13,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from prompt_recovery.engine import memory, quantiser
 from prompt_recovery.engine.check import check_kernels
+from prompt_recovery.engine.folder import ModelError, base_id, check_model_dir, loads_in_four_bit
 from prompt_recovery.engine.kernels import dispatch
 
 CPU = torch.device("cpu")
-
-
-class ModelError(ValueError):
-    """A folder that does not hold a usable base model."""
-
-
-def check_model_dir(model_dir: str | Path) -> Path:
-    """The folder as a Path, if it holds config.json and safetensors weights. Raises ModelError before anything loads."""
-    folder = Path(model_dir)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model_dir {folder} has no config.json; give the folder of a base model as the hub has it.")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"model_dir {folder} has no *.safetensors; pickle weights (.bin) are not loaded, convert them."
-        )
-    return folder
-
-
-def base_id(model_dir: str | Path) -> str:
-    """A public name for the base, which does not depend on where it is mounted: `_name_or_path` of its
-    config if that is owner/name, the id in a path of the hub's cache, or the folder's name without a
-    Kaggle model's version; for a folder of `save_quantised`, that of the model it was made from."""
-    config = json.loads((check_model_dir(model_dir) / "config.json").read_text())
-    name = config.get("quantization_config", {}).get("base") or config.get("_name_or_path", "")
-    if "quantization_config" in config and name:
-        return name
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
-        return name
-    for folder in (Path(model_dir).absolute(), Path(model_dir).resolve()):
-        parents = [folder, *folder.parents]
-        hub = next((each.name for each in parents if each.name.startswith("models--")), None)
-        if hub and "snapshots" in folder.parts:  # a hub's cache: models--owner--name/snapshots/COMMIT
-            return hub.removeprefix("models--").replace("--", "/")
-    while folder.name.isdigit() and folder.parent.name:  # a Kaggle model's version
-        folder = folder.parent
-    return folder.name
-
-
-def loads_in_four_bit(model_dir: str | Path, four_bit: bool | None = None) -> bool:
-    """What `load_base` makes of four_bit: None is on a GPU, or where the folder is in 4 bits already."""
-    quantised = quantiser.check_folder(check_model_dir(model_dir))
-    return quantised or torch.cuda.is_available() if four_bit is None else four_bit
 
 
 def default_dtype() -> torch.dtype:
@@ -65,6 +24,35 @@ def default_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+class Loading(NamedTuple):
+    """How a base will be loaded. quantised: it is in 4 bits already. device_map: transformers', None
+    without a GPU. on_cpu: a layer's experts are put together in the host's memory."""
+
+    four_bit: bool
+    quantised: bool
+    device_map: dict[str, int] | None
+    on_cpu: bool
+
+
+def check_base(model_dir: str | Path, dtype: torch.dtype | None = None, four_bit: bool | None = None) -> Loading:
+    """All of `load_base`'s checks that load nothing: the folder's files (`check_model_dir`) and
+    whether the model fits on the GPUs that are there, if any. Raises what `load_base` raises."""
+    folder = check_model_dir(model_dir)
+    quantised = quantiser.check_folder(folder)
+    four_bit = loads_in_four_bit(folder, four_bit)
+    if quantised and not four_bit:
+        raise ModelError(f"model_dir {folder} holds a 4-bit model; set four_bit=True, or give the 16-bit folder.")
+    if not torch.cuda.is_available():
+        return Loading(four_bit, quantised, None, False)
+    memory.processes()  # makes the GPU of this process's rank the current one
+    memory.let_segments_grow()
+    free = memory.free_memory()
+    sizes = memory.sizes(folder, dtype or default_dtype(), four_bit)
+    split = memory.place(sizes, list(free.values()))
+    on_cpu = four_bit and not quantised and memory.merges_on_cpu(sizes, split, list(free.values()))
+    return Loading(four_bit, quantised, memory.device_map(sizes, split, list(free)), on_cpu)
 
 
 def load_base(
@@ -77,36 +65,26 @@ def load_base(
     GPUs are small; a folder that `save_quantised` wrote is in 4 bits already. None: on a GPU, or if the folder is in
     4 bits. Prints what is kept in which precision.
     kernels: of 4-bit experts, "triton" or "torch"; see `kernels.dispatch.choose`.
-    Raises ModelError for a folder without config, safetensors or some tensors, or a 4-bit folder with four_bit=False;
-    Nf4Error for another 4-bit layout or where a part that should be 4-bit is not; TooLittleMemory, and ValueError for
-    kernels that can't run here, before anything loads.
+    Raises, before anything loads: ModelError (see `check_model_dir`) or for a 4-bit folder with four_bit=False, Nf4Error
+    for another 4-bit layout, TooLittleMemory, and ValueError for kernels that can't run here. Nf4Error afterwards where a
+    part that should be 4-bit is not.
     """
-    folder = check_model_dir(model_dir)
-    quantised = quantiser.check_folder(folder)
-    four_bit = loads_in_four_bit(folder, four_bit)
-    if quantised and not four_bit:
-        raise ModelError(f"model_dir {folder} holds a 4-bit model; set four_bit=True, or give the 16-bit folder.")
-    if kernels and not four_bit:
+    folder = Path(model_dir)
+    dtype = dtype or default_dtype()
+    how = check_base(folder, dtype, four_bit)
+    if kernels and not how.four_bit:
         raise ValueError(
             f"kernels={kernels!r} is for 4-bit experts, and this model is loaded in 16 bits: leave it at None."
         )
-    dtype = dtype or default_dtype()
+    placed, four_bit = how.device_map, how.four_bit
     processes = memory.processes()
-    placed, on_cpu = None, False
-    if torch.cuda.is_available():
-        memory.let_segments_grow()
-        free = memory.free_memory()
-        sizes = memory.sizes(folder, dtype, four_bit)
-        split = memory.place(sizes, list(free.values()))
-        placed = memory.device_map(sizes, split, list(free))
-        on_cpu = four_bit and not quantised and memory.merges_on_cpu(sizes, split, list(free.values()))
     if four_bit:
         quantiser.register()
         for device in [torch.device("cuda", number) for number in sorted(set(placed.values()))] if placed else [CPU]:
             dispatch.choose(device, kernels)
     options = {}
-    if four_bit and not quantised:
-        options["quantization_config"] = quantiser.Nf4Config(base=base_id(folder), merge_on_cpu=on_cpu)
+    if four_bit and not how.quantised:
+        options["quantization_config"] = quantiser.Nf4Config(base=base_id(folder), merge_on_cpu=how.on_cpu)
     model, loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         output_loading_info=True,
@@ -130,6 +108,9 @@ def load_base(
         model.set_experts_implementation("eager")
     if torch.cuda.is_available():
         fuse_norms(model)
+    # a loss of the routers' balance, which nobody asked for, over masks of a shape that no cache gives
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
     model.generation_config = GenerationConfig(eos_token_id=2, bos_token_id=1)  # no sampling settings from the hub
     return model.eval().requires_grad_(False)
 
