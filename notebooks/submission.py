@@ -91,7 +91,7 @@ silence_known_notices()  # of libraries, by name: those that are nothing to act 
 # %%
 import pandas as pd
 
-from prompt_recovery import answers, data, inputs, metric, submission, tokenizer
+from prompt_recovery import answers, inputs, metric, submission, tokenizer
 from prompt_recovery.plots import whole_texts
 from prompt_recovery.recipe import SubmissionSettings
 
@@ -109,7 +109,7 @@ settings = inputs.complete(settings)
 # No row of `test.csv` is ever dropped, and its ids are kept as they are written.
 
 # %%
-test = data.read_test(settings.test_csv)
+test = inputs.read_test(settings.test_csv)
 print(f"{len(test)} rows")
 whole_texts(test.head(1))
 

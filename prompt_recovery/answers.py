@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from prompt_recovery.engine import GREEDY, Answer, Meter, Sampling, generate
 from prompt_recovery.recipe import Format
-from prompt_recovery.templates import json_object_closed, parse_answer
+from prompt_recovery.templates import find_prompt, json_object_closed
 from prompt_recovery.tokenizer import encode_row
 
 NOT_FINITE = "not finite"
@@ -80,7 +80,7 @@ def _recover(tokenizer: PreTrainedTokenizerFast, answer: Answer, style: str) -> 
     ids, ended = answer
     text = tokenizer.decode(ids[:-1] if ended == "eos" else ids, skip_special_tokens=True)
     stopped = "object" if ended == "stop" else ended
-    parsed = parse_answer("" if ended == NOT_FINITE else text, style)
+    parsed = find_prompt("" if ended == NOT_FINITE else text, style, at_limit=ended == "length")
     return Recovered(parsed.prompt, parsed.how, stopped, len(ids))
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from prompt_recovery import data
 from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter, read_header
 from prompt_recovery.base import load_config
 from prompt_recovery.engine import check_base, load_base
 from prompt_recovery.recipe import Format, SubmissionSettings
+from prompt_recovery.salvage import salvage_test
 from prompt_recovery.tokenizer import check_tokenizer, load_tokenizer
 
 KAGGLE_INPUT = "/kaggle/input"
@@ -89,6 +91,22 @@ def _is_language_model(folder: Path) -> bool:
 def is_public_run(test: pd.DataFrame) -> bool:
     """Whether these are the public test.csv's rows, one, and nothing is scored: loading the model would waste quota."""
     return len(test) == 1 and not os.environ.get(RERUN)
+
+
+def read_test(test_csv: str | Path) -> pd.DataFrame:
+    """`data.read_test`. While a submission is scored, a file that it refuses is read as far as it can be, and what is
+    wrong with it is printed (see `salvage`): nobody can mend the hidden rows, and each must get an answer.
+
+    Raises DataError in every other run.
+    """
+    try:
+        return data.read_test(test_csv)
+    except data.DataError as error:
+        if not os.environ.get(RERUN) or not Path(test_csv).is_file():
+            raise
+        test = salvage_test(test_csv)
+        print(f"test.csv breaks the rules, {len(test)} rows are read all the same: {error}")
+        return test
 
 
 def usable_adapter(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,9 +16,11 @@ import pandas as pd
 from prompt_recovery.adapter import CONFIG, WEIGHTS
 from prompt_recovery.answers import Recovered
 from prompt_recovery.combine import LIMIT, count_tokens
+from prompt_recovery.unwrap import SPECIALS, is_prompt
 
-JOURNAL = 2  # number of its lines' form; 1 had "-" and "fallback" where no prompt was found
-SPECIALS = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]")
+# number of its lines' form and of the parser; 1 had "-" and "fallback" where no prompt was found, 2
+# kept what stands around a prompt
+JOURNAL = 3
 
 
 class SubmissionError(ValueError):
@@ -30,13 +31,14 @@ class SubmissionError(ValueError):
 
 
 def clean_answer(text: str) -> str:
-    """The text in one line, without special tokens spelled out, control characters and halves of surrogate pairs."""
+    """The text in one line, without special tokens spelled out, control characters and halves of surrogate pairs; "" if
+    it says nothing, or what pandas reads as missing."""
     text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)
     text = "".join(char for char in text if unicodedata.category(char) not in ("Cs", "Cn") and char != "\ufeff")
     while SPECIALS.search(text):  # what is left of <</s>s> is one again
         text = SPECIALS.sub("", text)
     text = " ".join(text.split())
-    return text if any(unicodedata.category(char)[0] in "LNPS" for char in text) else ""
+    return text if is_prompt(text) else ""
 
 
 def write_submission(test: pd.DataFrame, answers: Sequence[str], path: str | Path) -> None:
@@ -60,6 +62,7 @@ def check_submission(test: pd.DataFrame, path: str | Path) -> None:
     the scorer reads, without special tokens or control characters. Raises SubmissionError otherwise."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        scored = pd.read_csv(path, dtype=str)  # by pandas' defaults, as a scorer reads it
     except (OSError, ValueError) as error:
         raise SubmissionError(f"{path} is no submission: {error}") from error
     if list(frame.columns) != ["id", "rewrite_prompt"]:
@@ -69,6 +72,10 @@ def check_submission(test: pd.DataFrame, path: str | Path) -> None:
     prompts = frame["rewrite_prompt"]
     for wrong, what in (
         (prompts.str.strip() == "", "are blank, which fails the whole submission; set fallback_prompt"),
+        (
+            scored["rewrite_prompt"].isna(),
+            "are read as missing by pandas, which fails the whole submission; set fallback_prompt",
+        ),
         (
             prompts != prompts.map(clean_answer),
             "hold control characters or special tokens; write them with clean_answer",

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from prompt_recovery.unwrap import QUOTES, cut_repeated, is_prompt, reads_as_text, unwrap
+
 STYLES = ("plain", "json", "reason_json")
 SYSTEM_PLACEMENTS = ("user", "before", "turn")
 
@@ -141,13 +143,15 @@ def reason_of(response: str) -> str:
 
 # --- parsing ------------------------------------------------------------------------------------------------
 
-# Models also write the name of the column.
+# Models also write the name of the column, or one like it.
 _KEYS = ("prompt", "rewrite_prompt")
-_QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u201d": "\u201d", "`": "`"}
+_QUOTES = {opening: QUOTES[opening] for opening in "\"'\u201c\u2018\u201d`"}
 _KEY = re.compile(
-    r"""["'\u201c\u201d\u2018\u2019`]?\b(?:rewrite[_ ])?prompt\b["'\u201c\u201d\u2018\u2019`]?\s*[:=]\s*""",
+    r"""["'\u201c\u201d\u2018\u2019`]?\b(?:[^\W\d_]+(?:[ ]|\\?_))*prompt\b["'\u201c\u201d\u2018\u2019`]?\s*[:=]\s*""",
     re.IGNORECASE,
 )
+# What Markdown escapes and JSON does not: "\_" is a mistake in a JSON string.
+_MARKDOWN = re.compile(r"\\(\\|[_*#\[\]()~>+.!-])")
 _LINE_KEY = re.compile(
     r"^[ \t]*(?:\d[.)][ \t]*)?(?:the[ \t]+)?(?:rewrite[_ ])?prompt[ \t]*(?::|=|\bis:)[ \t]*",
     re.IGNORECASE | re.MULTILINE,
@@ -159,17 +163,36 @@ _AFTER_VALUE = re.compile(
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"', "'": "'"}
 
 
+def find_prompt(text: str, style: str, at_limit: bool = False) -> Parsed:
+    """`parse_answer`, and what it finds is a prompt: words for nothing ("N/A", "-") are "nothing".
+
+    at_limit: the answer was cut at its greatest length. A phrase that it repeats until there is kept
+    once, and `how` says "repeated" too.
+    """
+    prompt, how = parse_answer(text, style)
+    if prompt is not None and at_limit and (once := cut_repeated(prompt)) != prompt:
+        prompt, how = once, f"{how}, repeated"
+    return Parsed(prompt, how) if prompt and is_prompt(prompt) else Parsed(None, "nothing")
+
+
 def parse_answer(text: str, style: str) -> Parsed:
     """The prompt in what a model wrote, and how it was found; never raises for any text, never executes it.
 
     `how` is "plain", "json", "json in fence", "single quotes", "unclosed", "key scan", "text" or "nothing"
     (prompt None). parse_answer(render_answer(x, style), style).prompt == x.strip() for every x that is not
-    blank. Raises TemplateError for an unknown style only.
+    blank; in a plain answer, which has no marks of its own, what stands around a prompt is taken off x too,
+    see `unwrap`. Raises TemplateError for an unknown style only.
     """
     _check_style(style)
     if style == "plain":
-        prompt = text.strip()
+        prompt = unwrap(text)
+        # the whole answer is an object, as models write that were not trained to write plainly
+        inner = next(_prompt_objects(prompt), None) if prompt.startswith("{") else None
+        if inner and inner[0] == 0 and reads_as_text(inner[1]):
+            prompt = inner[1]
         return Parsed(prompt, "plain") if prompt else Parsed(None, "nothing")
+    if not any(_prompt_objects(text)):
+        text = _MARKDOWN.sub(lambda found: found[0] if found[1] == "\\" else found[1], text)
     objects = list(_prompt_objects(text))
     if objects:
         start, prompt = objects[0]
@@ -205,13 +228,32 @@ def _prompt_objects(text: str) -> Iterator[tuple[int, str]]:
                 continue
             except RecursionError:  # thousands of nested braces: no prompt is in there
                 break
-            prompt = next((value[key] for key in _KEYS if isinstance(value.get(key), str)), "").strip()
+            prompt = _prompt_of(value)
             if prompt:
                 found = True
                 end = stop
                 yield match.start(), prompt
         if found:
             return
+
+
+def _prompt_of(value: Any) -> str:
+    """The prompt of a decoded object, "" if it has none: the text under the key `prompt`, or under the
+    first key that ends so; a list of sentences is joined, an object with one text of words is that text."""
+    alike = [key for key in value if re.fullmatch(r"(?:[^\W_]+[ _-])*prompt", key.strip(), re.IGNORECASE)]
+    key = next((key for key in (*_KEYS, *alike) if key in value), None)
+    text = value[key] if key else ""
+    if isinstance(text, str):
+        return text.strip()
+    parts = [text] if isinstance(text, dict) else text if isinstance(text, list) else []
+    texts = [_prompt_of(part) or _only_text(part) if isinstance(part, dict) else part for part in parts]
+    whole = " ".join(part.strip() for part in texts if isinstance(part, str))
+    return whole if texts and all(isinstance(part, str) for part in texts) and len(whole.split()) > 1 else ""
+
+
+def _only_text(value: dict[str, Any]) -> str:
+    texts = [each for each in value.values() if isinstance(each, str) and each.strip()]
+    return texts[0] if len(texts) == 1 else ""
 
 
 def _scan_key(text: str) -> Parsed:
@@ -282,6 +324,7 @@ def _from_text(text: str, style: str) -> Parsed:
     text = text.strip()
     if len(text) >= 2 and _QUOTES.get(text[0]) == text[-1] and text[-1] not in text[1:-1]:
         text = text[1:-1].strip()
+    text = unwrap(text)
     return Parsed(text, how) if text else Parsed(None, "nothing")
 
 

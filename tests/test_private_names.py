@@ -27,6 +27,7 @@ NAMES = [  # module, attribute path in it
     ("bitsandbytes.functional", "get_4bit_type"),
     ("torch", "_C._accelerator_setAllocatorSettings"),
     ("peft.utils.transformers_weight_conversion", "convert_peft_adapter_state_dict_for_transformers"),
+    ("pandas._libs.parsers", "STR_NA_VALUES"),
     ("torch", "_C._current_graph_task_id"),
 ]
 

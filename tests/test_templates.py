@@ -1,6 +1,7 @@
 """Templates: whole expected strings, messy answers, and parse(render(x)) == x."""
 
 import itertools
+import re
 
 import pytest
 from hypothesis import example, given, settings
@@ -19,6 +20,7 @@ from prompt_recovery.templates import (
     render_conversation,
     render_user,
 )
+from prompt_recovery.unwrap import unwrap
 
 TASK = (
     "You are given an original text and a text that an LLM rewrote from it. Recover the prompt that the LLM was given."
@@ -208,7 +210,9 @@ def test_parse_of_render_is_the_prompt(prompt, style, response):
     except TemplateError:
         assert style == "reason_json"  # a response that holds no reason
         return
-    assert parse_answer(answer, style).prompt == prompt.strip()
+    # a plain answer has no marks of its own: those in the prompt may stand around it
+    marked = style == "plain" and re.search(r"""[:=*_`"'\u2018-\u201e\u00ab\u300c\u300e\[<]|\n""", prompt)
+    assert parse_answer(answer, style).prompt == (unwrap(prompt) if marked else prompt.strip())
     if style == "json":
         assert json_object_closed(answer)
         assert not any(json_object_closed(answer[:end]) for end in range(len(answer)))
