@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prompt_recovery import adapter, data, files, metric, plots, training
+from prompt_recovery import adapter, data, files, metric, plots, splitting, training
 from prompt_recovery.answers import answer_rows, encode_rows, or_fallback
 from prompt_recovery.base import config_hash
 from prompt_recovery.combine import agreements, combine, pick_threshold
@@ -71,15 +71,26 @@ def make_cells(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]], 
 
 
 def read_split(
-    cells: Sequence[Cell], train_csv: str | Path | Sequence[str | Path], eval_fraction: float, seed: int
+    cells: Sequence[Cell],
+    train_csv: str | Path | Sequence[str | Path],
+    eval_fraction: float,
+    seed: int,
+    output_dir: str | Path | None = None,
+    encoder: Any = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(train, eval) rows of train_csv and of all files that cells name, cleaned, split once by prompt groups; the column
-    file names the file. A cell takes its part of train with `rows_of`, so no cell trains on a prompt that is held out."""
+    file names the file. A cell takes its part of train with `rows_of`, so no cell trains on a prompt that is held out.
+
+    The split is read from output_dir/split.csv where an earlier run left it; see `splitting.read_or_split`.
+    """
     named = [_paths(each) for each in [train_csv, *(cell.train_csv for cell in cells)] if each]
     names = list(dict.fromkeys(path for paths in named for path in paths))
     rows, account = data.clean_rows(data.read_rows(names))
     print(data.describe(rows, account))
-    return data.split_rows(rows, eval_fraction, seed)
+    path = Path(output_dir) / "split.csv" if output_dir else None
+    train, held_out = splitting.read_or_split(rows, path, eval_fraction, seed, encoder, again=True)
+    print(splitting.describe_split(train, held_out))
+    return train, held_out
 
 
 def _paths(train_csv: str | Path | Sequence[str | Path]) -> list[str]:

@@ -1,18 +1,15 @@
-"""Rows from CSV files: read, check, clean with an account of what was dropped, and split by prompt groups."""
+"""Rows from CSV files: read, check, clean with an account of what was dropped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from prompt_recovery.cleaning import strip_lead_in
@@ -185,7 +182,7 @@ def describe(rows: pd.DataFrame, account: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-# --- prompt groups and the split ----------------------------------------------------------------------------
+# --- wording ------------------------------------------------------------------------------------------------
 
 
 def normalise(text: str) -> str:
@@ -197,110 +194,3 @@ def normalise(text: str) -> str:
     folded = re.sub(r"['\u2018\u2019`]", "", folded)
     spaced = "".join(" " if unicodedata.category(char).startswith("P") else char for char in folded)
     return " ".join(spaced.split()) or text.strip()
-
-
-def prompt_groups(prompts: Sequence[str], similarity: float = 0.85) -> list[int]:
-    """Group number of each prompt, counted from 0 in order of first appearance.
-
-    Two prompts are near-duplicates if their normalised wording is equal, if the Jaccard similarity of their
-    word sets is at least `similarity`, or if they differ in at most two words each and the difflib ratio of
-    the differing words is at least `similarity` (a misspelling, summarise/summarize). Near-duplicates are
-    joined transitively. The ratio is taken over the differing words, not the whole: "Rewrite this text as a
-    poet" is 0.9 like "... as a pirate", and joining those would end in one group of everything. 5,000
-    distinct prompts take a few seconds.
-    """
-    if not 0 < similarity <= 1:
-        raise DataError(f"similarity={similarity}: give a share above 0 and up to 1, such as 0.85.")
-    wordings = [normalise(prompt) for prompt in prompts]
-    distinct = list(dict.fromkeys(wordings))
-    parent = list(range(len(distinct)))
-
-    def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    words = [list(dict.fromkeys(wording.split())) or [wording] for wording in distinct]
-    postings: dict[str, list[int]] = defaultdict(list)
-    for i, own in enumerate(words):
-        for word in own:
-            postings[word].append(i)
-    places = {word: np.array(found) for word, found in postings.items()}
-    n_words = np.array([len(own) for own in words])
-    n_chars = np.array([sum(map(len, own)) for own in words])
-    # Letter counts, characters folded into 64 bins: they bound the difflib ratio from above, cheaply.
-    bags = np.zeros((len(distinct), 64), dtype=np.int32)
-    for i, own in enumerate(words):
-        np.add.at(bags[i], [ord(char) % 64 for word in own for char in word], 1)
-
-    for i, own in enumerate(words):
-        shared = np.zeros(len(distinct), dtype=np.int64)
-        shared_chars = np.zeros(len(distinct), dtype=np.int64)
-        for word in own:
-            shared[places[word]] += 1
-            shared_chars[places[word]] += len(word)
-        later = slice(i + 1, None)
-        jaccard = shared[later] / np.maximum(n_words[i] + n_words[later] - shared[later], 1)
-        for j in np.flatnonzero(jaccard >= similarity) + i + 1:
-            parent[root(int(j))] = root(i)
-        rest = n_chars[i] + n_chars[later] - 2 * shared_chars[later]
-        close = (
-            (n_words[i] - shared[later] <= 2)
-            & (n_words[later] - shared[later] <= 2)
-            & (np.abs(n_chars[i] - n_chars[later]) <= (1 - similarity) * rest)
-        )
-        candidates = np.flatnonzero(close) + i + 1
-        if len(candidates) == 0:
-            continue
-        unlike = np.abs(bags[candidates] - bags[i]).sum(axis=1)
-        for j in candidates[unlike <= (1 - similarity) * rest[candidates - i - 1] + 1e-9]:
-            if root(int(j)) == root(i):
-                continue
-            other = words[int(j)]
-            left = " ".join(word for word in own if word not in other)
-            right = " ".join(word for word in other if word not in own)
-            if SequenceMatcher(None, left, right, autojunk=False).ratio() >= similarity:
-                parent[root(int(j))] = root(i)
-
-    position = {wording: i for i, wording in enumerate(distinct)}
-    numbers: dict[int, int] = {}
-    return [numbers.setdefault(root(position[wording]), len(numbers)) for wording in wordings]
-
-
-def split_rows(rows: pd.DataFrame, eval_fraction: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split into (train, eval) so that no prompt group stands on both sides; row order is kept.
-
-    Groups are shuffled with the seed and go to eval while that brings its size nearer to the fraction, so a
-    large group is passed over rather than overshooting. eval_fraction 0 gives an empty eval. Same rows,
-    fraction and seed: same split. Raises DataError if eval_fraction is not in [0, 1), or if one side would
-    be empty.
-    """
-    if not 0 <= eval_fraction < 1:
-        raise DataError(f"eval_fraction={eval_fraction}: give a share from 0 up to, but not including, 1.")
-    if len(rows) == 0:
-        raise DataError("There are no rows to split: see the account of what was dropped.")
-    if eval_fraction == 0:
-        return rows.reset_index(drop=True), rows.iloc[:0].reset_index(drop=True)
-    groups = prompt_groups(rows["rewrite_prompt"].tolist())
-    sizes = Counter(groups)
-    if len(sizes) < 2:
-        raise DataError(
-            f"All {len(rows)} rows have the same or nearly the same prompt, so none can be held out "
-            "without leaking. "
-            "Add rows with other prompts, or set eval_fraction=0."
-        )
-    order = sorted(sizes)
-    random.Random(seed).shuffle(order)
-    target = eval_fraction * len(rows)
-    chosen: set[int] = set()
-    size = 0
-    for group in order:
-        grown = size + sizes[group]
-        if abs(grown - target) < abs(size - target) and grown < len(rows):
-            chosen.add(group)
-            size = grown
-    if not chosen:  # every group is more than twice the target: the smallest one is the nearest
-        chosen.add(min(order, key=lambda group: sizes[group]))
-    held_out = np.array([group in chosen for group in groups])
-    return rows[~held_out].reset_index(drop=True), rows[held_out].reset_index(drop=True)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY
 
 from prompt_recovery import comparison as c
-from prompt_recovery import data, metric, tokenizer
+from prompt_recovery import metric, splitting, tokenizer
 from prompt_recovery.engine import loading
 from prompt_recovery.recipe import Cell, SettingError
 
@@ -49,7 +49,7 @@ def test_one_split_for_files_and_filters(tmp_path, small_csv):
         [{"train_csv": str(files[1])}, {"row_filter": "rewrite_prompt.str.len() < 40"}, {"train_rows": 5}]
     )
     train, held = c.read_split(cells, [str(file) for file in files], 0.25, 0)
-    groups = data.prompt_groups([*train["rewrite_prompt"], *held["rewrite_prompt"]])
+    groups = splitting.prompt_groups([*train["rewrite_prompt"], *held["rewrite_prompt"]])
     assert len(held) and not set(groups[: len(train)]) & set(groups[len(train) :])
     second, short, five = (c.rows_of(cell, train) for cell in cells)
     assert 0 < len(second) < len(train) and set(second["rewritten_text"]) <= set(rows["rewritten_text"].tail(12))

@@ -1,8 +1,5 @@
 """Rows: what is read, what is refused and in which words, what is dropped, and a split without leaks."""
 
-import random
-import time
-
 import pandas as pd
 import pytest
 
@@ -12,10 +9,8 @@ from prompt_recovery.data import (
     describe,
     is_refusal,
     normalise,
-    prompt_groups,
     read_rows,
     read_test,
-    split_rows,
     strip_lead_in,
 )
 
@@ -264,89 +259,9 @@ def test_nothing_left_is_an_empty_table_not_a_crash():
     clean, account = clean_rows(table([("", "b", "p")]))
     assert len(clean) == 0 and list(clean.columns) == list(table([]).columns)
     assert "1 rows read, 1 dropped, 0 kept" in describe(clean, account)
-    with pytest.raises(DataError, match="no rows"):
-        split_rows(clean, 0.1, 0)
 
 
 def test_normalise():
     assert normalise("  Make it\n\u201cRHYME\u201d\u2014don\u2019t stop!! ") == "make it rhyme dont stop"
     assert normalise("\uff2d\uff41\uff4b\uff45") == "make"  # full-width letters
     assert normalise("?!") != normalise("!")
-
-
-def test_near_duplicates_share_a_group():
-    prompts = [
-        "Rewrite this text as a pirate.",
-        "rewrite this TEXT, as a pirate",
-        "Rewrite this text as a poet.",
-        "Summarise it.",
-        "Summarize it!",
-        "Make it formal and short",
-        "Make it short and formal.",
-        "Please rewrite the following text so that it sounds like a news report from today",
-        "Please rewrite the following text so that it sounds like a news report from now on today",
-        "改写这段文字，使其更正式一些",
-        "改写这段文字,使其更正式一点",
-        "Use 50 words",
-        "Use 900 words",
-        "",
-    ]
-    assert prompt_groups(prompts) == [0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8]
-
-
-def test_groups_join_transitively_and_only_as_far_as_asked():
-    words = [f"word{'abcdefghijklmnopqrstuvwxyz'[i] * 4}" for i in range(22)]
-    chain = [" ".join(words[i : i + 20]) for i in range(3)]  # neighbours share 19 of 21, the ends 18 of 22
-    assert 18 / 22 < 0.85 < 19 / 21
-    assert prompt_groups([chain[0], chain[2]]) == [0, 1]
-    assert prompt_groups(chain) == [0, 0, 0]
-    assert prompt_groups(chain, similarity=1.0) == [0, 1, 2]
-    assert prompt_groups([]) == []
-    with pytest.raises(DataError, match="similarity=85"):
-        prompt_groups(chain, similarity=85)
-
-
-def test_five_thousand_prompts_are_grouped_in_seconds():
-    dice = random.Random(0)
-    who = ["".join(dice.choices("abcdefgh", k=7)) for _ in range(5000)]
-    start = time.perf_counter()
-    groups = prompt_groups([f"Rewrite this text as a {name} would say it" for name in who])
-    assert time.perf_counter() - start < 30  # 4 s measured on one core; the worst of four kinds of prompts tried
-    assert 1000 < len(set(groups)) < 5000
-
-
-def test_split_leaks_no_group_and_depends_on_the_seed():
-    dice = random.Random(1)
-    kinds = [f"Turn it into a {noun}" for noun in ("poem", "song", "letter", "joke", "memo", "haiku", "play", "diary")]
-    prompts = [dice.choice(kinds) + dice.choice(["", ".", "!", " "]) for _ in range(400)]
-    rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(prompts)])
-    train, held_out = split_rows(rows, 0.25, seed=3)
-    assert sorted([*train["id"], *held_out["id"]]) == sorted(rows["id"])
-    assert not set(train["rewrite_prompt"].map(normalise)) & set(held_out["rewrite_prompt"].map(normalise))
-    assert 0.15 < len(held_out) / 400 < 0.35
-    again = split_rows(rows, 0.25, seed=3)
-    pd.testing.assert_frame_equal(again[1], held_out)
-    assert len({tuple(split_rows(rows, 0.25, seed=seed)[1]["id"]) for seed in range(8)}) > 1
-
-
-def test_split_passes_over_a_group_too_large_for_eval():
-    prompts = ["Make it rhyme"] * 80 + [
-        f"Say it in {word}" for word in ("Dutch", "Greek", "Farsi", "Welsh") for _ in range(5)
-    ]
-    rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(prompts)])
-    for seed in range(10):
-        train, held_out = split_rows(rows, 0.1, seed)
-        assert len(held_out) == 10 and len(train) == 90
-
-
-def test_split_sides_are_never_empty_unless_asked():
-    rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(["Make it rhyme"] * 5 + ["Be brief"] * 5)])
-    for fraction in (0.01, 0.5, 0.99):
-        assert [len(part) for part in split_rows(rows, fraction, 0)] == [5, 5]
-    train, held_out = split_rows(rows, 0, 0)
-    assert len(train) == 10 and len(held_out) == 0 and list(held_out.columns) == list(rows.columns)
-    with pytest.raises(DataError, match="eval_fraction=0"):
-        split_rows(rows.head(5), 0.2, 0)
-    for fraction in (1, -0.1, float("nan")):
-        with pytest.raises(DataError, match="eval_fraction="):
-            split_rows(rows, fraction, 0)

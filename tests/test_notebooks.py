@@ -100,8 +100,8 @@ def test_demo_trains_on_the_rows_given_and_uses_nothing_stale(tmp_path, monkeypa
     """What `make demo ROWS=path.csv` runs, with plain answers and <pad>."""
     output = tmp_path / "demo"
     monkeypatch.setattr(run_demo, "OUTPUT", output)
-    (output / "train" / "checkpoints" / "checkpoint-7").mkdir(parents=True)
-    (output / "train" / "checkpoints" / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    (output / "train" / "checkpoints" / "checkpoint-700").mkdir(parents=True)
+    (output / "train" / "checkpoints" / "checkpoint-700" / "trainer_state.json").write_text("{}")
     bad = tmp_path / "bad.csv"
     bad.write_text("id,text\n1,a\n")
     with pytest.raises(SystemExit, match=r"bad.csv has no column original_text"):
@@ -114,7 +114,7 @@ def test_demo_trains_on_the_rows_given_and_uses_nothing_stale(tmp_path, monkeypa
         "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
     assert set(pd.read_csv(output / "train" / "predictions.csv", dtype=str)["id"]) < set(own["id"])
-    assert not list((output / "train").rglob("checkpoint-7"))
+    assert not list((output / "train").rglob("checkpoint-700"))
     answers = pd.read_csv(output / "submission.csv", dtype=str, keep_default_na=False)
     assert answers["id"].to_list() == pd.read_csv(ROOT / "demo" / "test.csv", dtype=str)["id"].to_list()
     assert (answers["rewrite_prompt"].str.strip() != "").all()
