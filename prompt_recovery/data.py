@@ -168,18 +168,22 @@ def clean_rows(rows: pd.DataFrame, strip_lead_ins: bool = False) -> tuple[pd.Dat
 
 def describe(rows: pd.DataFrame, account: pd.DataFrame) -> str:
     """A short report of the rows that stay and of the account of clean_rows, several lines of text."""
-    dropped = account[account["action"] == "dropped"]
-    changed = account[account["action"] == "changed"]
-    lines = [f"{len(rows) + len(dropped)} rows read, {len(dropped)} dropped, {len(rows)} kept"]
-    for part, verb in ((dropped, "dropped"), (changed, "changed")):
-        for reason, group in part.groupby("reason", sort=True):
-            places = ", ".join(group["source"].head(5)) + (" ..." if len(group) > 5 else "")
-            lines.append(f"  {verb} {len(group)}: {reason} ({places})")
+    dropped = int((account["action"] == "dropped").sum())
+    lines = [f"{len(rows) + dropped} rows read, {dropped} dropped, {len(rows)} kept", *describe_account(account)]
     if len(rows):
         words = [int(rows[name].map(lambda text: len(text.split())).median()) for name in ROW_COLUMNS]
         lines.append(f"median words: original {words[0]}, rewritten {words[1]}, prompt {words[2]}")
         lines.append(f"distinct prompts: {rows['rewrite_prompt'].map(normalise).nunique()}")
     return "\n".join(lines)
+
+
+def describe_account(account: pd.DataFrame) -> list[str]:
+    """A line for each action and reason of an account: how many rows, and the first five."""
+    lines = []
+    for (verb, reason), group in account.groupby(["action", "reason"], sort=True):
+        places = ", ".join(group["source"].head(5)) + (" ..." if len(group) > 5 else "")
+        lines.append(f"  {verb} {len(group)}: {reason} ({places})")
+    return lines
 
 
 # --- wording ------------------------------------------------------------------------------------------------

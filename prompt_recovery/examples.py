@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from prompt_recovery.data import ACCOUNT_COLUMNS, normalise
 from prompt_recovery.recipe import Format
-from prompt_recovery.templates import TemplateError, render_answer
+from prompt_recovery.templates import TemplateError, prompt_of, read_back, render_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
 IGNORED = -100  # torch's cross_entropy leaves this label out
@@ -26,25 +27,74 @@ def make_examples(
     """Rows as `input_ids` and `labels` (lists of equal length, at most max_tokens): labels are the ids where the answer
     and its EOS stand and -100 elsewhere. Masked by position, so it does not matter which id pads.
 
-    Raises TrainingError naming the rows that have no answer in this style, whose answer does not fit, or that have no
-    supervised token.
+    Raises TrainingError naming the rows that have no answer in this style, whose answer does not fit or cannot be read
+    back, or that have no supervised token.
     """
-    examples = []
-    refused: list[tuple[str, str]] = []
-    for number, row in enumerate(rows.to_dict("records"), 1):
+    examples, refused = _encode(tokenizer, rows, max_tokens=max_tokens, format=format)
+    if refused:
+        raise _refusal(rows, refused)
+    made = [example for example in examples if example is not None]
+    check_supervised(made, tokenizer.eos_token_id)
+    return made
+
+
+def usable_examples(
+    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, format: Format
+) -> tuple[pd.DataFrame, dict[str, Example], pd.DataFrame]:
+    """`make_examples` of the rows that have one: (these rows, their examples by id, account).
+
+    account has the columns of data.ACCOUNT_COLUMNS: a line for each dropped row, with the reason, and one for each row
+    whose response names another prompt than rewrite_prompt, which is taught. Raises TrainingError if no row is left.
+    """
+    examples, refused = _encode(tokenizer, rows, max_tokens=max_tokens, format=format)
+    if not len(rows):
+        raise TrainingError("There are no rows left to train on: see the account of what was dropped.")
+    if len(refused) == len(rows):
+        raise _refusal(rows, refused)
+    kept = {n: example for n, example in enumerate(examples) if example is not None}
+    check_supervised(list(kept.values()), tokenizer.eos_token_id)
+    account = []
+    for n, row in enumerate(rows.to_dict("records")):
+        named = prompt_of(row.get("response", "")) if format.style == "reason_json" and n in kept else None
+        if n in refused:
+            account.append((row["id"], row["source"], refused[n][0], "dropped"))
+        elif named is not None and normalise(named) != normalise(row["rewrite_prompt"]):
+            account.append((row["id"], row["source"], "response names another prompt", "overruled"))
+    clean = rows.iloc[list(kept)].reset_index(drop=True)
+    by_id = dict(zip(clean["id"], kept.values(), strict=True))
+    return clean, by_id, pd.DataFrame(account, columns=list(ACCOUNT_COLUMNS), dtype=str)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, format: Format
+) -> tuple[list[Example | None], dict[int, tuple[str, str]]]:
+    """Each row's example or None, and for those without one (by position) the reason in short and in full."""
+    examples: list[Example | None] = []
+    refused: dict[int, tuple[str, str]] = {}
+    for n, row in enumerate(rows.to_dict("records")):
         try:
             answer = render_answer(row["rewrite_prompt"], format.style, row.get("response", ""))
+            found = read_back(answer, format.style)
+            if found != row["rewrite_prompt"].strip():
+                raise TemplateError(f"rewrite_prompt={row['rewrite_prompt'][:80]!r} would be read back as {found!r}.")
             ids, supervised = encode_row(tokenizer, row, max_tokens=max_tokens, format=format, answer=answer)
-        except (TemplateError, TokenizerError) as error:
-            refused.append((str(row.get("source", f"row {number}")), str(error)))
+        except TemplateError as error:
+            refused[n] = (f"no {format.style} answer that can be read back", str(error))
+        except TokenizerError as error:
+            refused[n] = ("prompt and answer do not fit in max_tokens", str(error))
+        if n in refused:
+            examples.append(None)
             continue
         labels = [i if keep else IGNORED for i, keep in zip(ids, supervised, strict=True)]
         examples.append({"input_ids": ids, "labels": labels})
-    if refused:
-        places = ", ".join(place for place, _ in refused[:10]) + (" ..." if len(refused) > 10 else "")
-        raise TrainingError(f"{len(refused)} of {len(rows)} rows are refused ({places}); the first: {refused[0][1]}")
-    check_supervised(examples, tokenizer.eos_token_id)
-    return examples
+    return examples, refused
+
+
+def _refusal(rows: pd.DataFrame, refused: Mapping[int, tuple[str, str]]) -> TrainingError:
+    named = [str(rows["source"].iloc[n]) if "source" in rows else f"row {n + 1}" for n in refused]
+    places = ", ".join(named[:10]) + (" ..." if len(refused) > 10 else "")
+    first = next(iter(refused.values()))[1]
+    return TrainingError(f"{len(refused)} of {len(rows)} rows are refused ({places}); the first: {first}")
 
 
 def check_supervised(examples: Sequence[Example], eos: int) -> None:

@@ -11,7 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+<<<<<<< HEAD
 from prompt_recovery.unwrap import QUOTES, cut_repeated, is_prompt, reads_as_text, unwrap
+=======
+from prompt_recovery.data import is_refusal, normalise
+>>>>>>> 324c0e0 (What is taught is read back: the reason of a label in any usual form, cut before its own object; rows that can't be taught are dropped and counted)
 
 STYLES = ("plain", "json", "reason_json")
 SYSTEM_PLACEMENTS = ("user", "before", "turn")
@@ -105,8 +109,8 @@ def render_conversation(
 def render_answer(rewrite_prompt: str, style: str, response: str = "") -> str:
     """The answer that training teaches, without EOS; the prompt is stripped.
 
-    reason_json takes its reason from `response`. Raises TemplateError for an unknown style, a blank prompt,
-    or a response without a reason.
+    reason_json takes its reason from `response`, see `reason_of`. What is taught can be read back: see
+    `read_back`. Raises TemplateError for an unknown style, a blank prompt, or a response without a reason.
     """
     _check_style(style)
     prompt = rewrite_prompt.strip()
@@ -117,25 +121,83 @@ def render_answer(rewrite_prompt: str, style: str, response: str = "") -> str:
     answer = json.dumps({"prompt": prompt}, ensure_ascii=False)
     if style == "json":
         return answer
-    return f"1. {reason_of(response)}\n2. {answer}"
+    reason = reason_of(response, prompt)
+    # a brace in the reason may end or spoil the answer where it is read: then what stands before it
+    for kept in (reason, reason.split("{", 1)[0].rstrip()):
+        text = f"1. {kept}\n2. {answer}"
+        if kept and read_back(text, style) == prompt:
+            return text
+    raise TemplateError(
+        f"response={response[:80]!r} holds braces that would be read as the answer: take them out of the reason."
+    )
 
 
-def reason_of(response: str) -> str:
-    """The reason in a response: what stands before its JSON, without the numbers "1." and "2.".
+def read_back(answer: str, style: str) -> str | None:
+    """The prompt that is found in an answer which a model wrote in full, where generation stops at the object."""
+    if style != "plain":
+        ends = (match.end() for match in re.finditer("}", answer))
+        answer = next((answer[:end] for end in ends if json_object_closed(answer[:end])), answer)
+    return parse_answer(answer, style).prompt
 
-    Raises TemplateError if nothing is left.
+
+# What label writers put before the reason and before the prompt, bold or not.
+_KEY_WORDS = r"\w*prompt|\w*instruction|task|request|query|question|command|answer|output"
+_LEAD = re.compile(
+    r"\s*(?:\*\*)?(?:(?:\(1\)|1[.):])(?:\*\*)?(?=\s|$)|(?:reason(?:ing)?|explanation|analysis)(?:\*\*)?\s*:(?:\*\*)?)\s*",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"(?:^|\n)[ \t]*(?:\*\*)?(?:\(2\)|2[.):])(?:\*\*)?(?=\s|\{|$)"
+    rf"|(?:^|\n)[ \t]*(?:\*\*)?(?:the[ \t]+)?(?:(?:rewrite|original)[ \t])?(?:{_KEY_WORDS}|json)(?:\*\*)?[ \t]*[:=]"
+    rf"""|```|\{{\s*["'\u201c]?(?:{_KEY_WORDS})["'\u201d]?\s*:""",
+    re.IGNORECASE,
+)
+_BEFORE_LABEL = re.compile(rf"(?:\s|\*\*|```\w*|\(?2[.):]|(?:{_KEY_WORDS}|json)\s*:)+$", re.IGNORECASE)
+
+
+def _split_response(response: str) -> tuple[str, str]:
+    """(what stands before the label's prompt, the rest)."""
+    places = [start for start, _ in _prompt_objects(response)]
+    places += [found.start() for found in _LABEL.finditer(response)]
+    last = response.rfind("{")
+    if response.rstrip(" \n`.").endswith("}") and re.match(r"\{\s*[\"']", response[last:]):
+        places.append(last)  # an object with a key of any name, at the end
+    cut = min((place for place in places if place >= 0), default=len(response))
+    return response[:cut], response[cut:]
+
+
+def prompt_of(response: str) -> str | None:
+    """The prompt that the JSON of a labelled response names under any usual key; None where it has none."""
+    for match in re.finditer(r"\{(?=\s*\")", _split_response(response)[1]):
+        try:
+            value, _ = json.JSONDecoder(strict=False).raw_decode(match.string, match.start())
+        except (ValueError, RecursionError):
+            continue
+        for key, text in value.items():
+            if isinstance(text, str) and text.strip() and re.fullmatch(_KEY_WORDS, key, re.IGNORECASE):
+                return text.strip()
+    return None
+
+
+def reason_of(response: str, prompt: str = "") -> str:
+    """The reason in a response: what stands before its prompt, without numbers and headings.
+
+    Sentences that hold the prompt itself are left out, if it is long enough to be more than a word of the
+    language. Raises TemplateError if nothing is left, or if the reason is a refusal.
     """
-    reason = response
-    for start, _ in _prompt_objects(response):
-        reason = response[:start]
-        break
-    reason = re.sub(r"(?:\s*```[ \t]*\w*\s*)$", "", reason)
-    reason = re.sub(r"(?:^|\n)\s*2[.)]\s*$", "", reason)
-    reason = re.sub(r"^\s*1[.)]\s*", "", reason).strip()
-    if not reason:
+    reason, _ = _split_response(response)
+    while lead := _LEAD.match(reason):
+        reason = reason[lead.end() :]
+    reason = _BEFORE_LABEL.sub("", reason).strip()
+    if is_refusal(reason):
+        raise TemplateError(f"response={response[:80]!r} is a refusal, no reason: drop the row.")
+    wording = normalise(prompt)
+    if wording and wording in normalise(reason) and (len(wording) >= 10 or not wording.isascii() and len(wording) >= 4):
+        sentences = re.split(r"(?<=[.!?\u3002])\s*(?=\s|[^\x00-\x7f])|\n", reason)
+        reason = " ".join(each.strip() for each in sentences if wording not in normalise(each)).strip()
+    if not reason or wording and len(wording) >= 10 and wording in normalise(reason):
         raise TemplateError(
-            f"response={response[:80]!r} holds no reason before its JSON, and style 'reason_json' "
-            f"teaches one. "
+            f"response={response[:80]!r} holds no reason before its prompt, and style 'reason_json' teaches one. "
             "Fill the response column, drop the row, or use style 'json'."
         )
     return reason

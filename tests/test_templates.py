@@ -15,6 +15,8 @@ from prompt_recovery.templates import (
     TemplateError,
     json_object_closed,
     parse_answer,
+    prompt_of,
+    read_back,
     reason_of,
     render_answer,
     render_conversation,
@@ -210,9 +212,13 @@ def test_parse_of_render_is_the_prompt(prompt, style, response):
     except TemplateError:
         assert style == "reason_json"  # a response that holds no reason
         return
+<<<<<<< HEAD
     # a plain answer has no marks of its own: those in the prompt may stand around it
     marked = style == "plain" and re.search(r"""[:=*_`"'\u2018-\u201e\u00ab\u300c\u300e\[<]|\n""", prompt)
     assert parse_answer(answer, style).prompt == (unwrap(prompt) if marked else prompt.strip())
+=======
+    assert parse_answer(answer, style).prompt == read_back(answer, style) == prompt.strip()
+>>>>>>> 324c0e0 (What is taught is read back: the reason of a label in any usual form, cut before its own object; rows that can't be taught are dropped and counted)
     if style == "json":
         assert json_object_closed(answer)
         assert not any(json_object_closed(answer[:end]) for end in range(len(answer)))
@@ -239,3 +245,69 @@ def test_parse_of_render_is_the_prompt(prompt, style, response):
 )
 def test_json_object_closed(text, closed):
     assert json_object_closed(text) is closed
+
+
+LABELS = [
+    '1. {reason}\n2. {"instruction": "Make it formal."}',
+    '1) {reason}\n2) {"prompt": "Make it formal."}',
+    '(1) {reason}\n(2) {"rewrite_prompt": "Make it formal."}',
+    '1: {reason}\n2: {"prompt": "Make it formal."}',
+    'Reason: {reason}\nPrompt: {"prompt": "Make it formal."}',
+    "Reason: {reason}\nInstruction: Make it formal.",
+    "**Reason:** {reason}\n\n**Prompt:** Make it formal.",
+    '1. **Reasoning**: {reason}\n2. ```json\n{"prompt": "Make it formal."}\n```',
+    '{reason}\n```json\n{\n  "rewritten_instruction": "Make it formal."\n}\n```',
+    '1. {reason} 2. {"prompt": "Make it formal."}',
+    '{reason} {"instruction": "Make it formal."}',
+    "1. {reason}\n2. {'instruction': 'Make it formal.'}",
+    '1. {reason}\n2. {"recovered": "Make it formal."}',
+    "1. {reason}\n2. Make it formal.",
+    '1. {reason}\n2. A second number.\n3. {"prompt": "Make it formal."}',
+    '1. {reason} The prompt was "Make it formal."\n2. {"prompt": "Make it formal."}',
+    '1. Make it formal.\n{reason}\n2. {"prompt": "Make it formal."}',
+    '{reason}\n\nJSON:\n{"query": "Make it formal."}',
+]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_the_reason_of_a_label_in_any_form_is_taught_once_and_read_back(label):
+    response = label.replace("{reason}", "The tone changed to polite.")
+    answer = render_answer("Make it formal.", "reason_json", response)
+    assert answer == '1. The tone changed to polite.\n2. {"prompt": "Make it formal."}'
+    assert read_back(answer, "reason_json") == "Make it formal."
+
+
+@pytest.mark.parametrize(
+    "response, reason",
+    [
+        ('1. It turns {"a": 1} into prose.\n2. {"prompt": "x"}', 'It turns {"a": 1} into prose.'),
+        ('1. It turns {"prompt": "y"} into prose.\n2. {"prompt": "x"}', "It turns"),
+        ("1. Wants {'prompt': 'y'} as prose.\n2. x", "Wants"),
+        ("1.5 times as long.", "1.5 times as long."),
+        ("Reasonable words, and a task: done.", "Reasonable words, and a task: done."),
+    ],
+)
+def test_a_reason_with_braces_is_kept_or_cut_and_read_back(response, reason):
+    answer = render_answer("Make it formal.", "reason_json", response)
+    assert answer == f'1. {reason}\n2. {{"prompt": "Make it formal."}}'
+    assert read_back(answer, "reason_json") == "Make it formal."
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        '1. Make it formal.\n2. {"prompt": "Make it formal."}',
+        '1. I cannot help with this request.\n2. {"prompt": "Make it formal."}',
+        '{"prompt": "Make it formal."} because the tone changed',
+        "2. Make it formal.",
+    ],
+)
+def test_a_response_whose_reason_is_the_prompt_or_a_refusal_is_refused_by_name(response):
+    with pytest.raises(TemplateError, match="response="):
+        render_answer("Make it formal.", "reason_json", response)
+
+
+def test_the_prompt_that_a_response_names():
+    assert prompt_of('1. Why.\n2. {"instruction": "Make it formal."}') == "Make it formal."
+    assert prompt_of('Why {"a": "b"}.\n```json\n{"text_prompt": " A "}\n```') == "A"
+    assert prompt_of('1. Why.\n2. {"prompt": null}') is None and prompt_of("Only a reason") is None

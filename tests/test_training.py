@@ -24,8 +24,10 @@ from prompt_recovery.examples import (
     collate,
     make_examples,
     show_example,
+    usable_examples,
 )
 from prompt_recovery.recipe import Format, Recipe, SettingError
+from prompt_recovery.templates import read_back
 from prompt_recovery.tokenizer import load_tokenizer
 
 OPTIONS = dict(max_tokens=320, format=Format())
@@ -351,3 +353,29 @@ def test_a_host_that_shows_several_cards_trains_on_the_planned_rows_of_a_step(
     options = FAST | dict(batch_size=4, gradient_accumulation=2, max_steps=3)
     log = training.train(lora, tok, examples, [], Recipe(output_dir=tmp_path / "run", **options))
     assert given == [4] * 6 and len(log) == 3 and log["epoch"].to_list()[-1] == 1
+
+
+def test_rows_that_cannot_be_taught_are_dropped_and_counted_unless_all_are():
+    tok = load_tokenizer(TINY)
+    rows = demo_rows(5).assign(source=[f"a.csv:{n}" for n in range(1, 6)])
+    rows["response"] = [
+        '1. Tone changed.\n2. {"instruction": "Make it formal."}', "", '1. Shorter.\n2. {"prompt": "x"}', "1. Longer.", "why",
+    ]  # fmt: skip
+    rows.loc[0, "rewrite_prompt"] = "make it formal"
+    rows.loc[3, "rewrite_prompt"] = "very " * 1250 + "formal"
+    render = dict(max_tokens=400, format=Format("reason_json"))
+    kept, example_of, account = usable_examples(tok, rows, **render)
+    assert kept["source"].to_list() == ["a.csv:1", "a.csv:3", "a.csv:5"] and list(example_of) == kept["id"].to_list()
+    assert account[["source", "reason", "action"]].values.tolist() == [
+        ["a.csv:2", "no reason_json answer that can be read back", "dropped"],
+        ["a.csv:3", "response names another prompt", "overruled"],
+        ["a.csv:4", "prompt and answer do not fit in max_tokens", "dropped"],
+    ]
+    for example, row in zip(make_examples(tok, kept, **render), kept.to_dict("records"), strict=True):
+        assert example == example_of[row["id"]]
+        taught = tok.decode([i for i in example["labels"] if i != IGNORED]).removesuffix("</s>")
+        assert read_back(taught, "reason_json") == row["rewrite_prompt"] and taught.count("{") == 1
+    with pytest.raises(TrainingError, match=r"2 of 2 rows are refused \(a.csv:2, a.csv:4\); the first: response=''"):
+        usable_examples(tok, rows.iloc[[1, 3]], **render)
+    with pytest.raises(TrainingError, match="no rows left"):
+        usable_examples(tok, rows.head(0), **render)
