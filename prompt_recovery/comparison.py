@@ -236,11 +236,14 @@ def result_table(
     *,
     mean_prompt: str | None = None,
 ) -> pd.DataFrame:
-    """One line a cell: the settings in which cells differ, scs, low and high of its 95% interval, gain over the first cell
-    with its paired interval, exact_match, seconds and tokens (written) a row, the shares of answers parsed and of those
-    that ended by EOS, and the adapter's folder. With a mean_prompt also scs_with_mean, where it stands behind the answer,
-    scs_mean_alone, and for cells of several answers the threshold of agreement under which it alone does better (see
-    `pick_threshold`) with scs_with_threshold on these same rows.
+    """One line a cell: the settings in which cells differ, scs, low and high of its 95% interval, gain over the
+    first cell with its paired interval, scs_recovered (a row without a prompt counts 0; in scs the fallback's score
+    does, as in a submission), exact_match, seconds and tokens (written) a row, the shares of answers parsed and of
+    those that ended by EOS, and the adapter's folder.
+
+    With a mean_prompt also scs_with_mean, where it stands behind the answer, scs_mean_alone, and for cells of
+    several answers the threshold of agreement under which it alone does better (see `pick_threshold`) with
+    scs_with_threshold on these same rows.
 
     answers: tables of run_cell. Raises ComparisonError where one is not about eval_rows.
     """
@@ -260,6 +263,8 @@ def result_table(
         reference = scores if not lines else reference
         line: dict[str, Any] = {name: str(getattr(cell, name)) for name in varied}
         line |= metric.score_line(scores, reference)
+        found = table["how"].ne("fallback").groupby(table["id"], sort=False).any().to_numpy()
+        line["scs_recovered"] = np.where(found, scores, 0).mean()
         if mean_prompt:
             both = [combine(each, cell.combine, mean_prompt=mean_prompt, encoder=needed) for each in groups]
             with_mean = metric.sharpened_cosine(both, truths, encoder)

@@ -175,28 +175,41 @@ def exact_match(predictions: Sequence[str], truths: Sequence[str]) -> float:
     return equal / len(truths)
 
 
+def score_answers(answers: pd.DataFrame, truths: Sequence[str], encoder: SentenceTransformer) -> np.ndarray:
+    """SCS of each row of an answers.answer_table, float64 [n]; 0 where the answer held no prompt, whatever fallback
+    stands there."""
+    scores = np.zeros(len(answers))
+    found = (answers["how"] != "fallback").to_numpy()
+    given = answers["answer"][found].to_list()
+    scores[found] = sharpened_cosine(given, [t for t, keep in zip(truths, found, strict=True) if keep], encoder)
+    return scores
+
+
 def score_table(
     rows: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame, encoder: SentenceTransformer
 ) -> pd.DataFrame:
     """One line a row: id, rewrite_prompt (the truth), before, after, scs_before, scs_after, how, stopped (of after).
 
-    before and after: tables of generation.answer_table over the same rows. Raises ValueError where the ids differ.
+    before and after: tables of answers.answer_table over the same rows. An answer without a prompt is blank and scores
+    0: a fallback is nobody's answer. Raises ValueError where the ids differ.
     """
     if not (list(rows["id"]) == list(before["id"]) == list(after["id"])):
         raise ValueError("rows, before and after do not hold the same ids in the same order: answer the same rows.")
     truths = rows["rewrite_prompt"].to_list()
     table = pd.DataFrame({"id": rows["id"].to_list(), "rewrite_prompt": truths})
     for name, answers in (("before", before), ("after", after)):
-        table[name] = answers["answer"].to_list()
-        table[f"scs_{name}"] = sharpened_cosine(table[name].to_list(), truths, encoder)
+        table[name] = answers["answer"].where(answers["how"] != "fallback", "").to_list()
+        table[f"scs_{name}"] = score_answers(answers, truths, encoder)
     return table.assign(how=after["how"].to_list(), stopped=after["stopped"].to_list())
 
 
 def evaluation(table: pd.DataFrame, encoder: str) -> dict[str, Any]:
     """What evaluation.json holds, from a score_table: mean scores before and after, the 95% interval of the latter and
-    of the gain, exact_match after, the share of answers ended by EOS, n and the encoder's name. All None for no rows."""
+    of the gain, exact_match after, the shares of answers ended by EOS, of those that ended at all (by EOS, or where their
+    object closed) and of rows without a prompt, which score 0, n and the encoder's name. All None for no rows."""
     if table.empty:
-        names = ("scs_before", "scs_after", "scs_after_ci", "gain_ci", "exact_match", "stopped_by_eos")
+        names = ["scs_before", "scs_after", "scs_after_ci", "gain_ci", "exact_match"]
+        names += ["stopped_by_eos", "ended", "no_prompt"]
         return dict.fromkeys(names) | {"n": 0, "encoder": encoder}
     before, after = table["scs_before"].to_numpy(), table["scs_after"].to_numpy()
     _, low, high = paired_difference(after, before)
@@ -207,6 +220,8 @@ def evaluation(table: pd.DataFrame, encoder: str) -> dict[str, Any]:
         "gain_ci": [low, high],
         "exact_match": exact_match(table["after"].to_list(), table["rewrite_prompt"].to_list()),
         "stopped_by_eos": float((table["stopped"] == "eos").mean()),
+        "ended": float(table["stopped"].isin(("eos", "object")).mean()),
+        "no_prompt": float((table["how"] == "fallback").mean()),
         "n": len(table),
         "encoder": encoder,
     }

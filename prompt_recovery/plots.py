@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from prompt_recovery.examples import Example
@@ -33,7 +32,8 @@ def plot_log(log: pd.DataFrame, path: str | Path) -> None:
         )
         right.set(ylim=(0, None), ylabel="SCS of held-out answers")
     if log["eval_loss"].notna().any():
-        best = log.iloc[int(np.nanargmax(log["eval_scs"]) if scored else np.nanargmin(log["eval_loss"]))]
+        order = ["eval_scs", "eval_loss"] if scored else ["eval_loss"]
+        best = log.round({"eval_scs": 6}).sort_values(order, ascending=[name != "eval_scs" for name in order]).iloc[0]
         value = f"SCS {best['eval_scs']:.3f}" if scored else f"eval loss {best['eval_loss']:.3f}"
         axes.axvline(best["step"], color="grey", lw=0.8, ls=":", label=f"best: {value} at step {best['step']:.0f}")
     axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))

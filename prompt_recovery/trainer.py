@@ -111,7 +111,9 @@ class RowTrainer(Trainer):
         output.metrics["eval_loss"] = loss / tokens
         if self.score is not None:
             # one score for all processes: if theirs differed in a last bit, one might stop and the others wait for it
-            output.metrics["eval_scs"] = broadcast_object_list([self.score()])[0]
+            score = float(broadcast_object_list([self.score()])[0])
+            output.metrics["eval_scs"] = score
+            output.metrics["eval_choice"] = choice(score, output.metrics["eval_loss"])
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -122,6 +124,12 @@ class RowTrainer(Trainer):
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
         lengths = lengths[: len(lengths) - self.fill]
         return LengthGroupedBatches(lengths, self.rows_in_order, self.args.seed, self.fill)
+
+
+def choice(score: float, loss: float) -> float:
+    """The value by which checkpoints are chosen, the higher the better: the score to six places, then the loss, which
+    weighs less than the last of these."""
+    return round(score, 6) - 1e-7 * loss / (1 + loss)
 
 
 class WriteLog(TrainerCallback):

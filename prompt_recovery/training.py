@@ -38,9 +38,11 @@ def train(
 ) -> pd.DataFrame:
     """Train the adapter in place and leave it at its best checkpoint (the last one without eval rows).
 
-    Best is the highest score() if that is given (mean SCS of the answers to held-out rows, say), else the lowest eval
-    loss. Held-out prompts have wordings that were never trained on, so their loss can rise while the answers get better:
-    on the demo it is lowest after 10% of the steps, where 30% of the answers are right, and 98% are at the end (LOG.md).
+    Best is the highest score() if that is given (mean SCS of the answers to held-out rows, say), and among equal
+    ones the lowest eval loss; else the lowest eval loss. Which step is kept and why training ended is printed.
+    Held-out prompts have wordings that were never trained on, so their loss can rise while the answers get better:
+    on the demo it is lowest after 10% of the steps, where 30% of the answers are right, and 98% are at the end
+    (LOG.md).
 
     recipe: `evaluations` says how often eval loss is measured and a checkpoint kept; training stops after `patience`
     of them without gain. activation_checkpointing None lets a memory plan choose rows at a time and checkpointed layers
@@ -76,6 +78,7 @@ def train(
             log = training_log(saved["log_history"])
             if state.is_main_process:
                 write_csv(log, output_dir / "training_log.csv")
+                print(_ending(saved, total, patience))
             model.eval()
             return log
     on_gpu = torch.cuda.is_available()
@@ -115,7 +118,23 @@ def train(
     model.config.use_cache = True
     release_buffers(model)
     model.eval()
+    if has_eval:
+        state.print(_ending(vars(trainer.state), total, patience))
     return training_log(trainer.state.log_history)
+
+
+def _ending(state: Mapping[str, Any], total: int, patience: int) -> str:
+    """Which step is kept, and why the training ended; state: that of Trainer."""
+    log = training_log(state["log_history"])
+    best = log[log["step"] == state["best_global_step"]].iloc[0]
+    measures = ["eval_loss"] if log["eval_scs"].isna().all() else ["eval_scs", "eval_loss"]
+    kept = f"kept: step {best['step']:.0f}, " + ", ".join(f"{name} {best[name]:.4g}" for name in measures)
+    if state["global_step"] >= total:
+        return f"{kept}; all {total} steps done"
+    return (
+        f"{kept}; STOPPED EARLY at step {state['global_step']} of {total}, since {patience} evaluations in a row "
+        f"brought no better {' or, where equal, '.join(measures)}"
+    )
 
 
 def _arguments(
@@ -140,7 +159,7 @@ def _arguments(
         save_total_limit=2,
         load_best_model_at_end=has_eval,
         restore_callback_states_from_checkpoint=True,  # else a resumed run forgets how long it has not improved
-        metric_for_best_model=("eval_scs" if scored else "eval_loss") if has_eval else None,
+        metric_for_best_model=("eval_choice" if scored else "eval_loss") if has_eval else None,
         greater_is_better=scored if has_eval else None,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -125,6 +125,7 @@ def test_table_is_by_hand(tmp_path):
         ["Write a poem. poem", "Make it formal"], held["rewrite_prompt"].to_list(), encoder
     )
     assert table["scs"].to_list() == pytest.approx([(1 + wrong) / 2, joined.mean()])
+    assert table["scs_recovered"].to_list() == pytest.approx([0.5, joined.mean()])  # row b of the first cell: no prompt
     assert table["gain"].to_list() == pytest.approx([0, joined.mean() - (1 + wrong) / 2])
     assert table["gain_low"][0] == table["gain_high"][0] == 0 and table["low"][1] <= table["scs"][1] <= table["high"][1]
     assert table["exact_match"].to_list() == [0.5, 0.5] and table["parsed"].to_list() == [0.5, 1]

@@ -1,6 +1,7 @@
 """The metric: exact arithmetic, the real MiniLM encoder, and intervals that cover what they should."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from prompt_recovery import metric
@@ -129,3 +130,22 @@ def test_exact_match_folds_case_punctuation_and_space():
         metric.exact_match([], [])
     with pytest.raises(ValueError, match="2 predictions, 1 truths"):
         metric.exact_match(["a", "b"], ["a"])
+
+
+def test_an_answer_without_a_prompt_counts_nothing(encoder):
+    """The fallback scored as an answer: twelve of twelve without a prompt beat a model that had begun to answer."""
+    rows = pd.DataFrame({"id": ["a", "b", "c"], "rewrite_prompt": [PIRATE, PIRATE, "Make it rhyme."]})
+    before = pd.DataFrame({"id": rows["id"], "answer": PIRATE, "how": "fallback", "stopped": "length"})
+    after = before.assign(how=["json", "fallback", "text"], stopped=["object", "length", "eos"])
+    assert metric.score_answers(before, rows["rewrite_prompt"], encoder).tolist() == [0, 0, 0]
+    table = metric.score_table(rows, before, after, encoder)
+    assert (
+        table["scs_after"].to_list() == pytest.approx([1, 0, table["scs_after"][2]]) and 0 < table["scs_after"][2] < 1
+    )
+    assert table["after"].to_list() == [PIRATE, "", PIRATE] and table["before"].to_list() == [""] * 3
+    found = metric.evaluation(table, "MiniLM")
+    assert found["scs_before"] == 0 and found["scs_after"] == table["scs_after"].mean()
+    assert found["no_prompt"] == found["stopped_by_eos"] == 1 / 3 and found["ended"] == 2 / 3
+    assert found["exact_match"] == 1 / 3
+    empty = metric.evaluation(table.head(0), "MiniLM")
+    assert empty.keys() == found.keys() and empty["n"] == 0

@@ -209,7 +209,7 @@ def test_activation_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_
     assert all(torch.allclose(value, results[1][1][name], atol=1e-6) for name, value in results[0][1].items())
 
 
-# a constant score: the first checkpoint stays the best, and patience runs out after 5 more, at step 12 of 20
+# a falling score: the first checkpoint stays the best, and patience runs out after 5 more, at step 12 of 20
 RUN = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
@@ -221,7 +221,8 @@ tok, lora = build(dropout=0.1)
 examples = make_examples(tok, demo_rows(20), **SHORT)
 options = FAST | dict(batch_size=2, gradient_accumulation=2, max_steps=20, patience=5, resume=True)
 recipe = Recipe(output_dir=sys.argv[1], **options)
-training.train(lora, tok, examples[:16], examples[16:], recipe, score=lambda: 0.5)
+score = lambda: -len(Path(sys.argv[1], "training_log.csv").read_text().splitlines())
+training.train(lora, tok, examples[:16], examples[16:], recipe, score=score)
 adapter.save_adapter(lora, Path(sys.argv[1], "adapter"))
 print("finished")
 """
@@ -269,8 +270,8 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path):
         tok, lora = build(dropout=0.1)
         examples = make_examples(tok, demo_rows(6), **SHORT)
         options = FAST | dict(batch_size=2, max_steps=8, patience=2, evaluations=4, resume=True)
-        recipe = Recipe(output_dir=tmp_path / folder, **options)
-        log = training.train(lora, tok, examples[:4], examples[4:], recipe, score=lambda: 0.5)
+        recipe, score = Recipe(output_dir=tmp_path / folder, **options), iter([0.5, 0.4, 0.3]).__next__
+        log = training.train(lora, tok, examples[:4], examples[4:], recipe, score=score)
         assert not lora.training
         results.append((log, lora_state(lora)))
         if len(results) == 2:
@@ -379,3 +380,29 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted_unless_all_are():
         usable_examples(tok, rows.iloc[[1, 3]], **render)
     with pytest.raises(TrainingError, match="no rows left"):
         usable_examples(tok, rows.head(0), **render)
+
+
+def test_equal_scores_go_by_loss_and_the_end_is_said(tmp_path, capsys):
+    """No answer holds a prompt while the loss falls: the lowest loss is kept, and the training goes on."""
+    kept = {}
+    for folder, patience in (("zeros", 2), ("falling", 2)):
+        tok, lora = build()
+        examples = make_examples(tok, demo_rows(12), **SHORT)
+        score = (lambda: 0.0) if folder == "zeros" else iter([0.3, 0.2, 0.1]).__next__
+        options = FAST | dict(batch_size=4, max_steps=6, evaluations=6, patience=patience, learning_rate=1e-3)
+        recipe = Recipe(output_dir=tmp_path / folder, **options)
+        log = training.train(lora, tok, examples[:8], examples[8:], recipe, score=score)
+        kept[folder] = (log, capsys.readouterr().out)
+    log, said = kept["zeros"]
+    losses = log["eval_loss"].to_list()
+    assert len(losses) == 6 and losses == sorted(losses, reverse=True)  # else this proves nothing
+    assert f"kept: step 6, eval_scs 0, eval_loss {losses[-1]:.4g}; all 6 steps done" in said
+    log, said = kept["falling"]
+    assert log["step"].max() == 3
+    assert "kept: step 1, eval_scs 0.3" in said and "STOPPED EARLY at step 3 of 6, since 2 evaluations in a row" in said
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.5, 30.0])
+def test_a_higher_score_is_chosen_whatever_the_loss(loss):
+    assert trainer.choice(0.1 + 1e-5, loss) > trainer.choice(0.1, 0.0)
+    assert trainer.choice(0.1, loss) > trainer.choice(0.1, loss + 0.01)
