@@ -78,7 +78,7 @@ def train(
             log = training_log(saved["log_history"])
             if state.is_main_process:
                 write_csv(log, output_dir / "training_log.csv")
-                print(_ending(saved, total, patience))
+                print(_ending(saved, total, recipe.patience))
             model.eval()
             return log
     on_gpu = torch.cuda.is_available()
@@ -119,7 +119,7 @@ def train(
     release_buffers(model)
     model.eval()
     if has_eval:
-        state.print(_ending(vars(trainer.state), total, patience))
+        state.print(_ending(vars(trainer.state), total, recipe.patience))
     return training_log(trainer.state.log_history)
 
 

@@ -364,7 +364,7 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted_unless_all_are():
     ]  # fmt: skip
     rows.loc[0, "rewrite_prompt"] = "make it formal"
     rows.loc[3, "rewrite_prompt"] = "very " * 1250 + "formal"
-    render = dict(max_tokens=400, format=Format("reason_json"))
+    render = dict(max_tokens=400, format=Format(style="reason_json"))
     kept, example_of, account = usable_examples(tok, rows, **render)
     assert kept["source"].to_list() == ["a.csv:1", "a.csv:3", "a.csv:5"] and list(example_of) == kept["id"].to_list()
     assert account[["source", "reason", "action"]].values.tolist() == [
