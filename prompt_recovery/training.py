@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainin
 
 from prompt_recovery.engine import TrainingPlan, apply_plan, processes, release_buffers, training_plan
 from prompt_recovery.examples import IGNORED, Example, TrainingError, answer_length, check_supervised, collate
-from prompt_recovery.files import write_csv
+from prompt_recovery.files import write_csv, write_text
 from prompt_recovery.recipe import Recipe
-from prompt_recovery.trainer import RowTrainer, WriteLog, training_log
+from prompt_recovery.run_folder import RunFolderError, claimed, last_checkpoint, remove_broken, set_aside
+from prompt_recovery.trainer import KeepTwo, RowTrainer, WriteLog, training_log
 
 
 def train(
@@ -35,6 +36,7 @@ def train(
     recipe: Recipe,
     *,
     score: Callable[[], float] | None = None,
+    scored_with: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Train the adapter in place and leave it at its best checkpoint (the last one without eval rows).
 
@@ -49,11 +51,26 @@ def train(
     on a GPU, with gradient accumulation up to batch_size * gradient_accumulation rows a step, and checkpoints nothing on
     the CPU; True and False take batch_size rows at a time with every layer or none. Out of memory, the run goes on with
     fewer rows. Under `accelerate launch` the rows of a step are shared out to the processes. With `resume` it goes on
-    from the last whole checkpoint under output_dir/checkpoints, if there is one; else these are removed.
+    from the last whole checkpoint under output_dir/checkpoints, if there is one; else these are moved aside.
+    scored_with: what score() depends on, such as its encoder; a resumed run must share it.
     Returns the log (step, epoch, loss, eval_loss, eval_scs, learning_rate), also written to output_dir/training_log.csv.
-    Raises TrainingError where the checkpoints belong to other rows or settings, or the rows of a step can't be shared
-    out evenly; TooLittleMemory where one row does not fit.
+    Raises TrainingError where the rows of a step can't be shared out evenly, or a loss is not finite; RunFolderError
+    where another run has output_dir, or its checkpoints belong to other rows or settings; TooLittleMemory where one row
+    does not fit.
     """
+    with claimed(recipe.output_dir) if processes().is_main_process else nullcontext():
+        return _train(model, tokenizer, train_examples, eval_examples, recipe, score, scored_with)
+
+
+def _train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train_examples: Sequence[Example],
+    eval_examples: Sequence[Example],
+    recipe: Recipe,
+    score: Callable[[], float] | None,
+    scored_with: Mapping[str, Any] | None,
+) -> pd.DataFrame:
     state = processes()
     check_supervised(train_examples, tokenizer.eos_token_id)
     rows_a_step = recipe.batch_size * recipe.gradient_accumulation
@@ -64,9 +81,12 @@ def train(
     output_dir = Path(recipe.output_dir)
     checkpoints = output_dir / "checkpoints"
     settings = recipe.values("adapter", "run") | dict(
-        scored=score is not None, lora=model.peft_config["default"].to_dict(), rows=[train_examples, eval_examples]
-    )
-    last = _prepare_checkpoints(checkpoints, settings, recipe.resume) if state.is_main_process else None
+        scored=score is not None, lora=model.peft_config["default"].to_dict(), train_rows=_digest(train_examples),
+        eval_rows=_digest(eval_examples), rows_a_step=rows_a_step, **(scored_with or {}),
+    )  # fmt: skip
+    # 2 x 4 and 4 x 2 rows are the same step
+    settings = {name: value for name, value in settings.items() if name not in ("batch_size", "gradient_accumulation")}
+    last = _prepare_checkpoints(output_dir, settings, recipe.resume) if state.is_main_process else None
     state.wait_for_everyone()
     last = last or last_checkpoint(checkpoints)
     if last:
@@ -108,7 +128,7 @@ def train(
         train_dataset=[*train_examples, *filler * fill],
         eval_dataset=[*eval_examples, *filler * eval_fill] if has_eval else None,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-        callbacks=[WriteLog(output_dir / "training_log.csv")]
+        callbacks=[WriteLog(output_dir / "training_log.csv"), KeepTwo()]
         + ([EarlyStoppingCallback(early_stopping_patience=recipe.patience)] if has_eval else []),
     )
     trainer.score = score
@@ -156,7 +176,6 @@ def _arguments(
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=has_eval,
         restore_callback_states_from_checkpoint=True,  # else a resumed run forgets how long it has not improved
         metric_for_best_model=("eval_choice" if scored else "eval_loss") if has_eval else None,
@@ -191,30 +210,40 @@ def _plan(model: PeftModel, examples: Sequence[Example], recipe: Recipe, bf16: b
     return TrainingPlan(micro, rows // micro, checkpointed=layers)
 
 
-def last_checkpoint(checkpoints: str | Path) -> Path | None:
-    """The newest whole checkpoint; one that was being written when the run was killed is removed. trainer_state.json is
-    written last, so a checkpoint without a readable one is not whole."""
-    whole = []
-    for folder in Path(checkpoints).glob("checkpoint-*"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            whole.append(folder)
-        except (FileNotFoundError, json.JSONDecodeError):
-            shutil.rmtree(folder)
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-
-
-def _prepare_checkpoints(checkpoints: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=sorted).encode()).hexdigest()
-    note = checkpoints / "settings.sha256"
+def _prepare_checkpoints(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to go on from, if there is one and it is of these settings, which are kept in settings.json."""
+    checkpoints = folder / "checkpoints"
     if not resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        set_aside(folder, ("checkpoints", "training_log.csv"))
+    now = json.loads(json.dumps(settings, sort_keys=True, default=sorted))
+    note = checkpoints / "settings.json"
+    remove_broken(checkpoints)
     last = last_checkpoint(checkpoints)
-    if last and (not note.is_file() or note.read_text() != key):
-        raise TrainingError(
-            f"resume=True, but {checkpoints} was made with other rows or settings. Give those back, "
-            "or resume=False to start again, or another output_dir."
-        )
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    note.write_text(key)
+    if last:
+        remedy = "Give that back, or take another output_dir, or resume=False to start again."
+        if not note.is_file():
+            raise RunFolderError(
+                f"resume=True, but {checkpoints} does not say with which settings it was made. {remedy}"
+            )
+        then = json.loads(note.read_text())
+        differences = [
+            f"{name} was {str(then.get(name))[:80]}, now {str(now.get(name))[:80]}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ]
+        if differences:
+            raise RunFolderError(
+                f"resume=True, but {checkpoints} was made with other rows or settings: {'; '.join(differences)}. {remedy}"
+            )
+        best = json.loads((last / "trainer_state.json").read_text())["best_global_step"]
+        if best is not None and not (checkpoints / f"checkpoint-{best}").is_dir():
+            raise RunFolderError(
+                f"resume=True, but the best checkpoint so far, checkpoint-{best}, is no longer in {checkpoints}: put it "
+                "back, or resume=False to start again."
+            )
+    write_text(json.dumps(now, indent=1), note)
     return last
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    return hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest()[:12]

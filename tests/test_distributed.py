@@ -76,6 +76,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
         "lengths.png",
         "loss.png",
         "predictions.csv",
+        "split.csv",
         "training_log.csv",
     ]
     for folder in (one, both):

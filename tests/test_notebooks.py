@@ -13,9 +13,10 @@ import papermill
 import pytest
 import run as run_demo  # demo/run.py
 from conftest import ROOT, TINY  # puts demo/ on the path
+from PIL import Image
 
 from kaggle_upload import contents
-from prompt_recovery import metric
+from prompt_recovery import files, metric
 
 FALLBACK = "Please improve this text while keeping its original meaning but altering the tone."
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
@@ -73,6 +74,10 @@ def test_both_notebooks_run_on_natural_rows(tmp_path):
     assert published["style"] == "reason_json" and re.fullmatch("[0-9a-f]{12}", published["rows_hash"])
     assert published["base"] == "tiny-mixtral" and json.loads(published["scores"])["n"] == evaluation["n"]
     assert (out / "loss.png").stat().st_size > 5000 and len(pd.read_csv(out / "training_log.csv")) == 2
+    weights = files.sha256(out / "adapter" / "adapter_model.safetensors")
+    assert evaluation["adapter_sha256"] == Image.open(out / "loss.png").text["adapter_sha256"] == weights
+    assert set(files.read_csv(out / "predictions.csv")["adapter_sha256"]) == {weights}
+    assert len(files.read_csv(out / "split.csv")) == 300 and not (out / "run.lock").exists()
     # style and placement are those that the adapter names; of two answers that disagree, the mean prompt is left
     run(
         "submission", tmp_path, model_dir=str(TINY), adapter_dir=str(out / "adapter"),
