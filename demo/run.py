@@ -17,7 +17,7 @@ import pandas as pd
 import papermill
 from make_rows import family_of
 
-from prompt_recovery import data, metric
+from prompt_recovery import data, files, metric
 from prompt_recovery.quiet import silence_known_notices
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def report(rows: Path, seconds: float) -> None:
     evaluation = json.loads((OUTPUT / "train" / "evaluation.json").read_text())
-    predictions = pd.read_csv(OUTPUT / "train" / "predictions.csv", keep_default_na=False)
+    predictions = files.read_csv(OUTPUT / "train" / "predictions.csv")
     truths = pd.read_csv(DEMO / "test_truths.csv", dtype=str, keep_default_na=False)
     answers = pd.read_csv(OUTPUT / "submission.csv", dtype=str, keep_default_na=False)["rewrite_prompt"]
     encoder = metric.load_encoder(metric.minilm_dir())
@@ -98,7 +98,7 @@ def report(rows: Path, seconds: float) -> None:
     families = sum(family_of(answer) == family for answer, family in zip(answers, truths["family"], strict=True))
 
     print("\n== report")
-    print(f"rows        {len(data.read_rows(rows))} in {rows.name}, {evaluation['n']} of them held out by prompt")
+    print(f"rows        {len(data.read_rows(rows))} in {rows.name}, {evaluation['n']} of them held out for the report")
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"time        {seconds:.0f} s, peak memory {memory:.1f} GiB")
     interval = "{:.3f} to {:.3f}".format(*evaluation["scs_after_ci"])

@@ -70,14 +70,17 @@ output.mkdir(parents=True, exist_ok=True)
 # %% [markdown]
 # ## Cells and rows
 # One split for all cells, by prompt and with near-duplicates together, over all files that any cell
-# trains on: no cell trains on a wording that is held out.
+# trains on: no cell trains on a wording that is held out. It is kept in `output_dir/split.csv`;
+# other rows want another `output_dir`.
 
 # %%
 engine.check_model_dir(settings.model_dir)
 tok = tokenizer.load_tokenizer(settings.model_dir, pad="unk", side="left")
-train_rows, eval_rows = comparison.read_split(cells, settings.train_csv, settings.eval_fraction, settings.seed)
+encoder = metric.load_encoder(settings.encoder_dir or metric.minilm_dir())
+chance = (settings.eval_fraction, settings.seed)
+train_rows, eval_rows = comparison.read_split(cells, settings.train_csv, *chance, output, encoder)
 comparison.check_cells(cells, tok, train_rows, eval_rows)
-print(f"{len(cells)} cells, {len(train_rows)} rows to train on, {len(eval_rows)} held out")
+print(f"{len(cells)} cells")
 
 # %% [markdown]
 # ## Run
@@ -102,7 +105,6 @@ answers = [comparison.run_cell(cell, base, tok, **rows, **folders) for cell in c
 # the name in `adapter`; `few_shot` stands in this notebook only.
 
 # %%
-encoder = metric.load_encoder(settings.encoder_dir or metric.minilm_dir())
 mean_prompt = settings.mean_prompt
 table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt)
 table.to_csv(output / "comparison.csv", index_label="cell")

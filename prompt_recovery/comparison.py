@@ -7,6 +7,7 @@ computed from the answers, so that ways to combine them cost nothing.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 import time
@@ -18,14 +19,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prompt_recovery import adapter, data, files, metric, plots, splitting, training
-from prompt_recovery.answers import answer_rows, encode_rows, or_fallback
+from prompt_recovery import adapter, data, files, metric, plots, splitting, templates, training
+from prompt_recovery.answers import answer_prompts, encode_rows, or_fallback
 from prompt_recovery.base import config_hash
 from prompt_recovery.combine import agreements, combine, pick_threshold
 from prompt_recovery.engine import Sampling, base_id
-from prompt_recovery.examples import Example, make_examples
+from prompt_recovery.examples import Example, usable_examples
 from prompt_recovery.recipe import Cell, SettingError
 
 VARIES = ("adapter", "answers", "rows", "score")  # the kinds of settings that a grid may vary
@@ -127,7 +129,9 @@ def check_cells(
         try:
             rows = rows_of(cell, train_rows)
             if cell.max_steps != 0:
-                examples_of(cell, tokenizer, rows)
+                left_out = len(rows) - len(examples_of(cell, tokenizer, rows))
+                if left_out:
+                    print(f"cell {number}: {left_out} of {len(rows)} rows can't be taught and are left out")
             room = cell.max_tokens - cell.max_new_tokens
             encode_rows(tokenizer, eval_rows, max_tokens=room, format=cell.format, examples=shots_of(cell, rows))
         except ValueError as error:
@@ -160,61 +164,81 @@ def run_cell(
 
     few-shot examples stand before rows that are answered; training sees none.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ComparisonError("base holds a LoRA, of a cell that was interrupted, say: load the base again.")
     rows = rows_of(cell, train_rows)
     trained = cell.max_steps != 0
     asked = cell.values("adapter", "answers") if trained else cell.values("answers")
     base_name = base_id(model_dir)
-    loaded = [base_name, str(base.dtype), config_hash(model_dir), hasattr(base.config, "quantization_config")]
-    adapter_dir = Path(output_dir) / f"adapter-{_key(loaded, cell.values('adapter'), rows)}"
-    seen = rows if trained or cell.few_shot else rows.head(0)
-    answers_csv = Path(output_dir) / f"answers-{_key(loaded, asked, seen, eval_rows)}.csv"
+    # what the answers depend on, itself: the base as loaded, what it is trained on and asked, and how it is read
+    loaded = [str(base.dtype), config_hash(model_dir), hasattr(base.config, "quantization_config")]
+    loaded += adapter.base_fingerprint(base)
+    examples = examples_of(cell, tokenizer, rows) if trained else []
+    room = cell.max_tokens - cell.max_new_tokens
+    prompts = encode_rows(tokenizer, eval_rows, max_tokens=room, format=cell.format, examples=shots_of(cell, rows))
+    reading = inspect.getsource(templates)
+    adapter_dir = Path(output_dir) / f"adapter-{_key(loaded, cell.values('adapter'), examples)}"
+    named = _key(loaded, asked, examples, prompts, eval_rows["id"].to_list(), reading)
+    answers_csv = Path(output_dir) / f"answers-{named}.csv"
     if answers_csv.is_file():
-        return pd.read_csv(answers_csv, keep_default_na=False, dtype={"id": str})
+        return files.read_csv(answers_csv, ("number", "tokens", "seconds"))
     answering: Any = base
     if trained and not adapter_dir.is_dir():
-        answering = _train(cell, base, base_name, tokenizer, rows, adapter_dir)
+        answering = _train(cell, base, base_name, tokenizer, examples, adapter_dir)
     elif trained:
         answering = adapter.load_adapter(base, adapter_dir, model_dir)
+    try:
+        table = _answer(cell, answering, tokenizer, prompts, eval_rows, fallback_prompt)
+    finally:
+        if trained:
+            answering.unload()
+    files.write_csv(table.assign(adapter=adapter_dir.name if trained else ""), answers_csv)
+    return files.read_csv(answers_csv, ("number", "tokens", "seconds"))
+
+
+def _answer(
+    cell: Cell, model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]],
+    eval_rows: pd.DataFrame, fallback_prompt: str,
+) -> pd.DataFrame:  # fmt: skip
     temperature = cell.temperature if cell.answers_per_row > 1 else 0.0
     sampling = Sampling(cell.answers_per_row, temperature, cell.top_p, cell.seed)
     started = time.monotonic()
-    results = answer_rows(
-        answering, tokenizer, eval_rows, format=cell.format, max_tokens=cell.max_tokens,
-        max_new_tokens=cell.max_new_tokens, examples=shots_of(cell, rows), sampling=sampling,
+    results = answer_prompts(
+        model, tokenizer, prompts, style=cell.style, max_new_tokens=cell.max_new_tokens, sampling=sampling,
         stop_at_object=False,  # else JSON would never be seen to end by EOS
     )  # fmt: skip
     lines = [
         (eval_rows["id"].iloc[position], number, *or_fallback(found, fallback_prompt), found.stopped, found.tokens)
         for position, answers in sorted(results) for number, found in enumerate(answers)
     ]  # fmt: skip
-    table = pd.DataFrame(lines, columns=["id", "number", "answer", "how", "stopped", "tokens"]).assign(
-        seconds=round(time.monotonic() - started, 2), adapter=adapter_dir.name if trained else ""
-    )
-    if trained:
-        answering.unload()
-    files.write_csv(table, answers_csv)
-    return pd.read_csv(answers_csv, keep_default_na=False, dtype={"id": str})
+    table = pd.DataFrame(lines, columns=["id", "number", "answer", "how", "stopped", "tokens"])
+    return table.assign(seconds=round(time.monotonic() - started, 2))
 
 
 def _train(
-    cell: Cell, base: PreTrainedModel, base_name: str, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame,
-    adapter_dir: Path,
+    cell: Cell, base: PreTrainedModel, base_name: str, tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example], adapter_dir: Path,
 ) -> Any:  # fmt: skip
-    examples = examples_of(cell, tokenizer, rows)
     lora = adapter.add_lora(
         base, base=base_name, r=cell.lora_r, alpha=cell.lora_alpha, dropout=cell.lora_dropout,
         target_modules=cell.target_modules, seed=cell.seed,
     )  # fmt: skip
     working = adapter_dir.with_name(adapter_dir.name.replace("adapter", "training"))
-    training.train(lora, tokenizer, examples, [], replace(cell, output_dir=str(working), resume=True))
-    adapter.save_adapter(lora, adapter_dir, cell.format)
+    try:
+        training.train(lora, tokenizer, examples, [], replace(cell, output_dir=str(working), resume=True))
+        adapter.save_adapter(lora, adapter_dir, cell.format)
+    except BaseException:  # the next cell gets the base as it was, after an interrupt too
+        lora.unload()
+        raise
     shutil.rmtree(working / "checkpoints")
     return lora
 
 
 def examples_of(cell: Cell, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame) -> list[Example]:
-    """The rows as this cell trains on them. Raises TrainingError for rows that can't be."""
-    examples = make_examples(tokenizer, rows, max_tokens=cell.max_tokens, format=cell.format)
+    """The rows as this cell trains on them; those that can't be taught are left out. Raises TrainingError where none
+    is left."""
+    _, by_id, _ = usable_examples(tokenizer, rows, max_tokens=cell.max_tokens, format=cell.format)
+    examples = list(by_id.values())
     if cell.supervise == "text":
         return [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in examples]
     return examples
@@ -301,6 +325,5 @@ def plot_results(table: pd.DataFrame, path: str | Path) -> None:
     plots.save_figure(figure, Path(path))
 
 
-def _key(loaded: Sequence[Any], settings: Mapping[str, Any], *tables: pd.DataFrame) -> str:
-    named = [loaded, settings, *(data.rows_hash(table) for table in tables)]
+def _key(*named: Any) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()[:12]

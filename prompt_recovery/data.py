@@ -30,7 +30,8 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
 
     Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response ('' where the
     file has none), source ("file.csv:7" is data row 7, counted from 1 under the header), file (its path). A file
-    without an id column gets ids of its stem and row number. Windows line ends inside a text become "\\n"; nothing else
+    without an id column gets ids of its stem and row number; where most ids of a file stand in another one too, each has
+    its file's stem before it. Windows line ends inside a text become "\\n"; nothing else
     is changed.
 
     Raises DataError for a missing or empty file, missing columns, bad UTF-8, malformed CSV, blank or
@@ -42,15 +43,11 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     repeated = [str(path) for path, n in Counter(path.resolve() for path in files).items() if n > 1]
     if repeated:
         raise DataError(f"{repeated[0]} is given more than once: name each file once.")
-    stems: Counter[str] = Counter()
     parts = []
-    for path in files:
+    for path, stem in zip(files, _apart(files), strict=True):
         table = _read_csv(path, ROW_COLUMNS)
         if table.empty:
             raise DataError(f"{path} has a header but no rows: give at least one row.")
-        stems[path.stem] += 1
-        # Two folders may each hold a rows.csv: the second one's made ids carry a number.
-        stem = path.stem if stems[path.stem] == 1 else f"{path.stem}-{stems[path.stem]}"
         numbers = range(1, len(table) + 1)
         if "id" not in table:
             table["id"] = [f"{stem}-{n}" for n in numbers]
@@ -60,9 +57,26 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         table["source"] = [f"{path.name}:{n}" for n in numbers]
         table["file"] = str(path)
         parts.append(table[["id", *ROW_COLUMNS, "response", "source", "file"]])
+    for part in parts:
+        _refuse_bad_ids(part)
     rows = pd.concat(parts, ignore_index=True)
+    collisions = rows["id"].duplicated(keep=False).groupby(rows["file"]).mean()
+    if collisions.max() > 0.5:  # public files that count from 0 each; a few equal ids are a mistake
+        names = rows["file"].map({str(path): name for path, name in zip(files, _apart(files), strict=True)})
+        rows["id"] = names + "-" + rows["id"]
+        print(f"ids stand in several files: each has its file's name before it, as in {rows['id'].iloc[0]!r}")
     _refuse_bad_ids(rows)
     return rows
+
+
+def _apart(files: Sequence[Path]) -> list[str]:
+    """The stems of the files. Two folders may each hold a rows.csv: the second one's carries a number."""
+    seen: Counter[str] = Counter()
+    names = []
+    for path in files:
+        seen[path.stem] += 1
+        names.append(path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}")
+    return names
 
 
 def rows_hash(rows: pd.DataFrame) -> str:

@@ -262,6 +262,7 @@ def _phrase(words: list[str]) -> str:
 
 LEAST = 5  # prompts that each side has, where a tenth of all are as many
 LARGEST = 0.5  # share of a side's rows in one group from which a warning is due
+LEAST_TO_SHARE = 40  # held-out rows, from which a part is held back for the report
 SPLIT_COLUMNS = ("id", "rewrite_prompt", "group", "split", "made_with")
 
 
@@ -383,6 +384,29 @@ def read_or_split(
             write_csv(table.assign(split=np.where(held_out, "held_out", "train"), made_with=made_with), path)
     rows = rows.assign(group=groups)
     return rows[~held_out].reset_index(drop=True), rows[held_out].reset_index(drop=True)
+
+
+def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows that choose a checkpoint, rows for the report) of the held-out ones of `read_or_split`.
+
+    Half of them choose, 64 at most, with no prompt group on both sides where there are two. With fewer than
+    40 rows all are for the report, and choose too: a line says so.
+    """
+    if len(held_out) < LEAST_TO_SHARE:
+        if len(held_out):
+            print(
+                f"{len(held_out)} held-out rows, fewer than {LEAST_TO_SHARE}: the same rows choose the checkpoint and "
+                "are reported, so the score is too favourable. Raise eval_fraction, or give more rows."
+            )
+        return held_out, held_out
+    share = min(64, len(held_out) // 2) / len(held_out)
+    if held_out["group"].nunique() > 1:
+        wordings = held_out["rewrite_prompt"].map(normalise).to_list()
+        chooses = _held_out(held_out["group"].to_list(), wordings, share, seed)
+    else:
+        chooses = np.random.default_rng(seed).permutation(len(held_out)) < share * len(held_out)
+    print(f"{chooses.sum()} of the held-out rows choose the checkpoint, {(~chooses).sum()} are for the report")
+    return held_out[chooses].reset_index(drop=True), held_out[~chooses].reset_index(drop=True)
 
 
 def describe_split(train: pd.DataFrame, held_out: pd.DataFrame) -> str:

@@ -11,11 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-<<<<<<< HEAD
+from prompt_recovery.data import normalise
+from prompt_recovery.refusals import is_refusal
 from prompt_recovery.unwrap import QUOTES, cut_repeated, is_prompt, reads_as_text, unwrap
-=======
-from prompt_recovery.data import is_refusal, normalise
->>>>>>> 324c0e0 (What is taught is read back: the reason of a label in any usual form, cut before its own object; rows that can't be taught are dropped and counted)
 
 STYLES = ("plain", "json", "reason_json")
 SYSTEM_PLACEMENTS = ("user", "before", "turn")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,15 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from prompt_recovery.engine import TooLittleMemory, TrainingPlan, apply_plan
-from prompt_recovery.examples import IGNORED
+from prompt_recovery.examples import IGNORED, TrainingError
 from prompt_recovery.files import write_csv
-from prompt_recovery.run_folder import rotate
+from prompt_recovery.run_folder import last_checkpoint, remove_broken, rotate
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -45,6 +48,7 @@ class RowTrainer(Trainer):
     fill = 0  # rows without a label at the end of the training set
     rows_at_a_time: int | None = None  # set when a micro-batch ran out of memory
     all_recomputed = False  # the same: every layer checkpointed, nothing kept
+    step_loss: torch.Tensor | float = 0.0  # sum over the micro-batches of this step so far
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -75,7 +79,11 @@ class RowTrainer(Trainer):
         if self.rows_at_a_time is None or rows <= self.rows_at_a_time:
             grads = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
             try:
-                return super().training_step(model, inputs, num_items_in_batch)
+                loss = super().training_step(model, inputs, num_items_in_batch)
+                self.step_loss = self.step_loss + loss
+                if self.accelerator.sync_gradients:
+                    self._check_step()
+                return loss
             except torch.OutOfMemoryError as error:
                 self._make_room(rows, error)
             # outside of the handler, whose traceback would hold the activations
@@ -88,6 +96,42 @@ class RowTrainer(Trainer):
             for start in range(0, rows, parts)
         ]
         return torch.stack(losses).sum()
+
+    def _check_step(self) -> None:
+        """Raises TrainingError, in all processes, where the loss of the optimiser step is not finite: before the weights
+        are changed by it. Once a step, since the host waits for the device here."""
+        loss, self.step_loss = torch.as_tensor(self.step_loss), 0.0
+        if self.args.world_size > 1:
+            loss = self.accelerator.reduce(loss)
+        if not torch.isfinite(loss):
+            self._stop(f"The loss of step {self.state.global_step + 1} is {loss.item()}")
+
+    def _stop(self, what: str) -> None:
+        last = last_checkpoint(self.args.output_dir)
+        kept = f"{last} is kept" if last else "no checkpoint was written yet"
+        raise TrainingError(
+            f"{what}: training stops here. {kept}. Likely reasons: learning_rate {self.args.learning_rate:g} too high for "
+            "this base, numbers too large for fp16 (a card with bf16 has room for them), or damaged weights: does the base "
+            "answer sensibly? Lower learning_rate and train again in another output_dir."
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch says "unexpected pos" where the disk is full
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            folder = Path(self.args.output_dir)
+            remove_broken(folder)
+            last = last_checkpoint(folder)
+            going_on = (
+                f"resume=True goes on from {last.name}" if last else "then start again: no checkpoint is there yet"
+            )
+            raise TrainingError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {folder} "
+                f"({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there): {error}. Make room or give another "
+                f"output_dir; {going_on}."
+            ) from error
 
     def _make_room(self, rows: int, error: torch.OutOfMemoryError) -> None:
         base = self.accelerator.unwrap_model(self.model)
@@ -110,6 +154,8 @@ class RowTrainer(Trainer):
         # a token's mean: Trainer's depends on which rows share a batch, and so on the number of processes
         loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
         output.metrics["eval_loss"] = loss / tokens
+        if not math.isfinite(loss):
+            self._stop(f"The held-out loss at step {self.state.global_step} is {loss / tokens}")
         if self.score is not None:
             # one score for all processes: if theirs differed in a last bit, one might stop and the others wait for it
             score = float(broadcast_object_list([self.score()])[0])

@@ -134,10 +134,12 @@ def _train(
     trainer.score = score
     trainer.fill = fill
     trainer.rows_in_order = rows_a_step
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    model.config.use_cache = True
-    release_buffers(model)
-    model.eval()
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        model.config.use_cache = True
+        release_buffers(model)
+        model.eval()
     if has_eval:
         state.print(_ending(vars(trainer.state), total, recipe.patience))
     return training_log(trainer.state.log_history)
@@ -177,6 +179,7 @@ def _arguments(
         save_strategy="steps",
         save_steps=every,
         load_best_model_at_end=has_eval,
+        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as the mean of those before
         restore_callback_states_from_checkpoint=True,  # else a resumed run forgets how long it has not improved
         metric_for_best_model=("eval_choice" if scored else "eval_loss") if has_eval else None,
         greater_is_better=scored if has_eval else None,

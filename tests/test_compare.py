@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+from prompt_recovery import adapter, files, metric, splitting, templates, tokenizer
 from prompt_recovery import comparison as c
-from prompt_recovery import metric, splitting, tokenizer
 from prompt_recovery.engine import loading
 from prompt_recovery.recipe import Cell, SettingError
 
@@ -93,6 +93,64 @@ def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
     assert len(list(tmp_path.glob("answers-*.csv"))) == 5
     with pytest.raises(SettingError, match="supervise"):
         replace(cells[1], supervise="all")
+
+
+def test_an_interrupted_cell_leaves_the_base_as_it_was(tmp_path, small_csv):
+    """Its LoRA stayed on the base, and "the base as it is" answered with it, which was kept."""
+    cells = c.make_cells([{"max_steps": 0}, {}], **FEW)
+    train, held = c.read_split(cells, small_csv, 0.2, 0)
+    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
+    clean = c.run_cell(cells[0], base, tok, train, held, tmp_path / "clean", model_dir=TINY)
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    hook = base.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        c.run_cell(cells[1], base, tok, train, held, tmp_path, model_dir=TINY)
+    hook.remove()
+    assert not any("lora" in name for name, _ in base.named_parameters()) and base.config.use_cache
+    after = c.run_cell(cells[0], base, tok, train, held, tmp_path, model_dir=TINY)
+    assert after["answer"].to_list() == clean["answer"].to_list()
+    adapter.add_lora(base, base="tiny-mixtral")  # put on by hand
+    with pytest.raises(c.ComparisonError, match="holds a LoRA"):
+        c.run_cell(cells[0], base, tok, train, held, tmp_path / "other", model_dir=TINY)
+
+
+def test_kept_answers_are_of_the_same_base_tokenizer_and_templates(tmp_path, small_csv, monkeypatch):
+    cell = c.make_cells([{"max_steps": 0}], **FEW)[0]
+    train, held = c.read_split([cell], small_csv, 0.2, 0)
+    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
+
+    def kept():
+        c.run_cell(cell, base, tok, train, held, tmp_path, model_dir=TINY)
+        return len(list(tmp_path.glob("answers-*.csv")))
+
+    assert kept() == kept() == 1
+    with torch.no_grad():
+        base.lm_head.weight[0, 0] += 1  # another base of the same config
+    assert kept() == 2
+    monkeypatch.setitem(templates.SYSTEM_PROMPTS, "plain", "Say the prompt.")
+    assert kept() == 3
+    held = held.assign(original_text=held["original_text"] + ".")
+    assert kept() == 4
+    numeric = files.read_csv(next(tmp_path.glob("answers-*.csv")), ("number", "tokens", "seconds"))
+    files.write_csv(numeric.assign(answer="007", how="as\ris"), tmp_path / "numeric.csv")
+    again = files.read_csv(tmp_path / "numeric.csv", ("number", "tokens", "seconds"))
+    assert set(again["answer"]) == {"007"} and set(again["how"]) == {"as\ris"} and again["tokens"].sum() > 0
+
+
+def test_a_prompt_too_long_for_a_cell_is_left_out_and_said(tmp_path, small_csv, capsys):
+    rows = pd.read_csv(small_csv, dtype=str)
+    rows.loc[0, "rewrite_prompt"] = "very " * 1250 + "formal"
+    rows.to_csv(small_csv, index=False)
+    cells = c.make_cells([{}], **FEW)
+    train, held = c.read_split(cells, small_csv, 0.2, 0)
+    c.check_cells(cells, tokenizer.load_tokenizer(TINY, pad="unk"), pd.concat([train, held]), held)
+    assert "cell 0: 1 of 24 rows can't be taught and are left out" in capsys.readouterr().out
 
 
 def test_examples_stand_before_the_row_and_text_is_supervised(tmp_path, small_csv):

@@ -265,3 +265,16 @@ def test_normalise():
     assert normalise("  Make it\n\u201cRHYME\u201d\u2014don\u2019t stop!! ") == "make it rhyme dont stop"
     assert normalise("\uff2d\uff41\uff4b\uff45") == "make"  # full-width letters
     assert normalise("?!") != normalise("!")
+
+
+def test_ids_that_stand_in_several_files_are_prefixed(tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    text = HEADER + "".join(f"{n},a{n},b,c\n" for n in range(3))
+    files = [write(tmp_path / "a.csv", text), write(tmp_path / "b.csv", text), write(tmp_path / "more" / "a.csv", text)]
+    rows = read_rows(files)
+    assert rows["id"].tolist() == [f"{stem}-{n}" for stem in ("a", "b", "a-2") for n in range(3)]
+    assert "each has its file's name before it, as in 'a-0'" in capsys.readouterr().out
+    assert read_rows(files[0])["id"].tolist() == ["0", "1", "2"]
+    write(files[1], text + "2,x,y,z\n")
+    with pytest.raises(DataError, match=r"b.csv: column id has 1 values more than once \(file:row\): '2'"):
+        read_rows(files)

@@ -101,6 +101,16 @@ def test_an_unknown_csv_stops_with_its_message(tmp_path):
     assert len(str(caught.value)) < 2000  # a message, not a page
 
 
+def test_where_no_row_is_left_the_account_comes_first(tmp_path):
+    (tmp_path / "rows.csv").write_text("original_text,rewritten_text,rewrite_prompt\na,a,p\nb,,p\n")
+    with pytest.raises(papermill.PapermillExecutionError, match="no rows left to train on: see the account"):
+        run(
+            "train", tmp_path, train_csv=str(tmp_path / "rows.csv"), model_dir=str(TINY), output_dir=str(tmp_path / "o")
+        )
+    said = (tmp_path / "train.ipynb").read_text()
+    assert "2 rows read, 2 dropped, 0 kept" in said and "identical original and rewritten (rows.csv:1)" in said
+
+
 def test_demo_trains_on_the_rows_given_and_uses_nothing_stale(tmp_path, monkeypatch, capsys):
     """What `make demo ROWS=path.csv` runs, with plain answers and <pad>."""
     output = tmp_path / "demo"

@@ -17,6 +17,7 @@ from prompt_recovery.splitting import (
     SPLIT_COLUMNS,
     describe_split,
     embedding_threshold,
+    hold_back,
     prompt_groups,
     read_or_split,
     split_rows,
@@ -298,3 +299,19 @@ def test_the_split_is_kept_and_read_back_without_the_encoder(tmp_path, encoder, 
     with pytest.raises(DataError, match="eval_fraction=0.3 seed=1, now it is eval_fraction=0.3 seed=2"):
         read_or_split(rows, path, 0.3, 2, again=True)
     pd.testing.assert_frame_equal(read_or_split(rows, path, 0.3, 1, encoder)[0], first[0])  # anew, the file replaced
+
+
+def test_a_part_of_the_held_out_rows_is_held_back_for_the_report(capsys):
+    prompts = [f"Say it in {word}" for word in WHO for _ in range(10)]
+    rows = rows_of(prompts).assign(group=prompt_groups(prompts))
+    chooses, reported = hold_back(rows, 0)
+    assert len(chooses) + len(reported) == 100 and 30 <= len(chooses) <= 64
+    assert not set(chooses["group"]) & set(reported["group"])
+    assert "of the held-out rows choose the checkpoint" in capsys.readouterr().out
+    one = rows_of(["Say it"] * 200).assign(group=0)
+    chooses, reported = hold_back(one, 0)
+    assert len(chooses) == 64 and not set(chooses["id"]) & set(reported["id"]) and len(reported) == 136
+    chooses, reported = hold_back(rows.head(39), 0)
+    assert chooses["id"].to_list() == reported["id"].to_list() == rows["id"].head(39).to_list()
+    assert "39 held-out rows, fewer than 40: the same rows choose" in capsys.readouterr().out
+    assert len(hold_back(rows.head(0), 0)[1]) == 0 and not capsys.readouterr().out

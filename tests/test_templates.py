@@ -212,13 +212,10 @@ def test_parse_of_render_is_the_prompt(prompt, style, response):
     except TemplateError:
         assert style == "reason_json"  # a response that holds no reason
         return
-<<<<<<< HEAD
     # a plain answer has no marks of its own: those in the prompt may stand around it
     marked = style == "plain" and re.search(r"""[:=*_`"'\u2018-\u201e\u00ab\u300c\u300e\[<]|\n""", prompt)
-    assert parse_answer(answer, style).prompt == (unwrap(prompt) if marked else prompt.strip())
-=======
-    assert parse_answer(answer, style).prompt == read_back(answer, style) == prompt.strip()
->>>>>>> 324c0e0 (What is taught is read back: the reason of a label in any usual form, cut before its own object; rows that can't be taught are dropped and counted)
+    assert parse_answer(answer, style).prompt == read_back(answer, style)
+    assert read_back(answer, style) == (unwrap(prompt) if marked else prompt.strip())
     if style == "json":
         assert json_object_closed(answer)
         assert not any(json_object_closed(answer[:end]) for end in range(len(answer)))

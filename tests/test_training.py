@@ -356,6 +356,54 @@ def test_a_host_that_shows_several_cards_trains_on_the_planned_rows_of_a_step(
     assert given == [4] * 6 and len(log) == 3 and log["epoch"].to_list()[-1] == 1
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_says_what_is_kept(tmp_path):
+    tok, lora = build()
+    examples = make_examples(tok, demo_rows(12), **SHORT)
+    weight = lora.get_base_model().lm_head.weight
+    steps = []
+
+    def damage(*_):
+        steps.append(1)
+        if len(steps) == 7:  # two micro-batches a step and one evaluation of two batches before: in the third step
+            weight.data[5] = float("nan")
+
+    lora.get_base_model().model.layers[0].register_forward_pre_hook(damage)
+    options = FAST | dict(batch_size=2, gradient_accumulation=2, max_steps=10, evaluations=5)
+    recipe = Recipe(output_dir=tmp_path, **options)
+    with pytest.raises(TrainingError, match=r"loss of step 3 is nan.*checkpoint-2 is kept.*learning_rate 0.005"):
+        training.train(lora, tok, examples[:8], examples[8:], recipe)
+    assert len(steps) <= 8  # stopped in that step
+    assert all(torch.isfinite(tensor).all() for tensor in lora_state(lora).values())  # before they were changed by it
+    with pytest.raises(TrainingError, match="loss of step 1 is nan.*no checkpoint was written yet"):
+        training.train(lora, tok, examples[:8], [], Recipe(output_dir=tmp_path / "other", **options))
+    assert lora.config.use_cache and not lora.training
+
+
+FULL = f"""
+import resource, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_training import FAST, SHORT, build, demo_rows
+from prompt_recovery import training
+from prompt_recovery.examples import make_examples
+from prompt_recovery.recipe import Recipe
+tok, lora = build()
+examples = make_examples(tok, demo_rows(4), **SHORT)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)  # no file may grow beyond, as on a full disk
+training.train(lora, tok, examples, [], Recipe(output_dir=sys.argv[1], **FAST | dict(max_steps=2, evaluations=2)))
+"""
+
+
+@pytest.mark.parametrize("room", [60_000, 150_000])  # the adapter does not fit; the optimiser's state does not
+def test_a_full_disk_is_said_with_path_and_room(tmp_path, room):
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    said = done.stderr
+    assert f"TrainingError: The checkpoint of step 1 could not be written to {tmp_path / 'checkpoints'} (" in said
+    assert "MiB free there)" in said and "no checkpoint is there yet" in said
+    assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))  # nothing half-written is left
+
+
 def test_rows_that_cannot_be_taught_are_dropped_and_counted_unless_all_are():
     tok = load_tokenizer(TINY)
     rows = demo_rows(5).assign(source=[f"a.csv:{n}" for n in range(1, 6)])
