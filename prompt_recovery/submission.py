@@ -67,8 +67,8 @@ def prepare(
     fallback = clean_answer(settings.fallback_prompt)
     if not fallback:
         raise SubmissionError(
-            f"fallback_prompt={settings.fallback_prompt!r} is blank; a blank answer fails the whole submission. "
-            "Give a real prompt."
+            f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a word for "
+            "missing, fails the whole submission. Give a real prompt."
         )
     if settings.mean_prompt and count_tokens(f"a. {settings.mean_prompt.strip()}") > LIMIT:
         raise SubmissionError(
@@ -79,7 +79,7 @@ def prepare(
         how=settings.combine, mean_prompt=settings.mean_prompt, encoder=encoder, threshold=settings.threshold
     )
     fallback = combine([fallback])
-    combine([fallback], **options)  # settings that can't work raise here
+    combine([fallback, "Make it rhyme."], **options)  # settings and encoders that can't work raise here
 
     def finish(prompts: list[str]) -> str:
         prompts = [text for text in map(clean_answer, prompts) if text]

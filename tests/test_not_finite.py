@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from conftest import TINY, answer_test
+from peft import LoraConfig, get_peft_model
 from test_generation import random_model, random_prompts
 from test_submission import FALLBACK, OPTIONS, read, rows
 from transformers import MixtralConfig
@@ -88,6 +89,36 @@ def test_weights_too_large_for_fp16_give_no_answer(prompts, sampling):
             layer.self_attn.o_proj.weight.copy_(6e4 * layer.self_attn.o_proj.weight.sign())
     assert all(weight.isfinite().all() for weight in base.parameters())  # what they add is not
     assert answered(base, prompts, sampling) == expected
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 1)])
+@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "one drawn", "three"])
+def test_a_damaged_head_is_no_fault_of_stages_or_of_merging(prompts, sampling, layers, capsys):
+    """Neither can be checked then; the adapter stays unmerged, the layers are split, the rows say why."""
+    base = half_model()
+    lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        base.lm_head.weight[7] = float("nan")
+    with ready(lora, AnswerPlan(layers, True, 16_384, 300)) as prepared:
+        assert not prepared.plan.merged and "not finite before merging" in capsys.readouterr().out
+        found = answered(prepared, prompts, sampling)
+    assert found == {n: [NONE] * sampling.answers for n in range(len(prompts))}
+
+
+@pytest.mark.parametrize("place", [40, 100, 199])
+def test_prompts_longer_than_what_is_checked_at_load_are_looked_at_whole(place):
+    """Merging and stages are checked on 32 tokens; a row that overflows behind them is none."""
+    base = half_model()
+    lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    mark(base, 96)
+    prompts = [[1, *random_prompts([199])[0][:199]] for _ in range(2)]
+    prompts = [[token if token != 96 else 5 for token in prompt] for prompt in prompts]
+    prompts[1][place] = 96
+    for layers in ((2,), (1, 1)):
+        with ready(lora, AnswerPlan(layers, True, 16_384, 600)) as prepared:
+            assert prepared.plan.merged
+            found = answered(prepared, prompts)
+        assert found[1] == [NONE] and healthy({0: found[0]})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -318,6 +318,9 @@ def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path)
     ]  # fmt: skip
     with pytest.raises(ValueError, match="need an encoder"):  # before anything is computed
         answer_test(*loaded, rows(2), tmp_path / "other.csv", **options | dict(encoder=None))
+    encoder[0].auto_model.embeddings.word_embeddings.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="non-finite embedding"):
+        answer_test(*loaded, rows(2), tmp_path / "other.csv", **options)
     assert not (tmp_path / "other.csv").exists()
 
 
