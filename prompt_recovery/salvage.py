@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from prompt_recovery.data import FIELD_LIMIT, TEST_COLUMNS, DataError
+from prompt_recovery.data import TEST_COLUMNS, DataError
+from prompt_recovery.tables import FIELD_LIMIT
 
 # stands for a bare CR while lines are split, as pandas' writer leaves them unquoted in a text
 BARE_CR = "\ue00d"
