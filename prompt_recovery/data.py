@@ -95,7 +95,7 @@ def read_test(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     table = _read_csv(path, TEST_COLUMNS)[list(TEST_COLUMNS)]
     checked = table.assign(source=[f"{path.name}:{n}" for n in range(1, len(table) + 1)], file=str(path))
-    _refuse_bad_ids(checked)
+    _refuse_bad_ids(checked, blanks=("",))  # ids are Kaggle's to choose: "NA" is one
     return table
 
 
@@ -118,9 +118,9 @@ def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(columns, columns=wanted, dtype=str)
 
 
-def _refuse_bad_ids(rows: pd.DataFrame) -> None:
+def _refuse_bad_ids(rows: pd.DataFrame, blanks: Sequence[str] = ("", *MISSING)) -> None:
     """Raise DataError for blank ids and for ids that stand twice; rows has id, source and file."""
-    blank = rows[rows["id"].str.strip().isin(["", *MISSING])]
+    blank = rows[rows["id"].str.strip().isin(blanks)]
     if len(blank):
         places = ", ".join(blank["source"].head(10))
         raise DataError(f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill them in.")

@@ -28,6 +28,7 @@ _NEXT = re.compile(
     re.IGNORECASE,
 )
 _FIRST = re.compile(r"^(?:\s|</?s>|\[/?INST\]|<\|[a-z_]+\|>)+", re.IGNORECASE)
+_TURN = re.compile(r"^\[INST\].*\[/INST\]$", re.DOTALL)  # may be the prompt itself
 _FENCED = re.compile(r"^```[ \t]*(?:\w+[ \t]*)?\n(.*?)\n?\s*```$", re.DOTALL)
 _WORDS = (
     r"(?:rewrit(?:e|ing|ten)|recovered|original|most|likely|possible|probable|final|given|text|user"
@@ -65,6 +66,8 @@ def unwrap(text: str) -> str:
     was: ..."), quotes, bold type or a fence around the whole, markers of turns, and what a model goes
     on to write behind it ("Original text:"). Each is taken off only where a text remains."""
     text = text.strip()
+    if _TURN.match(text):
+        return text
     while True:
         inner = next((each for each in _without_one(text) if each != text and reads_as_text(each)), text)
         if inner == text:
