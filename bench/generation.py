@@ -21,7 +21,8 @@ from true_shape import device_rates, imitate_t4, scale_like_real
 
 from prompt_recovery.adapter import add_lora
 from prompt_recovery.engine import Meter, generate, load_base, ready
-from prompt_recovery.engine.decoding import Decoder, cache_columns
+from prompt_recovery.engine.batching import cache_columns
+from prompt_recovery.engine.decoding import Decoder
 from prompt_recovery.engine.planning import AnswerPlan
 
 GIB = 2**30

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from prompt_recovery import adapter
-from prompt_recovery.engine import MergeError, Meter, Sampling, decoding, generation, loading, merged, stage
-from prompt_recovery.engine.generation import make_batches, spread_order
+from prompt_recovery.engine import MergeError, Meter, Sampling, batching, decoding, generation, loading, merged
+from prompt_recovery.engine.batching import make_batches, spread_order
+from prompt_recovery.engine.parts import in_parts
 from prompt_recovery.templates import json_object_closed
 from prompt_recovery.tokenizer import encode_row, load_tokenizer
 
@@ -222,7 +223,7 @@ def test_the_prefix_is_read_once_and_answers_of_a_row_share_what_was_read(small)
 
 def test_long_prefills_go_in_parts(small):
     prompts = random_prompts([100] * 5, shared=9)
-    with stage.in_parts(small) as parts, Forwards(small) as shapes:
+    with in_parts(small) as parts, Forwards(small) as shapes:
         decoder = decoding.Decoder(
             parts, prompts[0][:10], rows=5, cells=5 * 128, max_new_tokens=2, eos=-1, pad=0, piece=200
         )
@@ -333,7 +334,7 @@ def test_batches_hold_the_budget_and_every_row_once():
     for batch in batches[1:]:
         assert (max(lengths[i] for i in batch) + 10) * len(batch) <= 1000
     assert make_batches([], 10, 1000) == []
-    assert max(map(len, make_batches([1] * 1000, 1, 10**6))) == generation.MOST_ROWS
+    assert max(map(len, make_batches([1] * 1000, 1, 10**6))) == batching.MOST_ROWS
     for count in range(20):
         spread = spread_order([[n] for n in range(count)])
         assert sorted(spread) == [[n] for n in range(count)] and spread[:1] == [[0]][:count]

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config
 from prompt_recovery.engine import GREEDY, Sampling, decoding, generate, loading, stage, turns
 from prompt_recovery.engine.cache import StaticCache
 from prompt_recovery.engine.generation import AttentionError, Ready, ready
+from prompt_recovery.engine.parts import StageError, in_parts
 from prompt_recovery.engine.planning import AnswerPlan
-from prompt_recovery.engine.stage import StageError, in_parts
 
 LENGTHS = [random.Random(3).randrange(1, 90) for _ in range(20)] + [400, 2, 130]
 

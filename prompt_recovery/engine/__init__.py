@@ -6,10 +6,11 @@ Outside code uses what is named here, and nothing below. The engine imports noth
 from prompt_recovery.engine.batching import spread_order
 from prompt_recovery.engine.checkpointing import TrainingPlan, apply_plan, training_plan
 from prompt_recovery.engine.folder import ModelError, base_id, check_model_dir, loads_in_four_bit, read_config
-from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Meter, Sampling, generate, ready
+from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Sampling, generate, ready
 from prompt_recovery.engine.loading import check_base, load_base, save_quantised
 from prompt_recovery.engine.memory import TooLittleMemory, processes
 from prompt_recovery.engine.merging import MergeError, merged
+from prompt_recovery.engine.meter import Meter
 from prompt_recovery.engine.planning import Planned, on_h100s, on_t4s, plan
 from prompt_recovery.engine.quantiser import Nf4Error, check_folder
 from prompt_recovery.engine.storage import release_buffers

@@ -11,7 +11,7 @@ import torch
 from prompt_recovery.engine.forward import keep_gate_up
 from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.memory import GIB, RESERVE, TooLittleMemory, free_on
-from prompt_recovery.engine.stage import layer_devices
+from prompt_recovery.engine.parts import layer_devices
 from prompt_recovery.engine.storage import PROJECTIONS, four_bit_experts, release_buffers
 
 # Work that is done again in the backward pass, as a share of forward and backward together, by arithmetic for Mixtral:
@@ -107,68 +107,99 @@ def training_plan(
     Raises TooLittleMemory if not even one row with every layer checkpointed fits.
     """
     base = model.get_base_model()
-    config = base.config.get_text_config()
-    count = config.num_hidden_layers
     groups = [(device, len([*same])) for device, same in itertools.groupby(layer_devices(base))]
-    layers = layers or ([count] if isinstance(free, int) else [number for _, number in groups])
-    rooms = (
-        [free_on(base, device) for device, _ in groups] if free is None else [free] if isinstance(free, int) else free
-    )
-    wide = 2 if autocast is not None else 4
-    # an earlier plan's checkpointing would hide what the layers save; a layer's weights need not fit
-    apply_plan(model, TrainingPlan(rows, 1, one_expert=True))
-    fast = uses_triton(base.get_input_embeddings().weight.device)
-    working = WORKING_LAYERS if fast else WORKING_LAYERS_WITHOUT_TRITON
-    layer = saved_bytes(model, autocast) / count
-    release_buffers(model)
-    border = config.hidden_size * next(model.parameters()).element_size()
-    logits = config.vocab_size * (wide + 8)  # 16 bit, then fp32 and its gradient
-    experts = four_bit_experts(model)
-    gate_up, buffers = 0, {False: 0}
-    if experts:
-        one = experts[0].gate_up_proj_packed[0]
-        gate_up = getattr(config, "num_experts_per_tok", 0) * one.shape[0] * wide
-        whole = sum(getattr(experts[0], f"{name}_packed").numel() for name in PROJECTIONS)
-        buffers = {False: whole * 2 * wide, True: one.numel() * 2 * wide}
-
-    def fixed(micro: int, one_expert: bool, last: bool) -> float:
-        """Bytes of a card beside what its layers keep."""
-        head = micro * answer * logits if last else 0
-        return RESERVE + buffers[one_expert] + head + working * layer * micro * longest
-
+    if free is None:
+        free = [free_on(base, device) for device, _ in groups]
+    elif isinstance(free, int):
+        free, layers = [free], layers or [sum(number for _, number in groups)]
+    layers = layers or [number for _, number in groups]
+    needs = _needs(model, longest, answer, autocast)
     best: tuple[float, TrainingPlan] | None = None
-    for one_expert, micro in itertools.product(buffers, (n for n in range(rows, 0, -1) if rows % n == 0)):
-        tokens, accumulation = micro * longest, rows // micro
-        cards, peak, again = [], 0.0, 0.0
-        for number, (held, room) in enumerate(zip(layers, rooms, strict=True)):
-            needed = fixed(micro, one_expert, number == len(layers) - 1)
-            found = _least_recomputation(held, (room - needed) / tokens, layer, border, gate_up)
-            if found is None:
-                break
-            cards.append(found)
-            kept = (held - found.checkpointed) * layer + found.checkpointed * border + found.kept * gate_up
-            peak = max(peak, needed - RESERVE + tokens * kept)
-            again += _again(found)
-        if len(cards) < len(layers):
-            continue
-        overhead = OVERHEAD_TOKENS * (DEQUANTISATIONS if one_expert else 1)
-        cost = accumulation * ((1 + again / count) * tokens + overhead)
-        if best is None or cost < best[0]:
-            checkpointed, kept_rows = (sum(each) for each in list(zip(*cards, strict=True))[1:])
-            split = tuple(cards) if len(cards) > 1 else ()
-            best = cost, TrainingPlan(micro, accumulation, checkpointed, kept_rows, round(peak), one_expert, split)
+    for one_expert, micro in itertools.product(needs.buffers, (n for n in range(rows, 0, -1) if rows % n == 0)):
+        found = _plan_of(needs, layers, free, micro, rows // micro, one_expert)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
     if best is None:
-        one_expert = max(buffers)
-        needs = [
-            fixed(1, one_expert, number == len(layers) - 1) + longest * held * border
-            for number, held in enumerate(layers)
+        one_expert = max(needs.buffers)
+        each = [
+            (needs.fixed(1, one_expert, number == len(layers) - 1) + longest * held * needs.border, room)
+            for number, (held, room) in enumerate(zip(layers, free, strict=True))
         ]
-        need, room = max(zip(needs, rooms, strict=True), key=lambda each: each[0] - each[1])
+        need, room = max(each, key=lambda pair: pair[0] - pair[1])
         raise TooLittleMemory(
             f"Training on one row of {longest} tokens needs {need / GIB:.1f} GiB beside the model, {room / GIB:.1f} are"
             " free. Lower max_tokens, or free the GPU."
         )
     return best[1]
+
+
+class _Needs(NamedTuple):
+    """Bytes that training takes. longest, answer: tokens of a row. layer, border, gate_up: a token's in a layer that keeps
+    everything, in one that recomputes, and of its gate and up rows. working: layers that a backward works in. logits: an
+    answer token's. buffers: of dequantised weights, of a layer's experts (False) and of one expert (True)."""
+
+    longest: int
+    answer: int
+    layer: float
+    border: int
+    gate_up: int
+    working: float
+    logits: int
+    buffers: dict[bool, int]
+
+    def fixed(self, micro: int, one_expert: bool, last: bool) -> float:
+        """Of a card, beside what its layers keep. last: it has the head."""
+        head = micro * self.answer * self.logits if last else 0
+        return RESERVE + self.buffers[one_expert] + head + self.working * self.layer * micro * self.longest
+
+
+def _needs(model: Any, longest: int, answer: int, autocast: torch.dtype | None) -> _Needs:
+    base = model.get_base_model()
+    config = base.config.get_text_config()
+    wide = 2 if autocast is not None else 4
+    # an earlier plan's checkpointing would hide what the layers save; a layer's weights need not fit
+    apply_plan(model, TrainingPlan(1, 1, one_expert=True))
+    layer = saved_bytes(model, autocast) / config.num_hidden_layers
+    release_buffers(model)
+    fast = uses_triton(base.get_input_embeddings().weight.device)
+    gate_up, buffers = 0, {False: 0}
+    experts = four_bit_experts(model)
+    if experts:
+        one = experts[0].gate_up_proj_packed[0]
+        gate_up = getattr(config, "num_experts_per_tok", 0) * one.shape[0] * wide
+        whole = sum(getattr(experts[0], f"{name}_packed").numel() for name in PROJECTIONS)
+        buffers = {False: whole * 2 * wide, True: one.numel() * 2 * wide}
+    return _Needs(
+        longest, answer, layer, config.hidden_size * next(model.parameters()).element_size(), gate_up,
+        WORKING_LAYERS if fast else WORKING_LAYERS_WITHOUT_TRITON,
+        config.vocab_size * (wide + 8),  # 16 bit, then fp32 and its gradient
+        buffers,
+    )  # fmt: skip
+
+
+def _plan_of(
+    needs: _Needs, layers: Sequence[int], free: Sequence[int], micro: int, accumulation: int, one_expert: bool
+) -> tuple[float, TrainingPlan] | None:
+    """What a step costs, in tokens of work, and how its cards recompute; None where some card has too little room."""
+    tokens = micro * needs.longest
+    cards: list[CardPlan] = []
+    peak = 0.0
+    for number, (held, room) in enumerate(zip(layers, free, strict=True)):
+        fixed = needs.fixed(micro, one_expert, number == len(layers) - 1)
+        card = _least_recomputation(held, (room - fixed) / tokens, needs.layer, needs.border, needs.gate_up)
+        if card is None:
+            return None
+        cards.append(card)
+        keeping = (
+            (held - card.checkpointed) * needs.layer + card.checkpointed * needs.border + card.kept * needs.gate_up
+        )
+        peak = max(peak, fixed - RESERVE + tokens * keeping)
+    again = sum(map(_again, cards)) / sum(layers)
+    overhead = OVERHEAD_TOKENS * (DEQUANTISATIONS if one_expert else 1)
+    checkpointed, kept = sum(card.checkpointed for card in cards), sum(card.kept for card in cards)
+    split = tuple(cards) if len(cards) > 1 else ()
+    plan = TrainingPlan(micro, accumulation, checkpointed, kept, round(peak), one_expert, split)
+    return accumulation * ((1 + again) * tokens + overhead), plan
 
 
 def _again(card: CardPlan) -> float:

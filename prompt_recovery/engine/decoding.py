@@ -13,18 +13,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from prompt_recovery.engine.batching import cache_columns
 from prompt_recovery.engine.kernels.dispatch import on
-from prompt_recovery.engine.stage import Part, Stage, flow, hand_over
+from prompt_recovery.engine.parts import Part
+from prompt_recovery.engine.stage import Stage, flow, hand_over
 
 # rows of a step, and those that a batch shrinks to: so few shapes that their graphs serve many batches
 ROWS = (1, 2, *range(4, 64, 4), 64, 96, 128, 192, 256)
 CHECK = 8  # steps between two looks at what is done, for which the host waits; not tuned
-ALIGNMENT = 64  # cache lengths are multiples, so that batches of like lengths share a graph and masks are aligned
-
-
-def cache_columns(longest: int, max_new_tokens: int) -> int:
-    """Columns of the cache for prompts of up to `longest` tokens and their answers."""
-    return -(-(longest + max_new_tokens) // ALIGNMENT) * ALIGNMENT
 
 
 def cut(rows: int, columns: int, piece: int) -> list[tuple[slice, slice]]:

@@ -7,25 +7,24 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 
-from prompt_recovery.engine.batching import MOST_ROWS, make_batches, spread_order
-from prompt_recovery.engine.decoding import Decoder, cache_columns
+from prompt_recovery.engine.batching import Waiting
+from prompt_recovery.engine.decoding import Decoder
 from prompt_recovery.engine.forward import grouped_gemm
 from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.layers import fast_layers
 from prompt_recovery.engine.memory import free_on
 from prompt_recovery.engine.merging import MergeError, merged
+from prompt_recovery.engine.meter import Meter
+from prompt_recovery.engine.parts import Part, in_parts, layer_devices
 from prompt_recovery.engine.planning import CPU_CELLS, PIECES, AnswerPlan, answer_plan, shape_of
-from prompt_recovery.engine.stage import Part, in_parts, layer_devices
 
 # answers are padded with <unk>: every base has id 0, while a <pad> added for training lies outside its embeddings
 PAD_ID = 0
-GROW = 4  # batches that must have gone well before a limit that memory halved is doubled; not tuned
 
 
 class Sampling(NamedTuple):
@@ -55,70 +54,6 @@ class Finished(NamedTuple):
 
     position: int
     answers: list[Answer]
-
-
-@dataclass
-class Meter:
-    """Counts of one or more runs of `generate`, and the rates that follow from them.
-
-    reading, writing: busy seconds of prefill and of decoding. wall: seconds since a run began, until its last batch.
-    longest: tokens of the longest answer. slowest: seconds of the slowest batch. left: estimate of the seconds that the
-    rest of the run will take.
-    """
-
-    rows: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    batches: int = 0
-    reading: float = 0.0
-    writing: float = 0.0
-    wall: float = 0.0
-    longest: int = 0
-    slowest: float = 0.0
-    left: float = float("nan")
-    first: tuple[int, int, float, float] = (0, 0, 0.0, 0.0)  # rows, tokens read, seconds of reading, of writing
-
-    @property
-    def seconds(self) -> float:
-        return self.reading + self.writing
-
-    @property
-    def rate(self) -> float:
-        """Tokens written a busy second."""
-        return self.tokens_out / max(self.seconds, 1e-9)
-
-    def add(self, lengths: Sequence[int], written: Sequence[int], reading: float, writing: float) -> None:
-        """Count a batch. lengths, written: tokens of its prompts and of its answers. reading, writing: seconds."""
-        self.rows += len(lengths)
-        self.tokens_in += sum(lengths)
-        self.tokens_out += sum(written)
-        self.batches += 1
-        self.reading += reading
-        self.writing += writing
-        self.longest = max(self.longest, *written)
-        self.slowest = max(self.slowest, reading + writing)
-        if self.batches == 1:
-            self.first = self.rows, self.tokens_in, reading, writing
-
-    def seconds_a_token_in(self) -> float:
-        """Of reading. The first batch compiles and captures: once there are others it says nothing about them."""
-        _, tokens_in, reading, _ = self.first if self.batches > 1 else (0, 0, 0.0, 0.0)
-        return (self.reading - reading) / max(self.tokens_in - tokens_in, 1)
-
-    def seconds_a_row(self) -> float:
-        """Of writing, without the first batch likewise."""
-        rows, _, _, writing = self.first if self.batches > 1 else (0, 0, 0.0, 0.0)
-        return (self.writing - writing) / max(self.rows - rows, 1)
-
-    def estimate(self, lengths: Sequence[int]) -> float:
-        """Seconds that prompts of these lengths will take."""
-        return self.seconds_a_token_in() * sum(lengths) + self.seconds_a_row() * len(lengths)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows} rows, {self.tokens_in} tokens read, {self.tokens_out} written in {self.seconds:.0f} s"
-            f" ({self.rate:.0f} written a second), about {self.left:.0f} s left"
-        )
 
 
 class AttentionError(ValueError):
@@ -255,73 +190,49 @@ def generate(
 
     with nullcontext(model) if isinstance(model, Ready) else ready(model) as prepared:
         plan = prepared.plan
-        limit = whole = batch_tokens or plan.cells
-        piece, well = plan.piece, 0
-
-        def batched(positions: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-            """Batches, and the rows * columns of the cache that each needs, over `share`."""
-            most = max(1, MOST_ROWS // share)
-            made = make_batches([lengths[i] for i in positions], max_new_tokens, limit // share, most)
-            made = [[positions[i] for i in batch] for batch in spread_order(made)]
-            return made, [room(batch) for batch in made]
-
-        def room(batch: list[int]) -> int:
-            """Columns in multiples, in which batches share graphs, as long as that keeps the limit."""
-            longest = lengths[batch[0]]
-            least = len(batch) * (longest + max_new_tokens)
-            return max(least, min(len(batch) * cache_columns(longest, max_new_tokens), limit // share))
-
-        batches, cells = batched(range(len(prompts)))
+        pieces = [plan.piece, *(piece for piece in PIECES if piece < plan.piece)]
+        waiting = Waiting(
+            lengths, answers=share, new_tokens=max_new_tokens, limit=batch_tokens or plan.cells, pieces=pieces
+        )
         decoder: Decoder | None = None
         slowest = 0.0
-        while batches:
+        while waiting.batches:
             started = time.monotonic()
             if deadline is not None and started + slowest > deadline:
                 return
-            batch = batches[0]
+            batch = waiting.batches[0]
             try:
                 if decoder is None:
+                    rows, cells = waiting.most()
                     decoder = Decoder(
-                        prepared.parts, prefix, rows=max(map(len, batches)) * share, cells=max(cells) * share,
-                        max_new_tokens=max_new_tokens, eos=eos, pad=PAD_ID, temperature=temperature or 1.0,
-                        top_p=sampling.top_p, piece=piece, graphs=graphs,
+                        prepared.parts, prefix, rows=rows, cells=cells, max_new_tokens=max_new_tokens, eos=eos,
+                        pad=PAD_ID, temperature=temperature or 1.0, top_p=sampling.top_p, piece=waiting.pieces[0],
+                        graphs=graphs,
                     )  # fmt: skip
                 written = decoder.answer([prompts[i] for i in batch], [seeds[i] for i in batch], stop)
             except torch.OutOfMemoryError:
                 written = None
             if written is None or decoder is None:  # outside of the handler, whose traceback holds memory
-                decoder, well = None, 0
+                decoder = None
                 gc.collect()  # stages' threads and what they raised hold each other, and the cache
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                if len(batch) > 1:
-                    # the room is halved, not the rows: shorter ones may still be as many
-                    limit = len(batch) // 2 * share * (lengths[batch[0]] + max_new_tokens)
-                elif max(cells) > cells[0]:  # the cache was made for others
-                    limit //= 2
-                elif piece > PIECES[-1]:
-                    piece //= 2
-                else:
+                if not waiting.shrink():
                     raise torch.OutOfMemoryError(
                         f"One prompt of {lengths[batch[0]]} tokens with {share} answers does not fit in memory: "
                         "give fewer answers_per_row, or shorter texts (max_tokens)."
                     )
-                batches, cells = batched([i for each in batches for i in each])
                 continue
-            batches.pop(0)
-            cells.pop(0)
             answers = [[_answer(ids, bad, eos, stop) for ids, bad in each] for each in written]
             spent = time.monotonic() - started
             slowest = max(slowest, spent)
             tokens = [len(answer.ids) for each in answers for answer in each]
             reading = decoder.prefill_seconds
+            if waiting.done():
+                decoder = None
             meter.add([lengths[i] for i in batch], tokens, reading, spent - reading)
             meter.wall = wall + time.monotonic() - begun
-            meter.left = meter.estimate([lengths[i] for each in batches for i in each])
-            well += 1
-            if well >= GROW and limit < whole and batches:
-                decoder, well, limit = None, 0, min(2 * limit, whole)
-                batches, cells = batched([i for each in batches for i in each])
+            meter.left = meter.estimate([lengths[i] for i in waiting.to_come()])
             yield from map(Finished, batch, answers)
 
 
