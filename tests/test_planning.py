@@ -12,7 +12,7 @@ from transformers import GPT2Config, MixtralConfig
 
 from prompt_recovery import __main__ as program
 from prompt_recovery import adapter
-from prompt_recovery.engine import TooLittleMemory, generate, loading, plan, planning, storage
+from prompt_recovery.engine import TooLittleMemory, generate, loading, plan, planning, reckoning, storage
 from prompt_recovery.engine.generation import ready
 from prompt_recovery.engine.memory import GIB
 from prompt_recovery.engine.planning import AnswerPlan, bytes_of, shape_of
@@ -114,13 +114,13 @@ def test_a_test_set_s_own_lengths_are_reckoned(tmp_path, mistral_dir, true_shape
 def test_t4s_are_reckoned_in_one_way(true_shape):  # noqa: F811
     """Figures of performance.md: 54 ms a card and step, 25.5 GFLOP a token, 15 to 20 minutes for 1,300 rows."""
     planned = plan(true_shape[1], [14.7, 14.7])
-    spent = planning.on_t4s(planned, [690] * 1300, 64)
+    spent = reckoning.on_t4s(planned, [690] * 1300, 64)
     pieces = 690 * 1300 / planned.answering.piece
     flops = 690 * 1300 * 25.5e9 / 50e12
     assert spent.reading == pytest.approx(flops + pieces * 45.1e9 * 2.5 / 520e9, rel=0.02)
     groups = -(-1300 // (planned.answering.cells // 754))
     assert spent.writing / groups / 63 == pytest.approx(2 * 0.054, rel=0.15)
-    assert 15 * 60 < sum(planning.on_t4s(planned, [690] * 1300, 64)._replace(loading=300)) < 23 * 60
+    assert 15 * 60 < sum(reckoning.on_t4s(planned, [690] * 1300, 64)._replace(loading=300)) < 23 * 60
 
 
 @pytest.mark.parametrize("merged", [True, False])

@@ -11,8 +11,9 @@ from prompt_recovery.engine.loading import check_base, load_base, save_quantised
 from prompt_recovery.engine.memory import TooLittleMemory, processes
 from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.meter import Meter
-from prompt_recovery.engine.planning import Planned, on_h100s, on_t4s, plan
+from prompt_recovery.engine.planning import Planned, plan
 from prompt_recovery.engine.quantiser import Nf4Error, check_folder
+from prompt_recovery.engine.reckoning import on_h100s, on_t4s
 from prompt_recovery.engine.storage import release_buffers
 
 __all__ = [
