@@ -71,7 +71,8 @@ output.mkdir(parents=True, exist_ok=True)
 # ## Cells and rows
 # One split for all cells, by prompt and with near-duplicates together, over all files that any cell
 # trains on: no cell trains on a wording that is held out. It is kept in `output_dir/split.csv`;
-# other rows want another `output_dir`.
+# other rows want another `output_dir`. What can't be trained or answered in any cell is refused
+# before the first one runs.
 
 # %%
 engine.check_model_dir(settings.model_dir)
@@ -79,7 +80,7 @@ tok = tokenizer.load_tokenizer(settings.model_dir, pad="unk", side="left")
 encoder = metric.load_encoder(settings.encoder_dir or metric.minilm_dir())
 chance = (settings.eval_fraction, settings.seed)
 train_rows, eval_rows = comparison.read_split(cells, settings.train_csv, *chance, output, encoder)
-comparison.check_cells(cells, tok, train_rows, eval_rows)
+comparison.check_cells(cells, tok, train_rows, eval_rows, settings.model_dir)
 print(f"{len(cells)} cells")
 
 # %% [markdown]

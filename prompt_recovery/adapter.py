@@ -93,6 +93,18 @@ def add_lora(
     return get_peft_model(model, config)
 
 
+def check_target_modules(target_modules: Sequence[str], model_dir: str | Path) -> None:
+    """Raises AdapterError for names that no module of the base ends in; no weights are read."""
+    with torch.device("meta"):
+        names = [name for name, _ in AutoModelForCausalLM.from_config(load_config(model_dir)).named_modules()]
+    unknown = [each for each in target_modules if not any(f".{name}".endswith(f".{each}") for name in names)]
+    if unknown and list(target_modules) != ["all-linear"]:
+        last = sorted({name.rpartition(".")[2] for name in names if name.endswith("proj")})
+        raise AdapterError(
+            f"target_modules: no module of the base is called {', '.join(unknown)}; there are {', '.join(last)}."
+        )
+
+
 def save_adapter(model: PeftModel, adapter_dir: str | Path, format: Format | None = None) -> Path:
     """Write adapter_config.json and adapter_model.safetensors, and nothing else, to adapter_dir (replaced whole).
 

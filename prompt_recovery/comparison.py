@@ -121,14 +121,19 @@ def rows_of(cell: Cell, train_rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_cells(
-    cells: Sequence[Cell], tokenizer: PreTrainedTokenizerFast, train_rows: pd.DataFrame, eval_rows: pd.DataFrame
+    cells: Sequence[Cell],
+    tokenizer: PreTrainedTokenizerFast,
+    train_rows: pd.DataFrame,
+    eval_rows: pd.DataFrame,
+    model_dir: str | Path,
 ) -> None:
-    """Raises ComparisonError naming the cells whose rows can't be trained on or answered, before one is run."""
+    """Raises ComparisonError naming the cells that can't be trained on their rows, or can't answer, before one is run."""
     wrong = []
     for number, cell in enumerate(cells):
         try:
             rows = rows_of(cell, train_rows)
             if cell.max_steps != 0:
+                adapter.check_target_modules(cell.target_modules, model_dir)
                 left_out = len(rows) - len(examples_of(cell, tokenizer, rows))
                 if left_out:
                     print(f"cell {number}: {left_out} of {len(rows)} rows can't be taught and are left out")

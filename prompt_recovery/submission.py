@@ -28,7 +28,7 @@ from prompt_recovery.submission_file import (
     read_journal,
 )
 from prompt_recovery.submission_job import Job
-from prompt_recovery.time_budget import RowPlan, next_plan, plans_from, seconds_needed
+from prompt_recovery.time_budget import SHORTEST, RowPlan, next_plan, plans_from, seconds_needed
 from prompt_recovery.tokenizer import encode_row
 
 GIVE_UP = 16  # rows that raise one after the other: the device or the model is broken, not the rows
@@ -64,21 +64,10 @@ def prepare(
         SubmissionError: a fallback that says nothing, a mean prompt too long to stand behind any answer, no file.
         ValueError, TokenizerError: settings that fit no row.
     """
-    fallback = clean_answer(settings.fallback_prompt)
-    if not fallback:
-        raise SubmissionError(
-            f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a word for "
-            "missing, fails the whole submission. Give a real prompt."
-        )
-    if settings.mean_prompt and count_tokens(f"a. {settings.mean_prompt.strip()}") > LIMIT:
-        raise SubmissionError(
-            f"mean_prompt={settings.mean_prompt[:80]!r} has {count_tokens(settings.mean_prompt)} tokens: behind an answer "
-            f"it would stand in no row, since the scorer reads {LIMIT}. Give a shorter one."
-        )
     options: dict[str, Any] = dict(
         how=settings.combine, mean_prompt=settings.mean_prompt, encoder=encoder, threshold=settings.threshold
     )
-    fallback = combine([fallback])
+    fallback = _checked_fallback(settings)
     combine([fallback, "Make it rhyme."], **options)  # settings and encoders that can't work raise here
 
     def finish(prompts: list[str]) -> str:
@@ -96,6 +85,12 @@ def prepare(
         plans_from(RowPlan(settings.answers_per_row, settings.max_new_tokens), settings.format.style), started,
         deadline=started + settings.time_budget_hours * 3600 - spent, noted=started, seed=seed,
     )  # fmt: skip
+    least = SHORTEST[settings.format.style]
+    if settings.max_new_tokens < least:
+        job.say(
+            f"max_new_tokens={settings.max_new_tokens}: a {settings.format.style} answer takes {least} tokens or more, and "
+            "one that is cut short holds no prompt. Raise it."
+        )
     for position, recovered in found.items():
         job.note(position, recovered)
     if found:
@@ -104,6 +99,24 @@ def prepare(
     if len(found) < len(test):  # rows for which there is no room at all
         encode_row(tokenizer, {"original_text": "", "rewritten_text": ""}, max_tokens=job.room, format=settings.format)
     return job
+
+
+def _checked_fallback(settings: SubmissionSettings) -> str:
+    """The fallback as the file holds it. Raises SubmissionError where it, or the mean prompt, can stand in no row."""
+    fallback = clean_answer(settings.fallback_prompt)
+    if not fallback:
+        raise SubmissionError(
+            f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a word for "
+            "missing, fails the whole submission. Give a real prompt."
+        )
+    mean_prompt = (settings.mean_prompt or "").strip()
+    behind = mean_prompt if settings.threshold is not None else f"a. {mean_prompt}"  # by a threshold it stands alone
+    if count_tokens(behind) > LIMIT:
+        raise SubmissionError(
+            f"mean_prompt={mean_prompt[:80]!r} has {count_tokens(mean_prompt)} tokens: behind an answer it would stand in "
+            f"no row, since the scorer reads {LIMIT}. Give a shorter one."
+        )
+    return combine([fallback])
 
 
 # --- answer -------------------------------------------------------------------------------------

@@ -64,6 +64,32 @@ def test_one_split_for_files_and_filters(tmp_path, small_csv):
         replace(cells[0], train_rows=0)
 
 
+def test_what_any_cell_can_not_do_is_refused_before_the_first_is_run(small_csv):
+    cells = c.make_cells(
+        [
+            {},
+            {"style": "reason_json"},  # there are no reasons in these rows
+            {"row_filter": "no such column > 5"},
+            {"few_shot": 64},
+            {"target_modules": ["q_proj", "query"]},
+            {"max_tokens": 40},
+            {"target_modules": "all-linear"},
+        ],
+        **FEW | {"max_tokens": 200},
+    )
+    train, held = c.read_split(cells, small_csv, 0.2, 0)
+    tok = tokenizer.load_tokenizer(TINY, pad="unk")
+    with pytest.raises(c.ComparisonError) as caught:
+        c.check_cells(cells, tok, train, held, TINY)
+    lines = str(caught.value).splitlines()
+    assert [line[:8] for line in lines] == [f"cell {n}: " for n in (1, 2, 3, 4, 5)]
+    for line, what in zip(
+        lines, ("reason_json", "row_filter", "few_shot=64", "called query; there are", "max_tokens"), strict=True
+    ):
+        assert what in line
+    c.check_cells([cells[0], cells[6]], tok, train, held, TINY)
+
+
 def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
     torch.manual_seed(0)
     cells = c.make_cells([{"max_steps": 0}, {}, {"answers_per_row": 3}, {"combine": "join"}, {"lora_r": 1}], **FEW)
@@ -149,7 +175,7 @@ def test_a_prompt_too_long_for_a_cell_is_left_out_and_said(tmp_path, small_csv, 
     rows.to_csv(small_csv, index=False)
     cells = c.make_cells([{}], **FEW)
     train, held = c.read_split(cells, small_csv, 0.2, 0)
-    c.check_cells(cells, tokenizer.load_tokenizer(TINY, pad="unk"), pd.concat([train, held]), held)
+    c.check_cells(cells, tokenizer.load_tokenizer(TINY, pad="unk"), pd.concat([train, held]), held, TINY)
     assert "cell 0: 1 of 24 rows can't be taught and are left out" in capsys.readouterr().out
 
 

@@ -260,6 +260,20 @@ def test_bad_settings_raise_before_a_row_is_answered(loaded, tmp_path):
     assert set(read(tmp_path / "s.csv")["rewrite_prompt"]) == {FALLBACK}
 
 
+def test_a_limit_that_cuts_most_answers_short_is_said(tmp_path, capsys):
+    answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(style="reason_json", max_new_tokens=64))
+    assert "max_new_tokens=64: a reason_json answer takes 128 tokens or more" in capsys.readouterr().out
+    answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(max_new_tokens=64))
+    assert "max_new_tokens" not in capsys.readouterr().out
+
+
+def test_a_mean_prompt_that_fits_behind_no_answer_is_refused(tmp_path):
+    long = "Improve this text and keep its meaning. " * 20
+    with pytest.raises(SubmissionError, match="mean_prompt=.*would stand in no row.*Give a shorter one"):
+        answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(mean_prompt=long))
+    assert not list(tmp_path.iterdir())
+
+
 def test_answers_are_cleaned():
     for text, clean in (
         ("a</s>", "a"),
