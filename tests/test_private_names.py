@@ -23,6 +23,8 @@ NAMES = [  # module, attribute path in it
     ("transformers.quantizers.quantizer_bnb_4bit", "Bnb4BitHfQuantizer.param_element_size"),
     ("transformers.quantizers.quantizers_utils", "get_module_from_name"),
     ("transformers.trainer_pt_utils", "get_length_grouped_indices"),
+    ("transformers", "Trainer._save_checkpoint"),
+    ("peft.tuners.tuners_utils", "BaseTunerLayer"),
     ("bitsandbytes.functional", "create_dynamic_map"),
     ("bitsandbytes.functional", "get_4bit_type"),
     ("torch", "_C._accelerator_setAllocatorSettings"),
