@@ -4,6 +4,7 @@ check it for use or to publish, load it. Adapters that other tools wrote are use
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -103,6 +104,18 @@ def check_target_modules(target_modules: Sequence[str], model_dir: str | Path) -
         raise AdapterError(
             f"target_modules: no module of the base is called {', '.join(unknown)}; there are {', '.join(last)}."
         )
+
+
+def training_key(model: PeftModel) -> dict[str, Any]:
+    """What a training must share to be gone on with: the LoRA's settings as far as they differ from
+    peft's defaults, and the base by its weights; neither peft's version nor where the base lies."""
+    plain, config = LoraConfig().to_dict(), model.peft_config["default"].to_dict()
+    skipped = ("base_model_name_or_path", "peft_version", "inference_mode")
+    # an option left empty is one that peft set while it put the LoRA on
+    lora = {name: value for name, value in config.items() if name not in skipped and value != plain.get(name)}
+    lora = {name: value for name, value in lora.items() if value or plain.get(name)}
+    base = json.dumps(base_fingerprint(model.get_base_model())).encode()
+    return dict(lora=lora, base=hashlib.sha256(base).hexdigest()[:12])
 
 
 def save_adapter(model: PeftModel, adapter_dir: str | Path, format: Format | None = None) -> Path:

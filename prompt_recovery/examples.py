@@ -75,7 +75,8 @@ def _encode(
         try:
             answer = render_answer(row["rewrite_prompt"], format.style, row.get("response", ""))
             found = read_back(answer, format.style)
-            if found != row["rewrite_prompt"].strip():
+            # of a plain answer, quotes and the like around the whole are taken off, and nothing is lost
+            if format.style != "plain" and found != row["rewrite_prompt"].strip():
                 raise TemplateError(f"rewrite_prompt={row['rewrite_prompt'][:80]!r} would be read back as {found!r}.")
             ids, supervised = encode_row(tokenizer, row, max_tokens=max_tokens, format=format, answer=answer)
         except TemplateError as error:

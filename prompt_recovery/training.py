@@ -20,6 +20,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainingArguments
 
+from prompt_recovery.adapter import training_key
 from prompt_recovery.engine import TrainingPlan, apply_plan, processes, release_buffers, training_plan
 from prompt_recovery.examples import IGNORED, Example, TrainingError, answer_length, check_supervised, collate
 from prompt_recovery.files import write_csv, write_text
@@ -81,7 +82,7 @@ def _train(
     output_dir = Path(recipe.output_dir)
     checkpoints = output_dir / "checkpoints"
     settings = recipe.values("adapter", "run") | dict(
-        scored=score is not None, lora=model.peft_config["default"].to_dict(), train_rows=_digest(train_examples),
+        scored=score is not None, **training_key(model), train_rows=_digest(train_examples),
         eval_rows=_digest(eval_examples), rows_a_step=rows_a_step, **(scored_with or {}),
     )  # fmt: skip
     # 2 x 4 and 4 x 2 rows are the same step

@@ -429,6 +429,19 @@ def test_the_base_s_name_does_not_depend_on_where_it_is_mounted(tmp_path, path, 
     assert loading.base_id(tmp_path / "link") in (name, "link")
 
 
+def test_a_resume_depends_on_the_base_s_weights_and_not_on_its_place_or_peft_s_version(copy):
+    lora = load_adapter(loading.load_base(TINY), copy, TINY)
+    config, key = lora.peft_config["default"], adapter.training_key(lora)
+    assert set(key["lora"]) == {"task_type", "peft_type", "target_modules", "r", "lora_alpha"} - {"peft_type"}
+    config.peft_version, config.base_model_name_or_path = "9.9.9", "/elsewhere/1"
+    config.an_option_of_tomorrow = None
+    assert adapter.training_key(lora) == key
+    config.lora_dropout = 0.3
+    assert adapter.training_key(lora)["lora"] != key["lora"]
+    lora.get_base_model().lm_head.weight.data[0, 0] += 1
+    assert adapter.training_key(lora)["base"] != key["base"]
+
+
 # --- merging ------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from prompt_recovery.examples import (
     usable_examples,
 )
 from prompt_recovery.recipe import Format, Recipe, SettingError
-from prompt_recovery.templates import read_back
+from prompt_recovery.templates import read_back, render_answer
 from prompt_recovery.tokenizer import load_tokenizer
 
 OPTIONS = dict(max_tokens=320, format=Format())
@@ -91,6 +91,16 @@ def test_nasty_rows_keep_answer_and_eos():
         make_examples(tok, rows, **OPTIONS | dict(max_tokens=900)), rows["rewrite_prompt"], strict=True
     ):
         assert tok.decode([i for i in example["labels"] if i != IGNORED]) == prompt.strip() + "</s>"
+
+
+@pytest.mark.parametrize("prompt", ['"Make it rhyme, please."', "Prompt: write it as a poem", "**Use bold type**"])
+@pytest.mark.parametrize("style", ["plain", "json"])
+def test_prompts_that_look_like_wrapped_ones_are_taught_as_they_are(prompt, style):
+    tok = load_tokenizer(TINY)
+    rows = demo_rows(1).assign(rewrite_prompt=[prompt])
+    (example,) = make_examples(tok, rows, max_tokens=900, format=Format(style=style))
+    taught = tok.decode([i for i in example["labels"] if i != IGNORED]).removesuffix("</s>")
+    assert taught == render_answer(prompt, style)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -36,7 +36,7 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
 def check_model_dir(model_dir: str | Path) -> Path:
     """The folder as a Path, if it holds a whole base model of a family that is tested.
 
-    Config, index and the headers of all files are read: a few hundredths of a second for each GB.
+    Config, index and the headers of all files are read, no weights.
     Raises ModelError (Nf4Error for a quantisation that is not this project's) before anything loads:
     files that are missing, cut short or no safetensors, tensors that are missing or of a wrong shape,
     weights that another tool quantised, another family.
