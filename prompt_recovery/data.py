@@ -53,7 +53,8 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
             table["id"] = [f"{stem}-{n}" for n in numbers]
         if "response" not in table:
             table["response"] = ""
-        table["response"] = table["response"].where(~table["response"].isin(MISSING), "")
+        for name in ("id", "response"):
+            table[name] = table[name].where(~table[name].isin(MISSING), "")
         table["source"] = [f"{path.name}:{n}" for n in numbers]
         table["file"] = str(path)
         parts.append(table[["id", *ROW_COLUMNS, "response", "source", "file"]])
@@ -95,7 +96,7 @@ def read_test(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     table = _read_csv(path, TEST_COLUMNS)[list(TEST_COLUMNS)]
     checked = table.assign(source=[f"{path.name}:{n}" for n in range(1, len(table) + 1)], file=str(path))
-    _refuse_bad_ids(checked, blanks=("",))  # ids are Kaggle's to choose: "NA" is one
+    _refuse_bad_ids(checked)
     return table
 
 
@@ -118,9 +119,9 @@ def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(columns, columns=wanted, dtype=str)
 
 
-def _refuse_bad_ids(rows: pd.DataFrame, blanks: Sequence[str] = ("", *MISSING)) -> None:
+def _refuse_bad_ids(rows: pd.DataFrame) -> None:
     """Raise DataError for blank ids and for ids that stand twice; rows has id, source and file."""
-    blank = rows[rows["id"].str.strip().isin(blanks)]
+    blank = rows[rows["id"].str.strip() == ""]
     if len(blank):
         places = ", ".join(blank["source"].head(10))
         raise DataError(f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill them in.")

@@ -220,3 +220,5 @@ def test_what_astype_str_makes_of_missing_values_is_missing(tmp_path):
     frame.to_csv(tmp_path / "rows.csv", index=False)
     with pytest.raises(DataError, match=r"column id is blank in 1 rows: rows\.csv:4"):
         read_rows(tmp_path / "rows.csv")
+    # a test file's ids stay as they are written
+    assert "nan" in read_test(tmp_path / "rows.csv")["id"].to_list()
