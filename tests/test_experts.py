@@ -712,7 +712,26 @@ def test_checkpointing_changes_no_gradient_and_shares_a_dequantisation(hub, monk
         assert all(torch.equal(grads[name], plain[name]) for name in plain), (checkpointed, kept)
     assert len(losses) == 1
     assert all(grad.abs().max() > 0 for grad in plain.values())
-    assert not [m for m in lora.modules() if "_kept_gate_up" in m.__dict__]  # nothing is held between steps
+
+
+def test_kept_rows_are_those_of_their_own_forward(hub):
+    """Two forward passes before the first backward, and one without: each call of a layer keeps its rows for itself."""
+    lora = trainable(hub)
+    batches = [torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+
+    def loss(ids):
+        return lora(input_ids=ids, labels=ids).loss
+
+    def gradient_of(value):
+        lora.zero_grad()
+        value.backward()
+        return {name: p.grad.clone() for name, p in lora.named_parameters() if p.requires_grad}
+
+    expected = [gradient_of(loss(ids)) for ids in batches]
+    checkpointing.apply_plan(lora, checkpointing.TrainingPlan(1, 1, 3, 3))
+    first, second, _ = loss(batches[0]), loss(batches[1]), loss(batches[1])
+    found = [gradient_of(first), gradient_of(second)]
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(found, expected, strict=True) for name in a)
 
 
 def test_nothing_the_size_of_the_weights_is_kept_for_the_backward_pass(hub):

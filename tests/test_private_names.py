@@ -30,7 +30,6 @@ NAMES = [  # module, attribute path in it
     ("torch", "_C._accelerator_setAllocatorSettings"),
     ("peft.utils.transformers_weight_conversion", "convert_peft_adapter_state_dict_for_transformers"),
     ("pandas._libs.parsers", "STR_NA_VALUES"),
-    ("torch", "_C._current_graph_task_id"),
 ]
 
 

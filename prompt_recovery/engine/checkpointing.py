@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prompt_recovery.engine.forward import keep_gate_up
+from prompt_recovery.engine.forward import keep_gate_up, recomputation
 from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.memory import GIB, RESERVE, TooLittleMemory, free_on
 from prompt_recovery.engine.parts import layer_devices
@@ -226,7 +226,7 @@ def apply_plan(model: Any, plan: TrainingPlan) -> None:
     if plan.checkpointed:
         # transformers 5.23 renamed it; 5.17 has the old name only
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": recomputation})
     layers = [module for module in base.modules() if hasattr(module, "gradient_checkpointing") and module is not base]
     layers = [module for module in layers if not hasattr(module, "layers")]
     recomputed: set[int] = set()

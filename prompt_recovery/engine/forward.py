@@ -8,7 +8,9 @@ without the down-projection. Grouped GEMM without host syncs on sm90 and sm100, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -123,13 +125,12 @@ class _GateUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, experts, routing, keep):
         ctx.experts, ctx.routing = experts, routing
-        kept = experts.__dict__.pop("_kept_gate_up", None)
-        # inside a backward pass this is a recomputation by activation checkpointing
-        if torch._C._current_graph_task_id() != -1 and kept is not None and kept.shape[0] == routing.order.numel():
-            return kept
+        kept, again = getattr(_here, "kept", None), getattr(_here, "again", False)
+        if again and kept and experts in kept:
+            return kept.pop(experts)
         out = _matmul(_gather(x, routing), experts, "gate_up_proj", routing, transpose=True)
-        if keep and torch._C._current_graph_task_id() == -1:
-            experts.__dict__["_kept_gate_up"] = out.detach()
+        if keep and kept is not None and not again:
+            kept[experts] = out.detach()
         return out
 
     @staticmethod
@@ -240,7 +241,26 @@ def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_
 
 def keep_gate_up(model: nn.Module, layers: Collection[int]) -> None:
     """Let these layers, which recompute their activations, keep the gate and up rows (2 * 2I * top_k bytes a token) from
-    the forward pass: only attention and norms are then computed again. Needs a backward after each forward."""
+    the forward pass: only attention and norms are then computed again."""
     for number, experts in enumerate(four_bit_experts(model)):
-        experts.__dict__.pop("_kept_gate_up", None)
         experts.keep_gate_up = number in layers
+
+
+_here = threading.local()  # what one checkpointed call of a layer keeps, and whether it is being recomputed
+
+
+def recomputation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """torch.utils.checkpoint's `context_fn`: around a layer's forward pass and around its recomputation, for which the
+    gate and up rows lie in a place of that call's own."""
+    kept: dict[nn.Module, torch.Tensor] = {}
+    return _keeping(kept, again=False), _keeping(kept, again=True)
+
+
+@contextmanager
+def _keeping(kept: dict[nn.Module, torch.Tensor], again: bool) -> Iterator[None]:
+    before = getattr(_here, "kept", None), getattr(_here, "again", False)
+    _here.kept, _here.again = kept, again
+    try:
+        yield
+    finally:
+        _here.kept, _here.again = before
