@@ -24,7 +24,7 @@ from prompt_recovery.unwrap import cut_repeated, is_prompt
 # --- no prompts ---------------------------------------------------------------------------------
 
 NOTHING = [
-    *STR_NA_VALUES,
+    *sorted(STR_NA_VALUES),
     "none",
     "None.",
     '"N/A"',
