@@ -1,6 +1,6 @@
 """Mixtral-8x7B's true shape without its weights: a checkpoint folder of holes, and random weights put into a 4-bit model.
 
-python bench/true_shape.py DIR    makes DIR/nf4, a 24 GB folder with random weights that load_base(four_bit=True) reads
+python bench/true_shape.py DIR    makes DIR/nf4, a 24 GB folder with random weights in 4 bits
 
 The folder has the hub's names and shapes and takes no room: its files are sparse and read as zeros. Speed is never
 measured on zeros (a matrix product of zeros draws less power and runs faster), so `fill` comes after loading.

@@ -1,14 +1,14 @@
 """Two cards that look like T4s: the submission notebook's script on the whole test set, and what stands behind its figures.
 
-python bench/two_cards.py WORK TOKENIZER PART...     parts run one after the other, each at most 9 minutes
+python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at most 9 minutes
     prepare   a 4-bit folder of the true shape, an adapter, 1,306 rows (60 s)
     t4        the submission's script: rows answered, peak a card, seconds, tokens a second
     equal     200 rows on the two cards and on one: the same plan, and one card's own
-    speed     prefill with both cards at work and a stage at a time; decode steps; copies through the host
+    speed     prefill with both cards at work and a stage at a time; decode steps
     kill      200 rows, killed half-way and run again: what was answered before stays
     load      the 16-bit folder, of zeros, quantised while it loads
-    bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, training by the train notebook's
-    train     steps of training, layers split: 8 x 512 tokens on those, then 4 x 640 on cards like T4s
+    bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, the train notebook's
+    train     steps, layers split: 8 x 512 tokens on those, 4 x 640 on cards like T4s
 --one runs both stages on the first card, without a ballast, to debug.
 
 A ballast process leaves 14.7 GiB a card and samples how much is free. Patched, after Triton has made its driver: capability
@@ -42,7 +42,8 @@ leave, kept = float(sys.argv[1]) * 2**30, []
 cards = range(torch.cuda.device_count())
 for d in cards:
     torch.zeros(1, device=d)
-    kept.append(torch.empty(int(torch.cuda.mem_get_info(d)[0] - leave), dtype=torch.uint8, device=d))
+    size = int(torch.cuda.mem_get_info(d)[0] - leave)
+    kept.append(torch.empty(size, dtype=torch.uint8, device=d))
 low = [torch.cuda.mem_get_info(d)[0] for d in cards]
 print("ready", flush=True)
 while True:

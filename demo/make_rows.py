@@ -1,6 +1,6 @@
 """Makes the demo's rows: short stories, their rewrites in 22 styles, and the prompt behind each rewrite.
 
-    python demo/make_rows.py        # writes rows.csv, test.csv and test_truths.csv, the same bytes each time
+    python demo/make_rows.py    # rows.csv, test.csv and test_truths.csv, the same bytes each time
 
 A story is first drawn as a `Story` (who, where, when, what happened) and then written out, once plainly (the
 original text) and once in a style (the rewritten text). Every style has several wordings of its prompt; two

@@ -1,7 +1,7 @@
 """Makes demo/tiny-mixtral: trains a tokenizer, then a Mixtral of 4 million parameters on our own text.
 
     python demo/pretrain.py                     # the committed model: 3 min 45 s on one H200
-    python demo/pretrain.py --steps 20 --batch 4 --workers 0 --output /tmp/tiny    # a trial on a CPU
+    python demo/pretrain.py --steps 20 --batch 4 --workers 0 --output /tmp/tiny    # on a CPU
 
 The model learns to write our stories and our styles, to follow a prompt (prompt + text -> rewritten text), to
 copy and to put a prompt in other words. It never sees the inverse task (original + rewritten text -> prompt),

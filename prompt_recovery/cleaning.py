@@ -6,11 +6,15 @@ import re
 
 _OPENER = r"(?:sure(?:\s+thing)?|certainly|of\s+course|absolutely|okay|ok|gladly|no\s+problem)"
 _HERE = r"(?:here(?:'s|\s+is|\s+are)|this\s+is|below\s+is)"
-_REWORK = r"(?:re-?writ\w+|re-?wrote|revis\w+|rephras\w+|reword\w+|paraphras\w+|transformed|modified|updated)"
+_REWORK = (
+    r"(?:re-?writ\w+|re-?wrote|revis\w+|rephras\w+|reword\w+|paraphras\w+|transformed|modified"
+    r"|updated)"
+)
 _LEAD_INS = (
     # "Sure! Here is the rewritten text:" and "Here's a revised version of your letter: Dear ..."
     re.compile(
-        rf"^\s*\**(?:{_OPENER}[,.!:]*\s+)?{_HERE}\s[^:\n]{{0,80}}\b{_REWORK}\b[^:\n]{{0,80}}:\**[ \t]*\n*",
+        rf"^\s*\**(?:{_OPENER}[,.!:]*\s+)?{_HERE}\s[^:\n]{{0,80}}"
+        rf"\b{_REWORK}\b[^:\n]{{0,80}}:\**[ \t]*\n*",
         re.IGNORECASE,
     ),
     # "Sure, here is the poem:" only when the line ends there: in a dialogue the speech goes on.

@@ -321,9 +321,15 @@ class SubmissionSettings(Answering):
                 "with them, or to 1 with first."
             )
         if self.encoder_dir is None and (self.combine == "agree" or self.threshold is not None):
-            yield "encoder_dir=None: agree and threshold need an encoder: give its folder, or combine='first' or 'join'."
+            yield (
+                "encoder_dir=None: agree and threshold need an encoder: give its folder, or"
+                " combine='first' or 'join'."
+            )
         if self.threshold is not None and self.mean_prompt is None:
-            yield f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, or no threshold."
+            yield (
+                f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, or no"
+                " threshold."
+            )
 
     @property
     def format(self) -> Format:

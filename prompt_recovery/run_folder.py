@@ -152,7 +152,10 @@ def set_aside(output_dir: str | Path, names: tuple[str, ...] = WRITTEN) -> Path 
         (folder / name).rename(target / name)
     text = f"moved to {target}: {', '.join(found)}"
     if last is not None and "checkpoints" in found:
-        text += f". The last checkpoint is that of step {step_of(last)}: output_dir={target} with resume=True goes on"
+        text += (
+            f". The last checkpoint is that of step {step_of(last)}: output_dir={target} with"
+            " resume=True goes on"
+        )
     print(text)
     return target
 

@@ -146,7 +146,8 @@ _LEAD = re.compile(
 )
 _LABEL = re.compile(
     r"(?:^|\n)[ \t]*(?:\*\*)?(?:\(2\)|2[.):])(?:\*\*)?(?=\s|\{|$)"
-    rf"|(?:^|\n)[ \t]*(?:\*\*)?(?:the[ \t]+)?(?:(?:rewrite|original)[ \t])?(?:{_KEY_WORDS}|json)(?:\*\*)?[ \t]*[:=]"
+    rf"|(?:^|\n)[ \t]*(?:\*\*)?(?:the[ \t]+)?(?:(?:rewrite|original)[ \t])?"
+    rf"(?:{_KEY_WORDS}|json)(?:\*\*)?[ \t]*[:=]"
     rf"""|```|\{{\s*["'\u201c]?(?:{_KEY_WORDS})["'\u201d]?\s*:""",
     re.IGNORECASE,
 )
@@ -207,7 +208,8 @@ def reason_of(response: str, prompt: str = "") -> str:
 _KEYS = ("prompt", "rewrite_prompt")
 _QUOTES = {opening: QUOTES[opening] for opening in "\"'\u201c\u2018\u201d`"}
 _KEY = re.compile(
-    r"""["'\u201c\u201d\u2018\u2019`]?\b(?:[^\W\d_]+(?:[ ]|\\?_))*prompt\b["'\u201c\u201d\u2018\u2019`]?\s*[:=]\s*""",
+    r"""["'\u201c\u201d\u2018\u2019`]?\b(?:[^\W\d_]+(?:[ ]|\\?_))*prompt\b"""
+    r"""["'\u201c\u201d\u2018\u2019`]?\s*[:=]\s*""",
     re.IGNORECASE,
 )
 # What Markdown escapes and JSON does not: "\_" is a mistake in a JSON string.
@@ -218,7 +220,8 @@ _LINE_KEY = re.compile(
 )
 # A quote ends the value only where JSON could go on: so quotes nested without a backslash stay inside.
 _AFTER_VALUE = re.compile(
-    r"""\s*,?\s*[}\]]|[ \t]*,?[ \t]*(?:\n|$)|\s*,\s*["'\u201c\u2018]\w+["'\u201d\u2019]\s*:|\s*```""",
+    r"""\s*,?\s*[}\]]|[ \t]*,?[ \t]*(?:\n|$)"""
+    r"""|\s*,\s*["'\u201c\u2018]\w+["'\u201d\u2019]\s*:|\s*```""",
 )
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"', "'": "'"}
 

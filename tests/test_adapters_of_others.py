@@ -164,7 +164,8 @@ def old_experts(folder):
     for layer in range(5):
         for expert in range(4):
             for name, (rows, columns) in dict(w1=(256, 192), w2=(192, 256), w3=(256, 192)).items():
-                place = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                place = f"base_model.model.model.layers.{layer}.block_sparse_moe"
+                place += f".experts.{expert}.{name}"
                 tensors[f"{place}.lora_A.weight"] = 0.1 * torch.randn(4, columns)
                 tensors[f"{place}.lora_B.weight"] = 0.1 * torch.randn(rows, 4)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
@@ -275,7 +276,8 @@ def test_the_adapter_of_2024_that_this_design_comes_from_is_used_and_not_publish
     [
         "/home/me/mixtral", "~/models/x", "C:\\models\\mixtral", "./out", None, "",
         "mistral-ai/mixtral/transformers/8x7b-instruct-v0.1/1",
-        "https://huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x7B-v0.1",
+        "https://huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1",
+        "mistralai/Mixtral-8x7B-v0.1",
         "8x7b", "/work/llama-factory/mixtral/out",
     ],
 )  # fmt: skip

@@ -22,7 +22,10 @@ def test_a_kernel_of_the_demo_says_nothing_of_its_own(tmp_path, monkeypatch, cap
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(run_demo, "ROOT", tmp_path)
     monkeypatch.setattr(run_demo, "OUTPUT", tmp_path / "out")
-    setting = 'from IPython import get_ipython\nif shell := get_ipython():\n    shell.InteractiveTB.set_mode("Minimal")'
+    setting = (
+        'from IPython import get_ipython\nif shell := get_ipython():\n'
+        '    shell.InteractiveTB.set_mode("Minimal")'
+    )
     nbformat.write(notebook(setting, "print('a result')"), tmp_path / "notebooks" / "a.ipynb")
     run_demo.run_notebook("a", {})
     out, err = capfd.readouterr()

@@ -373,7 +373,10 @@ def test_expired_sessions(case, each_program):
 
 def test_signed_addresses_are_not_shown():
     """Python's network errors name the address, and whoever knows a signed one may write the file."""
-    text = "Max retries exceeded with url: /b/o?upload_id=s3cret&X-Goog-Signature=s3%2Fcret== (Caused by X) what? yes"
+    text = (
+        "Max retries exceeded with url: /b/o?upload_id=s3cret&X-Goog-Signature=s3%2Fcret=="
+        " (Caused by X) what? yes"
+    )
     said = cli.Reply(1, text, "").said
     assert "s3" not in said and said.endswith("/b/o?... (Caused by X) what? yes")
 

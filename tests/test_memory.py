@@ -106,7 +106,8 @@ def test_devices_have_the_numbers_they_are_given(true_shape):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(0, 30), st.integers(0, 30), st.integers(0, 5),
+    st.lists(st.integers(1, 20), min_size=1, max_size=7),
+    st.integers(0, 30), st.integers(0, 30), st.integers(0, 5),
     st.lists(st.integers(0, 120), min_size=1, max_size=4), st.integers(0, 10),
 )  # fmt: skip
 def test_the_split_is_the_best_of_all(layers, before, behind, kv, free, workspace):

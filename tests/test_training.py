@@ -398,8 +398,10 @@ from prompt_recovery.recipe import Recipe
 tok, lora = build()
 examples = make_examples(tok, demo_rows(4), **SHORT)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)  # no file may grow beyond, as on a full disk
-training.train(lora, tok, examples, [], Recipe(output_dir=sys.argv[1], **FAST | dict(max_steps=2, evaluations=2)))
+# no file may grow beyond, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+options = FAST | dict(max_steps=2, evaluations=2)
+training.train(lora, tok, examples, [], Recipe(output_dir=sys.argv[1], **options))
 """
 
 

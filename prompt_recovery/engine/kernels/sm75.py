@@ -47,7 +47,10 @@ def install() -> str:
     parameters = [*inspect.signature(CUDABackend.make_ptx).parameters]
     hooked = "add_stages_inspection_hook" in dir(knobs.runtime)
     if not hooked or parameters[1:] != ["src", "metadata", "opt", "capability"] or not hasattr(CUDAOptions, "arch"):
-        return f"Triton {triton.__version__} can't be hooked as 3.6 can, by which its code is lowered to sm_75"
+        return (
+            f"Triton {triton.__version__} can't be hooked as 3.6 can, by which its code is lowered to"
+            " sm_75"
+        )
     before = knobs.runtime.add_stages_inspection_hook
     if getattr(before, "lowers_to_sm75", False):
         return ""
