@@ -1,10 +1,12 @@
-"""Experts of 32 layers at Mixtral-8x7B's true shape by number of tokens, uniform routing, on one GPU.
+"""Experts of 32 layers at Mixtral-8x7B's true shape by number of tokens, uniform routing, on one
+GPU.
 
 python bench/decode_kernel.py [--t4] [--tune SECONDS]
 
-Of each number of tokens: the decode kernel at what dispatch chooses (ms in a CUDA graph, share of the floor that reading
-the weights once sets, error against fp32) and the way of many rows. --t4: fp16, lowered to sm_75. --tune: other launch
-parameters and tiles first, each projection's for so many seconds. 8 layers are timed and scaled, 5.8 GB.
+Of each number of tokens: the decode kernel at what dispatch chooses (ms in a CUDA graph, share of
+the floor that reading the weights once sets, error against fp32) and the way of many rows. --t4:
+fp16, lowered to sm_75. --tune: other launch parameters and tiles first, each projection's for so
+many seconds. 8 layers are timed and scaled, 5.8 GB.
 """
 
 from __future__ import annotations
@@ -26,23 +28,66 @@ TOKENS = (1, 4, 8, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 320, 384)
 UP = {  # by rows of a tile
     8: [Config(32, 4, 2, 4), Config(16, 8, 2, 4), Config(32, 8, 2, 3), Config(16, 4, 2, 6)],
     16: [Config(16, 4, 2, 6), Config(16, 8, 2, 4), Config(32, 4, 2, 4), Config(16, 4, 4, 4)],
-    32: [Config(16, 4, 2, 6), Config(16, 8, 2, 4), Config(16, 8, 1, 6), Config(32, 4, 1, 6), Config(16, 4, 2, 4)],
+    32: [
+        Config(16, 4, 2, 6),
+        Config(16, 8, 2, 4),
+        Config(16, 8, 1, 6),
+        Config(32, 4, 1, 6),
+        Config(16, 4, 2, 4),
+    ],
 }
 DOWN = {
-    8: [Config(16, 8, 4, 4, 4, 128), Config(16, 8, 2, 6, 4, 128), Config(32, 4, 2, 6, 4), Config(16, 8, 4, 4, 2, 128)],
-    16: [Config(16, 8, 4, 4, 4, 128), Config(16, 8, 2, 6, 4, 128), Config(32, 4, 2, 6, 4), Config(32, 8, 2, 4, 4, 128)],
-    32: [Config(32, 4, 2, 6, 4), Config(16, 8, 2, 6, 4, 128), Config(16, 8, 2, 5, 4), Config(32, 4, 2, 6, 2),
-         Config(32, 8, 2, 4, 4)],
-}  # fmt: skip
+    8: [
+        Config(16, 8, 4, 4, 4, 128),
+        Config(16, 8, 2, 6, 4, 128),
+        Config(32, 4, 2, 6, 4),
+        Config(16, 8, 4, 4, 2, 128),
+    ],
+    16: [
+        Config(16, 8, 4, 4, 4, 128),
+        Config(16, 8, 2, 6, 4, 128),
+        Config(32, 4, 2, 6, 4),
+        Config(32, 8, 2, 4, 4, 128),
+    ],
+    32: [
+        Config(32, 4, 2, 6, 4),
+        Config(16, 8, 2, 6, 4, 128),
+        Config(16, 8, 2, 5, 4),
+        Config(32, 4, 2, 6, 2),
+        Config(32, 8, 2, 4, 4),
+    ],
+}
 T4_UP = {
-    8: [Config(32, 4, 2, 1), Config(32, 8, 2, 1), Config(16, 8, 2, 1), Config(16, 4, 2, 1), Config(16, 4, 4, 1)],
-    16: [Config(16, 8, 2, 1), Config(32, 8, 2, 1), Config(16, 8, 4, 1), Config(16, 4, 2, 1), Config(32, 4, 2, 1)],
+    8: [
+        Config(32, 4, 2, 1),
+        Config(32, 8, 2, 1),
+        Config(16, 8, 2, 1),
+        Config(16, 4, 2, 1),
+        Config(16, 4, 4, 1),
+    ],
+    16: [
+        Config(16, 8, 2, 1),
+        Config(32, 8, 2, 1),
+        Config(16, 8, 4, 1),
+        Config(16, 4, 2, 1),
+        Config(32, 4, 2, 1),
+    ],
 }
 T4_DOWN = {
-    8: [Config(16, 8, 4, 1, 4), Config(32, 8, 2, 1, 4), Config(16, 8, 2, 1, 4), Config(32, 4, 2, 1, 4)],
-    16: [Config(16, 8, 4, 1, 4), Config(32, 4, 2, 1, 4), Config(16, 8, 2, 1, 4), Config(32, 4, 4, 1, 4),
-         Config(16, 4, 4, 1, 4)],
-}  # fmt: skip
+    8: [
+        Config(16, 8, 4, 1, 4),
+        Config(32, 8, 2, 1, 4),
+        Config(16, 8, 2, 1, 4),
+        Config(32, 4, 2, 1, 4),
+    ],
+    16: [
+        Config(16, 8, 4, 1, 4),
+        Config(32, 4, 2, 1, 4),
+        Config(16, 8, 2, 1, 4),
+        Config(32, 4, 4, 1, 4),
+        Config(16, 4, 4, 1, 4),
+    ],
+}
 
 
 def layer(seed: int) -> SimpleNamespace:
@@ -54,7 +99,9 @@ def layer(seed: int) -> SimpleNamespace:
         byte = dict(dtype=torch.uint8, device="cuda", generator=generator)
         made[f"{name}_packed"] = torch.randint(0, 256, (EXPERTS, size, width // 2), **byte)
         made[f"{name}_absmax"] = torch.randint(0, 256, (EXPERTS, blocks), **byte)
-        made[f"{name}_nested"] = torch.full((EXPERTS, -(-blocks // 256)), 0.004, device="cuda").view(torch.int32)
+        made[f"{name}_nested"] = torch.full(
+            (EXPERTS, -(-blocks // 256)), 0.004, device="cuda"
+        ).view(torch.int32)
         made[f"{name}_offset"] = torch.full((EXPERTS,), 0.04, device="cuda").view(torch.int32)
     return SimpleNamespace(**made)
 
@@ -62,12 +109,21 @@ def layer(seed: int) -> SimpleNamespace:
 def inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(100 + tokens)
     x = torch.randn(tokens, HIDDEN, device="cuda", generator=generator).to(dtype)
-    weights, index = torch.randn(tokens, EXPERTS, device="cuda", generator=generator).softmax(-1).topk(TOP_K, dim=-1)
+    weights, index = (
+        torch.randn(tokens, EXPERTS, device="cuda", generator=generator)
+        .softmax(-1)
+        .topk(TOP_K, dim=-1)
+    )
     return x, index, weights / weights.sum(1, keepdim=True)
 
 
-def reference(experts: SimpleNamespace, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    out, weight = torch.zeros(x.shape, device="cuda"), storage.expert_weights(experts, torch.float32)
+def reference(
+    experts: SimpleNamespace, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    out, weight = (
+        torch.zeros(x.shape, device="cuda"),
+        storage.expert_weights(experts, torch.float32),
+    )
     for expert in range(EXPERTS):
         rows, choice = (index == expert).nonzero(as_tuple=True)
         both = x[rows].float() @ weight("gate_up_proj", expert).t()
@@ -100,16 +156,35 @@ def graph_ms(call) -> float:
 
 @torch.no_grad()
 def tune(layers: list[SimpleNamespace], dtype: torch.dtype, seconds: float, lowered: bool) -> None:
-    """Each projection's other parameters beside the first, the other projection left as dispatch has it."""
+    """Each projection's other parameters beside the first, the other projection left as dispatch
+    has it."""
     card = dispatch.card(torch.device("cuda", 0))
-    sizes = ((8, 1), (8, 8), (8, 16), (8, 24), (16, 32), (16, 48), (16, 64), (16, 128)) if lowered else (
-        (8, 1), (8, 16), (8, 24), (16, 16), (16, 32), (16, 48), (32, 48), (32, 64), (32, 96), (32, 128), (32, 256)
-    )  # fmt: skip
+    sizes = (
+        ((8, 1), (8, 8), (8, 16), (8, 24), (16, 32), (16, 48), (16, 64), (16, 128))
+        if lowered
+        else (
+            (8, 1),
+            (8, 16),
+            (8, 24),
+            (16, 16),
+            (16, 32),
+            (16, 48),
+            (32, 48),
+            (32, 64),
+            (32, 96),
+            (32, 128),
+            (32, 256),
+        )
+    )
     for place, choices in ((0, T4_UP if lowered else UP), (1, T4_DOWN if lowered else DOWN)):
         begun = time.monotonic()
         for rows, configs in choices.items():
             tokens = [count for tile, count in sizes if tile == rows]
-            print(f"{('up', 'down')[place]}, tiles of {rows}, tokens {tokens}: ms of both projections", flush=True)
+            print(
+                f"{('up', 'down')[place]}, tiles of {rows}, tokens {tokens}: ms of both "
+                f"projections",
+                flush=True,
+            )
             for config in configs:
                 both = list(dispatch.configs(card, rows))
                 both[place] = config
@@ -132,7 +207,9 @@ def tune(layers: list[SimpleNamespace], dtype: torch.dtype, seconds: float, lowe
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--t4", action="store_true")
     parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
@@ -144,7 +221,10 @@ def main() -> None:
         dtype = torch.float16
     card = dispatch.card(torch.device("cuda", 0))
     name = torch.cuda.get_device_name()
-    print(f"{name}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s; {dtype}, {card}", flush=True)
+    print(
+        f"{name}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s; {dtype}, {card}",
+        flush=True,
+    )
     layers = [layer(seed) for seed in range(LAYERS)]
     if args.tune:
         tune(layers, dtype, args.tune, args.t4)
@@ -173,7 +253,10 @@ def main() -> None:
         hit = len(arguments[1].unique())
         floor = hit * 3 * HIDDEN * INNER * NF4_BYTES * ALL_LAYERS / (bandwidth * 1e12) * 1e3
         tile = dispatch.tile_rows(card, tokens)
-        print(f"{tokens:6d} {tile:5d} {spent:18.2f} {floor / spent:13.0%}  {error:.1e} {many:15.1f}", flush=True)
+        print(
+            f"{tokens:6d} {tile:5d} {spent:18.2f} {floor / spent:13.0%}  {error:.1e} {many:15.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The comparison of bench/training.py at a small shape on the CPU: one MoE layer, forward and backward to its input.
+"""The comparison of bench/training.py at a small shape on the CPU: one MoE layer, forward and
+backward to its input.
 
 python bench/experts_cpu.py [--tokens 512] [--hidden 512] [--inner 1024] [--experts 8]
 """
@@ -21,14 +22,19 @@ from prompt_recovery.engine import quantiser, storage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (("tokens", 512), ("hidden", 512), ("inner", 1024), ("experts", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.manual_seed(0)
     quantiser.register()
     config = MixtralConfig(
-        hidden_size=args.hidden, intermediate_size=args.inner, num_local_experts=args.experts, num_experts_per_tok=2
+        hidden_size=args.hidden,
+        intermediate_size=args.inner,
+        num_local_experts=args.experts,
+        num_experts_per_tok=2,
     )
     config._experts_implementation = "eager"
     stock = MixtralExperts(config)
@@ -46,12 +52,19 @@ def main() -> None:
         for piece, tensor in storage.quantise(weight).items():
             ours.register_parameter(f"{name}_{piece}", nn.Parameter(tensor, requires_grad=False))
         delattr(ours, name)
-        packed, state = bnb_functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        packed, state = bnb_functional.quantize_4bit(
+            weight, quant_type="nf4", compress_statistics=True
+        )
         setattr(parametrised, name, nn.Parameter(packed, requires_grad=False))
-        parametrize.register_parametrization(parametrised, name, Bnb4bitParametrization(state), unsafe=True)
+        parametrize.register_parametrization(
+            parametrised, name, Bnb4bitParametrization(state), unsafe=True
+        )
         _register_parametrization_hooks(parametrised, name)
         getattr(stock, name).data = torch.stack(
-            [storage.expert_weights(ours, torch.float32)(name, e).clone() for e in range(args.experts)]
+            [
+                storage.expert_weights(ours, torch.float32)(name, e).clone()
+                for e in range(args.experts)
+            ]
         )
 
     print(f"{args.tokens} tokens, {args.experts} experts of {args.hidden} x {args.inner}, fp32")

@@ -1,10 +1,11 @@
-"""Generation with a 4-bit Mixtral at its true shape and a LoRA, beside transformers' `generate`, in one run on one GPU.
+"""Generation with a 4-bit Mixtral at its true shape and a LoRA, beside transformers' `generate`, in
+one run on one GPU.
 
 python bench/generation.py --model DIR [--job] [--stock] [--t4] [--profile]
 
-DIR: a folder of save_quantised (bench/true_shape.py writes one). EOS is disabled, so that every answer takes all its tokens.
---t4: in fp16, kernels lowered to sm_75, instead of bf16. The logits of 128 steps are compared with fp32, also with weights
-scaled like real ones.
+DIR: a folder of save_quantised (bench/true_shape.py writes one). EOS is disabled, so that every
+answer takes all its tokens. --t4: in fp16, kernels lowered to sm_75, instead of bf16. The logits of
+128 steps are compared with fp32, also with weights scaled like real ones.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 
 def decode_floor(rows: int, bandwidth: float, layers: int) -> float:
-    """Seconds a step takes at least: the weights that are touched, read once. NF4 experts, 16-bit attention and head."""
+    """Seconds a step takes at least: the weights that are touched, read once. NF4 experts, 16-bit
+    attention and head."""
     share = 1 - 0.75**rows
     return (EXPERTS * share * 0.516 + ATTENTION * 2) * layers / 32 / (bandwidth * 1e12)
 
@@ -72,8 +74,10 @@ def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> No
     prefill, peak = rows * PROMPT / decoder.prefill_seconds, torch.cuda.max_memory_allocated() / GIB
     how = "graph" if decoder.stages[0].graphs else "eager"
     report(
-        f"{name:<22} B{rows:<3} decode {step * 1e3:7.2f} ms/step ({floor / step:4.0%} of the floor {floor * 1e3:.1f}, {how},"
-        f" {distinct_experts(fast, prompts):.1f} experts a layer), prefill {prefill:7.0f} tok/s, peak {peak:.1f} GiB"
+        f"{name:<22} B{rows:<3} decode {step * 1e3:7.2f} ms/step ({floor / step:4.0%} of the floor "
+        f"{floor * 1e3:.1f}, {how},"
+        f" {distinct_experts(fast, prompts):.1f} experts a layer), prefill {prefill:7.0f} tok/s, "
+        f"peak {peak:.1f} GiB"
     )
 
 
@@ -82,12 +86,23 @@ def distinct_experts(fast: Any, prompts: list[list[int]]) -> float:
     counts: list[int] = []
     hooks = [
         layer.mlp.gate.register_forward_hook(
-            lambda _m, args, out: counts.append(len(out[2].unique())) if len(args[0]) == len(prompts) else None
+            lambda _m, args, out: (
+                counts.append(len(out[2].unique())) if len(args[0]) == len(prompts) else None
+            )
         )
         for layer in fast.model.get_decoder().layers
     ]
     cells = len(prompts) * cache_columns(len(prompts[0]), 2)
-    decoder = Decoder(fast.parts, [], rows=len(prompts), cells=cells, max_new_tokens=2, eos=-1, pad=0, graphs=False)
+    decoder = Decoder(
+        fast.parts,
+        [],
+        rows=len(prompts),
+        cells=cells,
+        max_new_tokens=2,
+        eos=-1,
+        pad=0,
+        graphs=False,
+    )
     decoder.answer(prompts, [[None]] * len(prompts))
     for hook in hooks:
         hook.remove()
@@ -98,7 +113,9 @@ def profile(fast: Any, rows: int, name: str) -> None:
     """Where a step's GPU time goes, by kernel: four steps without a graph."""
     prompts = [prompt[:PROMPT] for prompt in random_prompts([PROMPT] * rows, seed=rows)]
     cells = rows * cache_columns(PROMPT, 12)
-    decoder = Decoder(fast.parts, [], rows=rows, cells=cells, max_new_tokens=12, eos=-1, pad=0, graphs=False)
+    decoder = Decoder(
+        fast.parts, [], rows=rows, cells=cells, max_new_tokens=12, eos=-1, pad=0, graphs=False
+    )
     decoder.answer(prompts, [[None]] * rows)
     decoder.number.fill_(3)
     stage = decoder.stages[0]
@@ -114,12 +131,15 @@ def profile(fast: Any, rows: int, name: str) -> None:
     whole = sum(event.self_device_time_total for event in events) / 4e3
     report(f"{name}, profile of a step of B{rows}: {whole:.2f} ms of GPU time")
     for event in events[:10]:
-        report(f"  {event.self_device_time_total / 4e3:7.3f} ms {event.count // 4:4d}  {event.key[:80]}")
+        report(
+            f"  {event.self_device_time_total / 4e3:7.3f} ms {event.count // 4:4d}  "
+            f"{event.key[:80]}"
+        )
 
 
 class Step(NamedTuple):
-    """One prompt and what was answered. few: logits of the decode steps [steps, vocabulary]; many: the same places and
-    the hidden states by the way of many rows, teacher-forced."""
+    """One prompt and what was answered. few: logits of the decode steps [steps, vocabulary]; many:
+    the same places and the hidden states by the way of many rows, teacher-forced."""
 
     text: list[int]
     places: slice
@@ -133,9 +153,15 @@ def greedy_steps(fast: Any) -> list[Step]:
     steps = []
     for prompt in random_prompts([60, 200, 333, 768], seed=1):
         decoder = Decoder(
-            fast.parts, [], rows=1, cells=cache_columns(len(prompt), STEPS), max_new_tokens=STEPS, eos=-1, pad=0,
+            fast.parts,
+            [],
+            rows=1,
+            cells=cache_columns(len(prompt), STEPS),
+            max_new_tokens=STEPS,
+            eos=-1,
+            pad=0,
             graphs=False,
-        )  # fmt: skip
+        )
         kept: list[torch.Tensor] = []
         choose = decoder._choose
 
@@ -161,18 +187,25 @@ def greedy_steps(fast: Any) -> list[Step]:
 
 
 def check(lora: Any, steps: list[Step], name: str) -> None:
-    """Relative errors against fp32 with the adapter merged in fp32: of the logits, and of the hidden states."""
+    """Relative errors against fp32 with the adapter merged in fp32: of the logits, and of the
+    hidden states."""
     exact = reference(lora, [step.text for step in steps], [step.places for step in steps])
 
     def show(what: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         found = torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in pairs])
         median, most, worst = (found.quantile(q).item() for q in (0.5, 0.9, 1.0))
-        report(f"{name}, {what}: {median:.1e} median, {most:.1e} 90%, {worst:.1e} worst of {len(found)}")
+        report(
+            f"{name}, {what}: {median:.1e} median, {most:.1e} 90%, {worst:.1e} worst of "
+            f"{len(found)}"
+        )
 
     pairs = list(zip(steps, exact, strict=True))
     layers = exact[0].hidden.shape[0]
     for number in sorted({n for n in (0, 1, 3, 7, 15) if n < layers} | {layers - 1}):
-        show(f"hidden state after layer {number}", [(s.many.hidden[number], e.hidden[number]) for s, e in pairs])
+        show(
+            f"hidden state after layer {number}",
+            [(s.many.hidden[number], e.hidden[number]) for s, e in pairs],
+        )
     show("logits, many rows against fp32", [(s.many.logits, e.logits) for s, e in pairs])
     show("logits, few rows against fp32", [(s.few, e.logits) for s, e in pairs])
     show("logits, few rows against many rows", [(s.few, s.many.logits) for s, _ in pairs])
@@ -195,11 +228,19 @@ def job(fast: Any, rows: int, name: str, rate: float) -> None:
             early = (time.monotonic() - start, meter.left)
     spent = time.monotonic() - start
     share = meter.tokens_in * 12.75e9 * 2 / (rate * 1e12) / spent
-    report(f"{name}: {rows} rows, {meter.tokens_in} tokens in, {meter.tokens_out} out: {spent:.0f} s")
-    report(f"  reading {meter.reading:.0f} s, writing {meter.writing:.0f} s in {meter.batches} batches;"
-           f" the prefill's multiplications at the matrix rate would be {share:.0%}")  # fmt: skip
+    report(
+        f"{name}: {rows} rows, {meter.tokens_in} tokens in, {meter.tokens_out} out: {spent:.0f} s"
+    )
+    report(
+        f"  reading {meter.reading:.0f} s, writing {meter.writing:.0f} s in {meter.batches} "
+        f"batches;"
+        f" the prefill's multiplications at the matrix rate would be {share:.0%}"
+    )
     if early:
-        report(f"  after a tenth: {early[1]:.0f} s left by its estimate, {spent - early[0]:.0f} s in truth")
+        report(
+            f"  after a tenth: {early[1]:.0f} s left by its estimate, {spent - early[0]:.0f} s in "
+            f"truth"
+        )
 
 
 @torch.inference_mode()
@@ -215,7 +256,11 @@ def stock(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
         start = time.monotonic()
         lora.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **options
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            **options,
         )
         torch.cuda.synchronize()
         return time.monotonic() - start
@@ -227,7 +272,9 @@ def stock(args: argparse.Namespace) -> None:
             prefill = once(rows, PROMPT, 1)
             step = (once(rows, PROMPT, 9) - prefill) / 8
             peak = torch.cuda.max_memory_allocated() / GIB
-            speed = f"decode {step * 1e3:7.1f} ms/step, prefill {rows * PROMPT / prefill:7.0f} tok/s"
+            speed = (
+                f"decode {step * 1e3:7.1f} ms/step, prefill {rows * PROMPT / prefill:7.0f} tok/s"
+            )
             report(f"stock, {kind:<30} B{rows:<3} {speed}, peak {peak:.1f} GiB")
         if kind.startswith("dequantise"):
             lengths = sorted(natural_lengths(1300))
@@ -236,16 +283,22 @@ def stock(args: argparse.Namespace) -> None:
             spent = sum(once(len(batch), batch[-1], 64) for batch in some)
             scale = sum(len(b) * b[-1] for b in batches) / sum(len(b) * b[-1] for b in some)
             report(
-                f"stock, whole job, sorted batches of 16: {spent * scale:.0f} s, extrapolated from {len(some)} batches"
+                f"stock, whole job, sorted batches of 16: {spent * scale:.0f} s, extrapolated from "
+                f"{len(some)} batches"
             )
             some = lengths[100::500]
             spent = sum(once(1, length, 64) for length in some)
-            report(f"stock, whole job row by row: {spent / len(some) * 1300:.0f} s, extrapolated from {len(some)} rows")
+            report(
+                f"stock, whole job row by row: {spent / len(some) * 1300:.0f} s, extrapolated from "
+                f"{len(some)} rows"
+            )
             parametrise(base)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     for name in ("job", "stock", "t4", "profile"):
         parser.add_argument(f"--{name}", action="store_true")
@@ -253,7 +306,8 @@ def main() -> None:
     rate, bandwidth = device_rates()
     torch.cuda.empty_cache()
     report(
-        f"{torch.cuda.get_device_name()}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s, prompts of {PROMPT} tokens"
+        f"{torch.cuda.get_device_name()}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s, "
+        f"prompts of {PROMPT} tokens"
     )
     dtype, name = torch.bfloat16, "bf16"
     if args.t4:

@@ -1,10 +1,11 @@
-"""The scripts of the train and submission notebooks, one after the other and without early stopping, on a 4-bit model
-folder of the true shape and texts of natural length.
+"""The scripts of the train and submission notebooks, one after the other and without early
+stopping, on a 4-bit model folder of the true shape and texts of natural length.
 
 python bench/notebooks.py --model DIR --tokenizer tokenizer.model.v1 [--steps 20] [--rows 1300]
 
-The weights are random, so losses, answers and scores mean nothing; the seconds are those of a user with real ones whose
-answers all take 64 tokens. The encoder is an untrained one made here, since only its place in the run matters.
+The weights are random, so losses, answers and scores mean nothing; the seconds are those of a user
+with real ones whose answers all take 64 tokens. The encoder is an untrained one made here, since
+only its place in the run matters.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ GIB = 2**30
 
 
 def lengthened_rows(path: Path, count: int, seed: int = 0) -> pd.DataFrame:
-    """Rows as long as the competition's: one to three of demo/natural_rows.csv after another, with the first one's prompt
-    and a number, so that no two are duplicates."""
+    """Rows as long as the competition's: one to three of demo/natural_rows.csv after another, with
+    the first one's prompt and a number, so that no two are duplicates."""
     natural = pd.read_csv(path, keep_default_na=False)
     choose = random.Random(seed)
     rows = []
     for number in range(count):
         parts = natural.sample(choose.choice([1, 1, 2, 2, 3]), random_state=choose.randrange(2**31))
         prompt = f"{parts['rewrite_prompt'].iloc[0]} ({number})"
-        rows.append(["\n\n".join(parts["original_text"]), "\n\n".join(parts["rewritten_text"]), prompt])
+        rows.append(
+            ["\n\n".join(parts["original_text"]), "\n\n".join(parts["rewritten_text"]), prompt]
+        )
     return pd.DataFrame(rows, columns=["original_text", "rewritten_text", "rewrite_prompt"])
 
 
@@ -45,13 +48,18 @@ def run_notebook(name: str, **settings: Any) -> dict[str, Any]:
     script = (ROOT / "notebooks" / f"{name}.py").read_text()
     cells = script.split("# %%")
     place = next(number for number, cell in enumerate(cells) if 'tags=["parameters"]' in cell)
-    cells.insert(place + 1, "\n" + "".join(f"{name} = {value!r}\n" for name, value in settings.items()))
+    cells.insert(
+        place + 1, "\n" + "".join(f"{name} = {value!r}\n" for name, value in settings.items())
+    )
     variables: dict[str, Any] = {"__name__": "__main__"}
     torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()
     exec(compile("# %%".join(cells), f"notebooks/{name}.py", "exec"), variables)  # our own notebook
     seconds, peak = time.monotonic() - start, torch.cuda.max_memory_allocated() / GIB
-    print(f"\n== notebooks/{name}: {seconds:.0f} s as a whole, peak {peak:.1f} GiB of GPU memory\n", flush=True)
+    print(
+        f"\n== notebooks/{name}: {seconds:.0f} s as a whole, peak {peak:.1f} GiB of GPU memory\n",
+        flush=True,
+    )
     return variables
 
 
@@ -68,7 +76,9 @@ def without_pictures() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
@@ -86,19 +96,28 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     words = Tokenizer.from_file(str(ROOT / "demo" / "tiny-mixtral" / "tokenizer.json"))
-    SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=64)]).save(str(args.work / "encoder"))
+    SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=64)]).save(
+        str(args.work / "encoder")
+    )
     natural = ROOT / "demo" / "natural_rows.csv"
     lengthened_rows(natural, 480).to_csv(args.work / "rows.csv", index=False)
     test = lengthened_rows(natural, args.rows, seed=1).drop(columns="rewrite_prompt")
     test.to_csv(args.work / "test.csv", index_label="id")
 
     trained = run_notebook(
-        "train", model_dir=str(args.model), train_csv=str(args.work / "rows.csv"), output_dir=str(args.work / "out"),
-        encoder_dir=str(args.work / "encoder"), max_steps=args.steps, eval_fraction=0.05,
+        "train",
+        model_dir=str(args.model),
+        train_csv=str(args.work / "rows.csv"),
+        output_dir=str(args.work / "out"),
+        encoder_dir=str(args.work / "encoder"),
+        max_steps=args.steps,
+        eval_fraction=0.05,
         patience=10**9,  # random weights do not learn, which would end the run
-    )  # fmt: skip
+    )
     lengths = pd.Series([len(example["input_ids"]) for example in trained["train_examples"]])
-    print(f"rows {len(lengths)}, tokens a row: median {lengths.median():.0f}, longest {lengths.max()}")
+    print(
+        f"rows {len(lengths)}, tokens a row: median {lengths.median():.0f}, longest {lengths.max()}"
+    )
     size = sum(path.stat().st_size for path in (args.work / "out" / "adapter").iterdir())
     print(f"adapter of {size / 2**20:.1f} MiB; {trained['evaluation']}")
     print(pd.read_csv(args.work / "out" / "training_log.csv").tail(3).to_string())

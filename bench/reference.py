@@ -1,4 +1,5 @@
-"""The model in fp32 from the dequantised weights, a layer at a time: what 16-bit ways to compute are measured against."""
+"""The model in fp32 from the dequantised weights, a layer at a time: what 16-bit ways to compute
+are measured against."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from prompt_recovery.recipe import Recipe
 
 
 class Trace(NamedTuple):
-    """Of some places of a text: logits [places, vocabulary], hidden states after each layer [layers, places, hidden];
-    fp32."""
+    """Of some places of a text: logits [places, vocabulary], hidden states after each layer
+    [layers, places, hidden]; fp32."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
@@ -23,7 +24,8 @@ class Trace(NamedTuple):
 
 @torch.inference_mode()
 def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Trace]:
-    """The traces of texts (token ids), each at its places, by a Mixtral with an adapter on its attention."""
+    """The traces of texts (token ids), each at its places, by a Mixtral with an adapter on its
+    attention."""
     torch.backends.cuda.matmul.allow_tf32 = False
     model = lora.get_base_model()
     config, decoder = model.config, model.model
@@ -33,7 +35,9 @@ def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Tr
     kept: list[list[torch.Tensor]] = [[] for _ in texts]
 
     def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), module.weight.float(), module.variance_epsilon)
+        return functional.rms_norm(
+            x, (x.shape[-1],), module.weight.float(), module.variance_epsilon
+        )
 
     def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         left, right = x.chunk(2, -1)
@@ -41,17 +45,23 @@ def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Tr
 
     for layer in decoder.layers:
         q, k, v, o = (
-            _merged_linear(getattr(layer.self_attn, name), torch.float32).weight.t() for name in Recipe.target_modules
+            _merged_linear(getattr(layer.self_attn, name), torch.float32).weight.t()
+            for name in Recipe.target_modules
         )
         for number, x in enumerate(hidden):
             cos, sin = decoder.rotary_emb(x[None], torch.arange(len(x), device=x.device)[None])
             inner = norm(layer.input_layernorm, x)
-            query, key, value = ((inner @ weight).view(len(x), -1, size).transpose(0, 1) for weight in (q, k, v))
+            query, key, value = (
+                (inner @ weight).view(len(x), -1, size).transpose(0, 1) for weight in (q, k, v)
+            )
             with sdpa_kernel(SDPBackend.MATH):
                 found = functional.scaled_dot_product_attention(
-                    turn(query, cos[0], sin[0])[None], turn(key, cos[0], sin[0])[None], value[None], is_causal=True,
+                    turn(query, cos[0], sin[0])[None],
+                    turn(key, cos[0], sin[0])[None],
+                    value[None],
+                    is_causal=True,
                     enable_gqa=True,
-                )[0]  # fmt: skip
+                )[0]
             hidden[number] = x + found.transpose(0, 1).reshape(len(x), heads * size) @ o
         x = norm(layer.post_attention_layernorm, torch.cat(hidden))
         odds = (x @ layer.mlp.gate.weight.float().t()).softmax(-1)
@@ -65,7 +75,9 @@ def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Tr
                 for name in ("gate_up_proj", "down_proj")
             )
             gate, up = (x[rows] @ gate_up.t()).chunk(2, -1)
-            out.index_add_(0, rows, (functional.silu(gate) * up) @ down.t() * weights[rows, choice, None])
+            out.index_add_(
+                0, rows, (functional.silu(gate) * up) @ down.t() * weights[rows, choice, None]
+            )
         hidden = [a + b for a, b in zip(hidden, out.split([len(a) for a in hidden]), strict=True)]
         for each, x, where in zip(kept, hidden, places, strict=True):
             each.append(x[where])

@@ -1,5 +1,5 @@
-"""A host with two cards and no accelerate launch: a model on one of them trains on the planned rows, and one whose layers
-are split over both answers as on one.
+"""A host with two cards and no accelerate launch: a model on one of them trains on the planned
+rows, and one whose layers are split over both answers as on one.
 
 python bench/several_cards.py WORK [--layers 4]     two GPUs, about a minute with 4 layers
 """
@@ -32,8 +32,13 @@ def train(base, work: Path, four_bit: bool) -> None:
     """Print the rows that the model's forward sees in each call."""
     lora = add_lora(base, base="bench")
     seen: list[int] = []
-    lora.get_input_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
-    rows = [dict(input_ids=ids + [2], labels=[-100] * len(ids) + [2]) for ids in random_prompts([60] * 24)]
+    lora.get_input_embeddings().register_forward_pre_hook(
+        lambda _m, args: seen.append(len(args[0]))
+    )
+    rows = [
+        dict(input_ids=ids + [2], labels=[-100] * len(ids) + [2])
+        for ids in random_prompts([60] * 24)
+    ]
     training._plan = lambda *_: TrainingPlan(ROWS, ACCUMULATION)
     recipe = Recipe(output_dir=str(work / f"train-{four_bit}"), max_steps=STEPS)
     training.train(lora, Tokenizer(), rows, [], recipe)  # type: ignore[arg-type]
@@ -44,11 +49,15 @@ def train(base, work: Path, four_bit: bool) -> None:
 
 def answers(base) -> list[list[int]]:
     prompts = random_prompts([60, 200, 333, 500] * 4)
-    return [each.answers[0].ids for each in sorted(generate(base, prompts, eos=-1, max_new_tokens=16))]
+    return [
+        each.answers[0].ids for each in sorted(generate(base, prompts, eos=-1, max_new_tokens=16))
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
@@ -63,7 +72,10 @@ def main() -> None:
         torch.manual_seed(0)
         base = load_base(args.work / "zeros", torch.bfloat16, four_bit=True)
         fill(base)
-        print("cards with layers:", sorted({str(next(layer.parameters()).device) for layer in base.model.layers}))
+        print(
+            "cards with layers:",
+            sorted({str(next(layer.parameters()).device) for layer in base.model.layers}),
+        )
         found.append(answers(base))
         train(base, args.work, True)
         del base

@@ -1,5 +1,5 @@
-"""The stock stack at the true shape: transformers + peft + bitsandbytes without our code. bf16 attention and head, NF4
-experts, random weights; two ways to compute with them."""
+"""The stock stack at the true shape: transformers + peft + bitsandbytes without our code. bf16
+attention and head, NF4 experts, random weights; two ways to compute with them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 class _Probe(torch.autograd.Function):
-    """The best stock-like variant of ../shared/performance.md: dequantise and grouped_mm, no weight gradients."""
+    """The best stock-like variant of ../shared/performance.md: dequantise and grouped_mm, no weight
+    gradients."""
 
     @staticmethod
     def forward(ctx, x, packed, state, ends):
         ctx.packed, ctx.state = packed, state
         ctx.save_for_backward(ends)
-        return functional.grouped_mm(x, bnb_functional.dequantize_4bit(packed, state).transpose(-2, -1), offs=ends)
+        return functional.grouped_mm(
+            x, bnb_functional.dequantize_4bit(packed, state).transpose(-2, -1), offs=ends
+        )
 
     @staticmethod
     def backward(ctx, grad):
@@ -37,14 +40,17 @@ def _probe_forward(self, x, index, weights):
     order = torch.argsort(flat)
     ends = torch.cumsum(torch.bincount(flat, minlength=self.num_experts), 0).to(torch.int32)
     rows = _Probe.apply(x[order // index.shape[-1]], *self._gate_up_proj, ends)
-    rows = _Probe.apply(self._apply_gate(rows), *self._down_proj, ends) * weights.reshape(-1)[order, None].to(x.dtype)
+    rows = _Probe.apply(self._apply_gate(rows), *self._down_proj, ends) * weights.reshape(-1)[
+        order, None
+    ].to(x.dtype)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     return rows[inverse].view(x.shape[0], index.shape[-1], -1).sum(1)
 
 
 def build(layers: int) -> tuple[nn.Module, nn.Module]:
-    """(model with a LoRA, its base), experts by dequantise + grouped_mm; a layer's 16-bit experts at a time are held."""
+    """(model with a LoRA, its base), experts by dequantise + grouped_mm; a layer's 16-bit experts
+    at a time are held."""
     torch.set_default_dtype(torch.bfloat16)
     ALL_EXPERTS_FUNCTIONS.register("probe", _probe_forward)
     config = MixtralConfig(num_hidden_layers=layers, vocab_size=32000)
@@ -54,7 +60,9 @@ def build(layers: int) -> tuple[nn.Module, nn.Module]:
         for name in PROJECTIONS:
             weight = torch.randn(getattr(module, name).shape, device="cuda") * 0.02
             setattr(
-                module, f"_{name}", bnb_functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+                module,
+                f"_{name}",
+                bnb_functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True),
             )
             delattr(module, name)
     rotary = type(base.model.rotary_emb)(config).to("cuda")
@@ -64,18 +72,23 @@ def build(layers: int) -> tuple[nn.Module, nn.Module]:
         nn.init.normal_(parameter, 0, 0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
     base.requires_grad_(False)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    lora = get_peft_model(base, LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
+    lora = get_peft_model(
+        base, LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM")
+    )
     base.set_experts_implementation("probe")
     torch.set_default_dtype(torch.float32)
     return lora, base
 
 
 def parametrise(base: nn.Module) -> None:
-    """Let the experts be bitsandbytes' parametrisation, dequantised on access, with transformers' grouped_mm."""
+    """Let the experts be bitsandbytes' parametrisation, dequantised on access, with transformers'
+    grouped_mm."""
     for module in (layer.mlp.experts for layer in base.model.layers):
         for name in PROJECTIONS:
             packed, state = getattr(module, f"_{name}")
             setattr(module, name, nn.Parameter(packed, requires_grad=False))
-            parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+            parametrize.register_parametrization(
+                module, name, Bnb4bitParametrization(state), unsafe=True
+            )
             _register_parametrization_hooks(module, name)
     base.set_experts_implementation("grouped_mm")

@@ -1,4 +1,5 @@
-"""Loading and training of a 4-bit Mixtral at its true shape beside the stock stack, in one run on one GPU.
+"""Loading and training of a 4-bit Mixtral at its true shape beside the stock stack, in one run on
+one GPU.
 
 python bench/training.py [--layers 32] [--work DIR]   (DIR: 26 GB of room at 32 layers)
 """
@@ -60,7 +61,8 @@ def fits(name: str, call: Callable[[], Any]) -> Any:
 
 
 def timed_steps(step, rows: int, steps: int = 4, warm: int = 2) -> tuple[float, float]:
-    """Median seconds and peak GiB of a training step on fresh random ids; the last LABELS tokens are supervised."""
+    """Median seconds and peak GiB of a training step on fresh random ids; the last LABELS tokens
+    are supervised."""
     torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(warm + steps):
@@ -76,7 +78,9 @@ def timed_steps(step, rows: int, steps: int = 4, warm: int = 2) -> tuple[float, 
     return times[len(times) // 2], torch.cuda.max_memory_allocated() / GIB
 
 
-def row(name: str, tokens: int, spent: float, peak: float, floor_flops: float, rate: float, scale: float) -> None:
+def row(
+    name: str, tokens: int, spent: float, peak: float, floor_flops: float, rate: float, scale: float
+) -> None:
     share = tokens * ACTIVE * floor_flops * scale / (rate * 1e12) / spent
     report(
         f"{name:<58}",
@@ -87,16 +91,26 @@ def row(name: str, tokens: int, spent: float, peak: float, floor_flops: float, r
 
 
 def check_experts(experts: nn.Module) -> None:
-    """Forward and input gradient against the dequantised weights in fp32, at the true shape of one layer."""
+    """Forward and input gradient against the dequantised weights in fp32, at the true shape of one
+    layer."""
     hidden = experts.hidden_dim
-    pieces = [{piece: getattr(experts, f"{name}_{piece}") for piece in storage.PIECES} for name in storage.PROJECTIONS]
+    pieces = [
+        {piece: getattr(experts, f"{name}_{piece}") for piece in storage.PIECES}
+        for name in storage.PROJECTIONS
+    ]
     gate_up, down = (storage.dequantise(each, torch.float32) for each in pieces)
     for dtype in (torch.bfloat16, torch.float16):
         for tokens in (1, 77, 8192):
             for routing in ("random", "two experts only"):
                 x = torch.randn(tokens, hidden, device="cuda", dtype=dtype, requires_grad=True)
-                index = torch.stack([torch.randperm(experts.num_experts, device="cuda")[:2] for _ in range(tokens)])
-                index = index if routing == "random" else index * 0 + torch.tensor([1, 6], device="cuda")
+                index = torch.stack(
+                    [torch.randperm(experts.num_experts, device="cuda")[:2] for _ in range(tokens)]
+                )
+                index = (
+                    index
+                    if routing == "random"
+                    else index * 0 + torch.tensor([1, 6], device="cuda")
+                )
                 weights = torch.rand(tokens, 2, device="cuda", dtype=dtype)
                 grad = torch.randn(tokens, hidden, device="cuda", dtype=dtype)
                 out = forward.experts_forward(experts, x, index, weights)
@@ -106,14 +120,23 @@ def check_experts(experts: nn.Module) -> None:
                 for expert in range(experts.num_experts):
                     at, choice = torch.where(index == expert)
                     gate, up = (exact[at] @ gate_up[expert].T).chunk(2, dim=-1)
-                    value = functional.silu(gate) * up @ down[expert].T * weights[at, choice, None].float()
+                    value = (
+                        functional.silu(gate)
+                        * up
+                        @ down[expert].T
+                        * weights[at, choice, None].float()
+                    )
                     want = want.index_add(0, at, value)
                 want.backward(grad.float())
-                errors = [((a.float() - b).norm() / b.norm()).item() for a, b in ((out, want), (x.grad, exact.grad))]
+                errors = [
+                    ((a.float() - b).norm() / b.norm()).item()
+                    for a, b in ((out, want), (x.grad, exact.grad))
+                ]
                 limit = 1e-2 if dtype == torch.bfloat16 else 2e-3
                 verdict = "ok" if max(errors) < limit else "TOO LARGE"
                 print(
-                    f"experts {dtype} {tokens} tokens, {routing}: relative errors {errors[0]:.1e} {errors[1]:.1e} {verdict}"
+                    f"experts {dtype} {tokens} tokens, {routing}: relative errors {errors[0]:.1e} "
+                    f"{errors[1]:.1e} {verdict}"
                 )
     storage.workspace(experts).buffers.clear()
 
@@ -126,10 +149,16 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     fresh = time.monotonic() - start
     peak, resident = torch.cuda.max_memory_allocated() / GIB, torch.cuda.memory_allocated() / GIB
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    anonymous = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 2**20
+    anonymous = (
+        next(
+            int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")
+        )
+        / 2**20
+    )
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
     report(
-        f"load {size:.0f} GiB of 16 bit and quantise: {fresh:.0f} s (zeros from a sparse file: no disk read is in it)"
+        f"load {size:.0f} GiB of 16 bit and quantise: {fresh:.0f} s (zeros from a sparse file: no "
+        f"disk read is in it)"
     )
     report(f"resident {resident:.1f} GiB, GPU peak while loading {peak:.1f} GiB")
     report(f"host peak {host:.1f} GiB, of which {anonymous:.1f} GiB are not pages of the files")
@@ -151,7 +180,8 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     with torch.inference_mode():
         same = torch.equal(base(ids).logits, logits)
     report(
-        f"saved 4-bit folder: written in {saved:.0f} s, loaded in {again:.0f} s, logits bit for bit the same: {same}"
+        f"saved 4-bit folder: written in {saved:.0f} s, loaded in {again:.0f} s, logits bit for "
+        f"bit the same: {same}"
     )
 
     lora = add_lora(base, base="bench", dropout=0.1)
@@ -160,7 +190,9 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     def step(ids: torch.Tensor, labels: torch.Tensor) -> None:
         columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            output = lora(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=columns)
+            output = lora(
+                input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=columns
+            )
         targets = labels[:, columns + 1].flatten()
         functional.cross_entropy(output.logits.float().flatten(0, 1), targets).backward()
         optimiser.step()
@@ -169,7 +201,10 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     lora.train()
     lora.config.use_cache = False
     saved_per_token = checkpointing.saved_bytes(lora, torch.bfloat16)
-    report(f"activations saved for the backward pass: {saved_per_token / args.layers / 1024:.0f} KiB a token and layer")
+    report(
+        f"activations saved for the backward pass: {saved_per_token / args.layers / 1024:.0f} KiB "
+        f"a token and layer"
+    )
     total = torch.cuda.get_device_properties(0).total_memory
     plans = [("B8, every layer checkpointed", checkpointing.TrainingPlan(8, 1, args.layers, 0))]
     for name, rows, budget in (
@@ -237,7 +272,9 @@ def stock(args: argparse.Namespace, rate: float, scale: float) -> None:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         if not recomputed:
             base.gradient_checkpointing_disable()
-        name = f"stock parts, dequantise + grouped_mm, B{rows}{' checkpointed' if recomputed else ''}"
+        name = (
+            f"stock parts, dequantise + grouped_mm, B{rows}{' checkpointed' if recomputed else ''}"
+        )
         measured = fits(name, partial(timed_steps, step, rows, steps=3, warm=1))
         if measured:
             row(name, rows * LENGTH, *measured, 6 if recomputed else 4, rate, scale)
@@ -253,17 +290,28 @@ def stock(args: argparse.Namespace, rate: float, scale: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench-training"))
     parser.add_argument("--no-stock", action="store_true")
-    parser.add_argument("--plans", type=int, help="only so many of them, the first is B8 with every layer checkpointed")
+    parser.add_argument(
+        "--plans",
+        type=int,
+        help="only so many of them, the first is B8 with every layer checkpointed",
+    )
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     torch.manual_seed(0)
     rate, bandwidth = device_rates()
     report(f"{torch.cuda.get_device_name()}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s")
-    report(*(f"{package.__name__} {package.__version__}" for package in (torch, transformers, peft, bnb)))
+    report(
+        *(
+            f"{package.__name__} {package.__version__}"
+            for package in (torch, transformers, peft, bnb)
+        )
+    )
     torch.cuda.empty_cache()
     folder = args.work / "Mixtral-true-shape"
     write_checkpoint(folder, args.layers)

@@ -1,9 +1,11 @@
-"""Mixtral-8x7B's true shape without its weights: a checkpoint folder of holes, and random weights put into a 4-bit model.
+"""Mixtral-8x7B's true shape without its weights: a checkpoint folder of holes, and random weights
+put into a 4-bit model.
 
 python bench/true_shape.py DIR    makes DIR/nf4, a 24 GB folder with random weights in 4 bits
 
-The folder has the hub's names and shapes and takes no room: its files are sparse and read as zeros. Speed is never
-measured on zeros (a matrix product of zeros draws less power and runs faster), so `fill` comes after loading.
+The folder has the hub's names and shapes and takes no room: its files are sparse and read as zeros.
+Speed is never measured on zeros (a matrix product of zeros draws less power and runs faster), so
+`fill` comes after loading.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from prompt_recovery.engine.storage import PROJECTIONS, quantise
 def write_checkpoint(folder: Path, layers: int = 32, **shape: int) -> None:
     """A Mixtral folder as the hub has it, one file a layer, all weights zero and not stored."""
     config = MixtralConfig(
-        num_hidden_layers=layers, architectures=["MixtralForCausalLM"], dtype="bfloat16", vocab_size=32000, **shape
+        num_hidden_layers=layers,
+        architectures=["MixtralForCausalLM"],
+        dtype="bfloat16",
+        vocab_size=32000,
+        **shape,
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
@@ -51,7 +57,11 @@ def write_checkpoint(folder: Path, layers: int = 32, **shape: int) -> None:
                 f"{prefix}block_sparse_moe.gate.weight": (config.num_local_experts, hidden),
             }
             for expert in range(config.num_local_experts):
-                for key, size in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                for key, size in (
+                    ("w1", (inner, hidden)),
+                    ("w2", (hidden, inner)),
+                    ("w3", (inner, hidden)),
+                ):
                     tensors[f"{prefix}block_sparse_moe.experts.{expert}.{key}.weight"] = size
         header, end = {}, 0
         for key, size in tensors.items():
@@ -62,12 +72,15 @@ def write_checkpoint(folder: Path, layers: int = 32, **shape: int) -> None:
         with (folder / name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 def imitate_t4() -> None:
-    """Let the first card's kernels be those of a T4: lowered to sm_75, whose PTX every newer card runs, and attention
-    without flash and cuDNN. Memory and speed stay the card's own. Before the first launch."""
+    """Let the first card's kernels be those of a T4: lowered to sm_75, whose PTX every newer card
+    runs, and attention without flash and cuDNN. Memory and speed stay the card's own. Before the
+    first launch."""
     trouble = sm75.install()
     assert not trouble, trouble
     dispatch._cards[torch.device("cuda", 0)] = dispatch.Card(75, 64 * dispatch.KIB)
@@ -77,11 +90,12 @@ def imitate_t4() -> None:
 
 @torch.no_grad()
 def scale_like_real(model: nn.Module, seed: int = 1) -> None:
-    """Normal weights, quantised, of a size at which a layer changes the residual stream a little, as in trained models:
-    spread 0.02, embeddings 4, and what attention and experts add divided by twice the number of layers.
+    """Normal weights, quantised, of a size at which a layer changes the residual stream a little,
+    as in trained models: spread 0.02, embeddings 4, and what attention and experts add divided by
+    twice the number of layers.
 
-    A model of `fill` is chaotic: each layer's output is as large as the stream, and equally likely codes have a mean, so
-    that one direction grows from layer to layer.
+    A model of `fill` is chaotic: each layer's output is as large as the stream, and equally likely
+    codes have a mean, so that one direction grows from layer to layer.
     """
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -96,7 +110,10 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
             state = module.weight.quant_state
             spread = 0.02 * (share if "o_proj" in name else 1)
             packed, made = bnb.functional.quantize_4bit(
-                normal(state.shape, spread), blocksize=64, compress_statistics=True, quant_type="nf4"
+                normal(state.shape, spread),
+                blocksize=64,
+                compress_statistics=True,
+                quant_type="nf4",
             )
             module.weight.data.copy_(packed.view_as(module.weight.data))
             state.absmax.copy_(made.absmax)
@@ -107,7 +124,9 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
                 packed = getattr(module, f"{projection}_packed")
                 spread = 0.02 * (share if projection == "down_proj" else 1)
                 for expert in range(len(packed)):
-                    made = quantise(normal(torch.Size((1, packed.shape[1], packed.shape[2] * 2)), spread))
+                    made = quantise(
+                        normal(torch.Size((1, packed.shape[1], packed.shape[2] * 2)), spread)
+                    )
                     for piece, value in made.items():
                         getattr(module, f"{projection}_{piece}")[expert].copy_(value[0])
         elif "o_proj" in name and "lora_B" in name:
@@ -117,12 +136,15 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int = 0) -> None:
-    """Random weights in place: every 4-bit code equally likely, scales so that weights have about the spread 0.02."""
+    """Random weights in place: every 4-bit code equally likely, scales so that weights have about
+    the spread 0.02."""
     generators: dict[torch.device, torch.Generator] = {}
 
     def drawn(tensor: torch.Tensor) -> torch.Generator:
         device = tensor.device
-        return generators.setdefault(device, torch.Generator(device).manual_seed(seed + (device.index or 0)))
+        return generators.setdefault(
+            device, torch.Generator(device).manual_seed(seed + (device.index or 0))
+        )
 
     def scales(absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> None:
         absmax.random_(0, 256, generator=drawn(absmax))
@@ -152,11 +174,14 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
 
 def device_rates() -> tuple[float, float]:
-    """TFLOP/s of an 8192-cubed bf16 product of random matrices, and TB/s of a 2 GiB device copy, read and write."""
+    """TFLOP/s of an 8192-cubed bf16 product of random matrices, and TB/s of a 2 GiB device copy,
+    read and write."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(0, 255, (2**31,), device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * 8192**3 / seconds(lambda: a @ b) / 1e12, 2 * 2**31 / seconds(lambda: target.copy_(source)) / 1e12
+    return 2 * 8192**3 / seconds(lambda: a @ b) / 1e12, 2 * 2**31 / seconds(
+        lambda: target.copy_(source)
+    ) / 1e12
 
 
 def seconds(call, repeats: int = 10, warm: int = 3) -> float:
@@ -175,7 +200,8 @@ def seconds(call, repeats: int = 10, warm: int = 3) -> float:
 
 
 def write_quantised(folder: Path, layers: int = 32) -> None:
-    """A folder as `save_quantised` writes it, whose layers are those of a model of one layer with other random numbers."""
+    """A folder as `save_quantised` writes it, whose layers are those of a model of one layer with
+    other random numbers."""
     from safetensors.torch import load_file, save_file
 
     from prompt_recovery.engine import load_base, save_quantised
@@ -185,7 +211,11 @@ def write_quantised(folder: Path, layers: int = 32) -> None:
     base = load_base(one / "zeros", four_bit=True)
     fill(base)
     save_quantised(base, one / "zeros", folder)
-    parts = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    parts = {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
@@ -200,7 +230,9 @@ def write_quantised(folder: Path, layers: int = 32) -> None:
             if name.startswith(first):
                 # codes and scales; the json of a linear layer's quantisation is as it was
                 if tensor.dtype == torch.uint8 and "quant_state" not in name:
-                    tensor = torch.randint(0, 256, tensor.shape, dtype=torch.uint8, device=base.device).cpu()
+                    tensor = torch.randint(
+                        0, 256, tensor.shape, dtype=torch.uint8, device=base.device
+                    ).cpu()
                 layer[name.replace(first, f"model.layers.{number}.")] = tensor
         file = f"model-{number + 1:05d}.safetensors"
         save_file(layer, folder / file, metadata={"format": "pt"})

@@ -1,4 +1,5 @@
-"""Two cards that look like T4s: the submission notebook's script on the whole test set, and what stands behind its figures.
+"""Two cards that look like T4s: the submission notebook's script on the whole test set, and what
+stands behind its figures.
 
 python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at most 9 minutes
     prepare   a 4-bit folder of the true shape, an adapter, 1,306 rows (60 s)
@@ -7,12 +8,13 @@ python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at 
     speed     prefill with both cards at work and a stage at a time; decode steps
     kill      200 rows, killed half-way and run again: what was answered before stays
     load      the 16-bit folder, of zeros, quantised while it loads
-    bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, the train notebook's
+    bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, the training's
     train     steps, layers split: 8 x 512 tokens on those, 4 x 640 on cards like T4s
 --one runs both stages on the first card, without a ballast, to debug.
 
-A ballast process leaves 14.7 GiB a card and samples how much is free. Patched, after Triton has made its driver: capability
-7.5, 40 multiprocessors, 64 KiB of shared memory, no bf16, no flash or cuDNN attention. Kernels are lowered to sm_75.
+A ballast process leaves 14.7 GiB a card and samples how much is free. Patched, after Triton has
+made its driver: capability 7.5, 40 multiprocessors, 64 KiB of shared memory, no bf16, no flash or
+cuDNN attention. Kernels are lowered to sm_75.
 """
 
 from __future__ import annotations
@@ -56,11 +58,15 @@ while True:
 
 
 class Ballast:
-    """A process that holds all but so many GiB of each card, and knows the most that others took."""
+    """A process that holds all but so many GiB of each card, and knows the most that others
+    took."""
 
     def __init__(self, leave: float) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BALLAST, str(leave)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", BALLAST, str(leave)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stdout and "ready" in self.process.stdout.readline()
 
@@ -76,7 +82,8 @@ def look_like_t4() -> None:
 
     capability = torch.cuda.get_device_capability()
     driver.active.get_current_target()  # makes the driver
-    driver.active.get_device_capability = lambda *_: capability  # it shall make PTX for the card that is there
+    # it shall make PTX for the card that is there
+    driver.active.get_device_capability = lambda *_: capability
     real = torch.cuda.get_device_properties
 
     class Small:
@@ -95,7 +102,8 @@ def look_like_t4() -> None:
     torch.cuda.is_bf16_supported = lambda *a, **k: False
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:2:16:8"  # torch's own below sm_90, where it takes 32 MiB a stream
+    # torch's own below sm_90, where it takes 32 MiB a stream
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:2:16:8"
 
 
 class Work:
@@ -116,14 +124,19 @@ class Work:
         planned = generation.plan_of
 
         def plan_of(model: Any) -> Any:
-            assert dispatch.uses_triton(torch.device("cuda", 0)), "not the kernels that are to be measured"
+            assert dispatch.uses_triton(torch.device("cuda", 0)), (
+                "not the kernels that are to be measured"
+            )
             plan = planned(model)
             half = sum(plan.layers) // 2
             if self.args.one:
                 plan = generation.AnswerPlan((half, half), False, 2048, self.args.cells)
             if self.args.unmerged:
                 plan = plan._replace(merged=False)
-            free = [round(torch.cuda.mem_get_info(d)[0] / GIB, 2) for d in range(torch.cuda.device_count())]
+            free = [
+                round(torch.cuda.mem_get_info(d)[0] / GIB, 2)
+                for d in range(torch.cuda.device_count())
+            ]
             print(f"plan: {plan}, free {free} GiB")
             return plan
 
@@ -137,13 +150,19 @@ class Work:
 
         notebooks.without_pictures()
         return notebooks.run_notebook(
-            "submission", model_dir=str(self.nf4), adapter_dir=str(self.adapter), test_csv=str(self.folder / test),
-            submission_csv=str(self.folder / to), input_dir=str(self.folder / "none"), **settings,
-        )  # fmt: skip
+            "submission",
+            model_dir=str(self.nf4),
+            adapter_dir=str(self.adapter),
+            test_csv=str(self.folder / test),
+            submission_csv=str(self.folder / to),
+            input_dir=str(self.folder / "none"),
+            **settings,
+        )
 
 
 def natural_rows(count: int, tokenizer: Any, seed: int = 1) -> pd.DataFrame:
-    """Rows of log-normal length, median 600 tokens as the model is asked, the longest 3,000, and 6 of 4,032."""
+    """Rows of log-normal length, median 600 tokens as the model is asked, the longest 3,000, and 6
+    of 4,032."""
     from generation import natural_lengths
 
     texts = pd.read_csv(ROOT / "demo" / "natural_rows.csv", keep_default_na=False)
@@ -178,10 +197,14 @@ def prepare(work: Work) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, 0, 0.01)
     adapter.save_adapter(lora, work.adapter, Format())
-    notebooks.lengthened_rows(ROOT / "demo" / "natural_rows.csv", 160).to_csv(work.folder / "rows.csv", index=False)
+    notebooks.lengthened_rows(ROOT / "demo" / "natural_rows.csv", 160).to_csv(
+        work.folder / "rows.csv", index=False
+    )
     test = natural_rows(work.args.rows, load_tokenizer(work.nf4, pad="unk", side="left"))
     test.to_csv(work.folder / "test.csv", index=False)
-    test.sample(min(200, len(test)), random_state=0).to_csv(work.folder / "test200.csv", index=False)
+    test.sample(min(200, len(test)), random_state=0).to_csv(
+        work.folder / "test200.csv", index=False
+    )
     test.sample(50, random_state=1).to_csv(work.folder / "test50.csv", index=False)
     print(f"prepared in {time.monotonic() - start:.0f} s")
 
@@ -199,7 +222,10 @@ def load_16_bit(work: Work) -> None:
     base = load_base(zeros, four_bit=True)
     where = [str(next(layer.parameters()).device) for layer in base.model.layers]
     layers = [where.count(device) for device in sorted(set(where))]
-    print(f"quantised while loading in {time.monotonic() - start:.0f} s, layers {layers}; {work.peak()}")
+    print(
+        f"quantised while loading in {time.monotonic() - start:.0f} s, layers {layers}; "
+        f"{work.peak()}"
+    )
 
 
 def t4(work: Work) -> None:
@@ -217,14 +243,22 @@ def t4(work: Work) -> None:
     by_model = (report["source"] == "model").sum()
     meter = max(meters, key=lambda each: each.rows)
     print(f"{by_model} of {len(report)} rows by the model in {spent:.0f} s; {work.peak()}")
-    print(f"{meter.tokens_in} tokens read in {meter.reading:.0f} s, {meter.tokens_in / meter.reading:.0f} a second;"
-          f" {meter.tokens_out} written in {meter.writing:.0f} s, {meter.tokens_out / meter.writing:.0f} a second, in"
-          f" {meter.batches} batches of {meter.rows / meter.batches:.1f} rows")  # fmt: skip
+    print(
+        f"{meter.tokens_in} tokens read in {meter.reading:.0f} s, "
+        f"{meter.tokens_in / meter.reading:.0f} a second;"
+        f" {meter.tokens_out} written in {meter.writing:.0f} s, "
+        f"{meter.tokens_out / meter.writing:.0f} a second, in"
+        f" {meter.batches} batches of {meter.rows / meter.batches:.1f} rows"
+    )
     table = planning.plan(work.nf4, [work.args.leave] * torch.cuda.device_count()).bytes
     for device, part in enumerate(table):
         reckoned = sum(part) - part.context - part.margin
-        print(f"card {device}: torch's own peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB, reserved"
-              f" {torch.cuda.max_memory_reserved(device) / GIB:.2f}; by the table {reckoned / GIB:.2f}")  # fmt: skip
+        print(
+            f"card {device}: torch's own peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} "
+            f"GiB, reserved"
+            f" {torch.cuda.max_memory_reserved(device) / GIB:.2f}; by the table "
+            f"{reckoned / GIB:.2f}"
+        )
 
 
 def keep_meters(meters: list[Any]) -> None:
@@ -277,7 +311,9 @@ def equal(work: Work) -> None:
         work.ballast.process.kill()
     del model
     torch.cuda.empty_cache()
-    subprocess.run(command(work.args, "_one"), check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"})
+    subprocess.run(
+        command(work.args, "_one"), check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    )
 
 
 def one(work: Work) -> None:
@@ -300,14 +336,25 @@ def one(work: Work) -> None:
                 first += 1
                 with torch.inference_mode():
                     ids = torch.tensor([prompt + a[:differs]], device="cuda")
-                    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+                    logits = (
+                        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                        .logits[0, -1]
+                        .float()
+                    )
                 gaps.append(((logits[a[differs]] - logits[b[differs]]).abs() / logits.std()).item())
-        upto = sum(next((n + 1 for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
-                   for a, b in zip(found, two, strict=True))  # fmt: skip
+        upto = sum(
+            next((n + 1 for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+            for a, b in zip(found, two, strict=True)
+        )
         worst = ", ".join(f"{gap:.2g}" for gap in sorted(gaps, reverse=True)) or "0"
-        print(f"one card, {name} {each}: {alike / tokens:.2%} of {tokens} tokens equal, {first} of {len(prompts)} rows"
-              f" differ; up to and with the first that differs {(upto - first) / upto:.2%} of {upto} equal; the two logits"
-              f" there are apart by {worst} of the logits' spread", flush=True)  # fmt: skip
+        print(
+            f"one card, {name} {each}: {alike / tokens:.2%} of {tokens} tokens equal, {first} of "
+            f"{len(prompts)} rows"
+            f" differ; up to and with the first that differs {(upto - first) / upto:.2%} of {upto} "
+            f"equal; the two logits"
+            f" there are apart by {worst} of the logits' spread",
+            flush=True,
+        )
 
 
 def speed(work: Work) -> None:
@@ -347,9 +394,15 @@ def speed(work: Work) -> None:
 
         def run(rows: int, new: int, piece: int = plan.piece) -> tuple[float, float]:
             decoder = decoding.Decoder(
-                prepared.parts, [], rows=rows, cells=rows * decoding.cache_columns(length, new), max_new_tokens=new,
-                eos=-1, pad=0, piece=piece,
-            )  # fmt: skip
+                prepared.parts,
+                [],
+                rows=rows,
+                cells=rows * decoding.cache_columns(length, new),
+                max_new_tokens=new,
+                eos=-1,
+                pad=0,
+                piece=piece,
+            )
             spent = float("inf")
             for _ in range(2):
                 for events in begun.values():
@@ -365,11 +418,21 @@ def speed(work: Work) -> None:
             for name, way in (("a stage at a time", in_turn), ("both at work", flow)):
                 decoding.flow = way
                 times[name] = run(rows, 1, piece)[0]
-                busy = [sum(a.elapsed_time(b) for a, b in events) / 1e3 for events in (begun[False], begun[True])]
+                busy = [
+                    sum(a.elapsed_time(b) for a, b in events) / 1e3
+                    for events in (begun[False], begun[True])
+                ]
                 shares = ", ".join(f"{each / times[name]:.0%}" for each in busy)
-                print(f"prefill of {rows} x {length} in pieces of {piece}, {name}: {rows * length / times[name]:.0f} tok/s,"
-                      f" busy {shares}", flush=True)  # fmt: skip
-            print(f"both at work: {times['a stage at a time'] / times['both at work']:.2f} times as fast")
+                print(
+                    f"prefill of {rows} x {length} in pieces of {piece}, {name}: "
+                    f"{rows * length / times[name]:.0f} tok/s,"
+                    f" busy {shares}",
+                    flush=True,
+                )
+            print(
+                f"both at work: {times['a stage at a time'] / times['both at work']:.2f} times as "
+                f"fast"
+            )
         stage.Stage.read, decoding.flow = plain_read, flow
 
         def through_host(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -387,8 +450,12 @@ def speed(work: Work) -> None:
             decoding.hand_over = through_host
             slow = run(count, 64)[1]
             decoding.hand_over = hand_over
-            print(f"decode, {count} rows x 704: {step * 1e3:.2f} ms a step, {count / step:.0f} tokens/s; copies through"
-                  f" pinned memory {slow * 1e3:.2f} ms; {work.peak()}", flush=True)  # fmt: skip
+            print(
+                f"decode, {count} rows x 704: {step * 1e3:.2f} ms a step, {count / step:.0f} "
+                f"tokens/s; copies through"
+                f" pinned memory {slow * 1e3:.2f} ms; {work.peak()}",
+                flush=True,
+            )
 
 
 def kill(work: Work) -> None:
@@ -402,7 +469,9 @@ def kill(work: Work) -> None:
         for path in work.folder.glob("killed.csv*.journal"):
             for line in path.read_text().splitlines():
                 with contextlib.suppress(ValueError):
-                    found.update((position, answers) for position, answers in json.loads(line)["rows"])
+                    found.update(
+                        (position, answers) for position, answers in json.loads(line)["rows"]
+                    )
         return found
 
     process = subprocess.Popen(command(work.args, "_rows200"), start_new_session=True)
@@ -415,7 +484,8 @@ def kill(work: Work) -> None:
     after = answered()
     same = sum(after[position] == answers for position, answers in before.items())
     print(
-        f"killed with {len(before)} rows in the journal; {len(after)} afterwards, {same} of the first {len(before)} unchanged"
+        f"killed with {len(before)} rows in the journal; {len(after)} afterwards, {same} of the "
+        f"first {len(before)} unchanged"
     )
 
 
@@ -430,7 +500,10 @@ def bf16(work: Work) -> None:
     with_ballast = Ballast(CARD_24)
     for part in ("_answer24", "_train24"):
         done = subprocess.run(command(work.args, part))
-        print(f"{part}: rc {done.returncode}, peak a card {with_ballast.peak()} GiB so far", flush=True)
+        print(
+            f"{part}: rc {done.returncode}, peak a card {with_ballast.peak()} GiB so far",
+            flush=True,
+        )
     with_ballast.process.kill()
 
 
@@ -451,16 +524,29 @@ def train24(work: Work) -> None:
     encoder = work.folder / "encoder"
     SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=64)]).save(str(encoder))
     trained = notebooks.run_notebook(
-        "train", model_dir=str(work.nf4), train_csv=str(work.folder / "rows.csv"), output_dir=str(work.folder / "out"),
-        encoder_dir=str(encoder), max_steps=2, eval_fraction=0.05, evaluations=1, patience=10**9,
-    )  # fmt: skip
-    print(pd.read_csv(work.folder / "out" / "training_log.csv").tail(2).to_string(), trained["evaluation"])
+        "train",
+        model_dir=str(work.nf4),
+        train_csv=str(work.folder / "rows.csv"),
+        output_dir=str(work.folder / "out"),
+        encoder_dir=str(encoder),
+        max_steps=2,
+        eval_fraction=0.05,
+        evaluations=1,
+        patience=10**9,
+    )
+    print(
+        pd.read_csv(work.folder / "out" / "training_log.csv").tail(2).to_string(),
+        trained["evaluation"],
+    )
 
 
 def train(work: Work) -> None:
     with_ballast = Ballast(CARD_24)
     done = subprocess.run(command(work.args, "_steps24"))
-    print(f"two cards of {CARD_24} GiB: rc {done.returncode}, peak a card {with_ballast.peak()} GiB", flush=True)
+    print(
+        f"two cards of {CARD_24} GiB: rc {done.returncode}, peak a card {with_ballast.peak()} GiB",
+        flush=True,
+    )
     with_ballast.process.kill()
     subprocess.run(command(work.args, "_steps_t4"))
 
@@ -500,26 +586,48 @@ def steps(work: Work, rows: int, length: int, count: int = 8) -> None:
         return loss
 
     trainer.RowTrainer.training_step = step  # type: ignore[method-assign]
-    recipe = Recipe(output_dir=work.folder / "steps", max_steps=count, batch_size=rows, gradient_accumulation=1)
-    log = training.train(lora, load_tokenizer(work.nf4, pad="unk", side="right"), examples, [], recipe)
+    recipe = Recipe(
+        output_dir=work.folder / "steps", max_steps=count, batch_size=rows, gradient_accumulation=1
+    )
+    log = training.train(
+        lora, load_tokenizer(work.nf4, pad="unk", side="right"), examples, [], recipe
+    )
     print(log.to_string())
     spent = ended[-1][0] - ended[1][0]
     rate = sum(number for _, number in ended[2:]) * length / spent
-    print(f"{rows} rows of {length} tokens a step: {rate:.0f} tokens/s, torch's own peak "
-          + ", ".join(f"{torch.cuda.max_memory_allocated(d) / GIB:.2f}" for d in range(torch.cuda.device_count())) + " GiB",
-          flush=True)  # fmt: skip
+    print(
+        f"{rows} rows of {length} tokens a step: {rate:.0f} tokens/s, torch's own peak "
+        + ", ".join(
+            f"{torch.cuda.max_memory_allocated(d) / GIB:.2f}"
+            for d in range(torch.cuda.device_count())
+        )
+        + " GiB",
+        flush=True,
+    )
 
 
 PARTS = {
-    "prepare": prepare, "t4": t4, "equal": equal, "speed": speed, "kill": kill, "load": load_16_bit, "bf16": bf16,
+    "prepare": prepare,
+    "t4": t4,
+    "equal": equal,
+    "speed": speed,
+    "kill": kill,
+    "load": load_16_bit,
+    "bf16": bf16,
     "train": train,
-    "_one": one, "_rows200": rows200, "_answer24": answer24, "_train24": train24,
-    "_steps24": steps24, "_steps_t4": steps_t4,
-}  # fmt: skip
+    "_one": one,
+    "_rows200": rows200,
+    "_answer24": answer24,
+    "_train24": train24,
+    "_steps24": steps24,
+    "_steps_t4": steps_t4,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("parts", nargs="+", choices=PARTS)
@@ -527,8 +635,12 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=25_000, help="of a batch with --one")
     parser.add_argument("--layers", type=int, default=32, help="fewer to debug")
     parser.add_argument("--rows", type=int, default=1300)
-    parser.add_argument("--leave", type=float, default=T4, help="GiB that the ballast leaves of a card")
-    parser.add_argument("--unmerged", action="store_true", help="as T4s have it, also with few layers")
+    parser.add_argument(
+        "--leave", type=float, default=T4, help="GiB that the ballast leaves of a card"
+    )
+    parser.add_argument(
+        "--unmerged", action="store_true", help="as T4s have it, also with few layers"
+    )
     parser.add_argument("--here", action="store_true", help="in this process")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -539,7 +651,9 @@ def main() -> None:
             if work.ballast:
                 work.ballast.process.kill()
             continue
-        print(f"\n== {part}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}", flush=True)
+        print(
+            f"\n== {part}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}", flush=True
+        )
         start = time.monotonic()
         done = subprocess.run(command(args, part))
         print(f"== {part}: rc {done.returncode} after {time.monotonic() - start:.0f} s", flush=True)
@@ -549,7 +663,16 @@ def command(args: argparse.Namespace, part: str) -> list[str]:
     """A part in a process of its own."""
     options = [f"--{name}={getattr(args, name)}" for name in ("cells", "layers", "rows", "leave")]
     flags = [f"--{name}" for name in ("one", "unmerged") if getattr(args, name)]
-    return [sys.executable, __file__, str(args.work), str(args.tokenizer), part, *options, *flags, "--here"]
+    return [
+        sys.executable,
+        __file__,
+        str(args.work),
+        str(args.tokenizer),
+        part,
+        *options,
+        *flags,
+        "--here",
+    ]
 
 
 if __name__ == "__main__":

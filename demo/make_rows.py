@@ -1,11 +1,12 @@
-"""Makes the demo's rows: short stories, their rewrites in 22 styles, and the prompt behind each rewrite.
+"""Makes the demo's rows: short stories, their rewrites in 22 styles, and the prompt behind each
+rewrite.
 
     python demo/make_rows.py    # rows.csv, test.csv and test_truths.csv, the same bytes each time
 
-A story is first drawn as a `Story` (who, where, when, what happened) and then written out, once plainly (the
-original text) and once in a style (the rewritten text). Every style has several wordings of its prompt; two
-of them are held out of rows.csv and used only in the test file. What stories hold, and the wordings, lie in
-stories.json. Standard library only.
+A story is first drawn as a `Story` (who, where, when, what happened) and then written out, once
+plainly (the original text) and once in a style (the rewritten text). Every style has several
+wordings of its prompt; two of them are held out of rows.csv and used only in the test file. What
+stories hold, and the wordings, lie in stories.json. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ HERE = Path(__file__).parent
 SEED = 2024
 ROWS, TEST_ROWS = 968, 120  # 968 = 44 rows for each of the 22 families
 
-# ----------------------------------------------------------------------------------- what stories hold
-# Clauses are written "subject | verb | rest", or "verb rest" where the hero of the story is the subject.
+# -------------------------------------------------------------------------------- what stories hold
+# Clauses are written "subject | verb | rest", or "verb rest" where the hero of the story is the
+# subject.
 
 
 def clauses(items: list[str]) -> list[tuple[str, str, str]]:
@@ -100,7 +102,10 @@ def draw_story(rng: random.Random) -> Story:
     name, pronoun = rng.choice(PEOPLE)
     role, place = rng.choice(list(TOPICS))
     friend = rng.choice(FRIENDS)
-    parts = [Clause("", verb, rest) for verb, rest in rng.sample(deeds(TOPICS[role, place]), rng.choice([2, 2, 3, 3]))]
+    parts = [
+        Clause("", verb, rest)
+        for verb, rest in rng.sample(deeds(TOPICS[role, place]), rng.choice([2, 2, 3, 3]))
+    ]
     if rng.random() < 0.6:
         parts.insert(rng.randint(1, len(parts)), Clause(*rng.choice(OTHERS)))
     if rng.random() < 0.5:
@@ -116,10 +121,12 @@ def draw_story(rng: random.Random) -> Story:
         )
         for i, c in enumerate(parts)
     ]
-    return Story(name, pronoun, role, place, rng.choice(TOWNS), rng.choice(DAYS), friend, tuple(parts))
+    return Story(
+        name, pronoun, role, place, rng.choice(TOWNS), rng.choice(DAYS), friend, tuple(parts)
+    )
 
 
-# -------------------------------------------------------------------------------------- writing it out
+# ----------------------------------------------------------------------------------- writing it out
 def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -132,17 +139,23 @@ def conjugate(verb: str, tense: str, plural: bool) -> str:
     return verb if plural else present(verb)
 
 
-def predicate(story: Story, clause: Clause, tense: str = "past", mine: str = "", plural: bool = False) -> str:
+def predicate(
+    story: Story, clause: Clause, tense: str = "past", mine: str = "", plural: bool = False
+) -> str:
     """The clause without its subject, "baked forty loaves"; `mine` replaces "his" or "her"."""
     plural = plural or clause.subject in PLURALS
-    return f"{conjugate(clause.verb, tense, plural)} {clause.rest.replace('{his}', mine or story.his)}"
+    return (
+        f"{conjugate(clause.verb, tense, plural)} {clause.rest.replace('{his}', mine or story.his)}"
+    )
 
 
 def introduction(story: Story) -> str:
     return f"{story.name}, the {story.role} from {story.town},"
 
 
-def tell(story: Story, tense: str = "past", first_person: bool = False, leads: bool = True) -> list[str]:
+def tell(
+    story: Story, tense: str = "past", first_person: bool = False, leads: bool = True
+) -> list[str]:
     """The story as sentences without their full stops, the first naming place and day."""
     sentences = []
     for i, clause in enumerate(story.clauses):
@@ -160,11 +173,14 @@ def tell(story: Story, tense: str = "past", first_person: bool = False, leads: b
 
 
 def original(story: Story, rng: random.Random) -> str:
-    """The plain telling, in the past tense; some stories place the day first or join two sentences."""
+    """The plain telling, in the past tense; some stories place the day first or join two
+    sentences."""
     sentences = tell(story)
     if rng.random() < 0.4:
         first = story.clauses[0]
-        sentences[0] = f"On {story.day}, {introduction(story)} {predicate(story, first)} at {story.place}"
+        sentences[0] = (
+            f"On {story.day}, {introduction(story)} {predicate(story, first)} at {story.place}"
+        )
     if len(sentences) > 3 and rng.random() < 0.4 and not story.clauses[2].lead:
         tail = sentences.pop(2)
         own_name = tail.startswith((story.name, story.friend))
@@ -173,7 +189,8 @@ def original(story: Story, rng: random.Random) -> str:
 
 
 def swap(text: str, words: dict[str, str]) -> str:
-    """Replaces whole words, keeping a capital at the front of a word and the punctuation behind it."""
+    """Replaces whole words, keeping a capital at the front of a word and the punctuation behind
+    it."""
     out = []
     for word in text.split(" "):
         bare = word.rstrip(".,!?")
@@ -189,16 +206,27 @@ PIRATE, OLD, FORMAL = (TABLES["words"][name] for name in ("pirate", "old_english
 
 def pirate(s: Story, rng: random.Random) -> str:
     cries = ["Arrr!", "Yo ho ho!", "Shiver me timbers!", "Avast, me hearties!", "Aye, matey!"]
-    body = [swap(x, PIRATE) + rng.choice([".", ", arrr!", ", me hearties!", ", by Davy Jones!"]) for x in tell(s)]
+    body = [
+        swap(x, PIRATE) + rng.choice([".", ", arrr!", ", me hearties!", ", by Davy Jones!"])
+        for x in tell(s)
+    ]
     return rng.choice(cries) + " " + " ".join(body) + " " + rng.choice(cries)
 
 
 def formal(s: Story, rng: random.Random) -> str:
-    links = ["Subsequently, ", "Furthermore, ", "In addition, ", "It should be noted that ", "Moreover, "]
+    links = [
+        "Subsequently, ",
+        "Furthermore, ",
+        "In addition, ",
+        "It should be noted that ",
+        "Moreover, ",
+    ]
     title = "Ms" if s.pronoun == "she" else "Mr"
     body = [swap(x, FORMAL) for x in tell(s, leads=False)]
     names = (s.name, s.friend)
-    rest = [rng.choice(links) + (x if x.startswith(names) else x[:1].lower() + x[1:]) for x in body[1:]]
+    rest = [
+        rng.choice(links) + (x if x.startswith(names) else x[:1].lower() + x[1:]) for x in body[1:]
+    ]
     return ". ".join([f"We hereby report that {title} {body[0]}", *rest]) + "."
 
 
@@ -206,7 +234,8 @@ def child(s: Story, rng: random.Random) -> str:
     wow = ["Wow!", "Yay!", "So cool!", "Hee hee!", "Uh oh!"]
     body = [f"{c.subject or s.pronoun} {predicate(s, c)}" for c in s.clauses]
     lines = [f"{s.name} is a {s.role}!"] + [
-        f"And then {x}. {rng.choice(wow)}" if i else f"{upper_first(x)}." for i, x in enumerate(body)
+        f"And then {x}. {rng.choice(wow)}" if i else f"{upper_first(x)}."
+        for i, x in enumerate(body)
     ]
     return " ".join(lines) + " The end."
 
@@ -219,7 +248,10 @@ def questions(s: Story, rng: random.Random) -> str:
     out = [f"Who was at {s.place} on {s.day}? Was it {s.name}, the {s.role} from {s.town}?"]
     for c in s.clauses:
         who = c.subject or rng.choice([s.name, s.pronoun])
-        out.append(f"{rng.choice(['Did', 'Why did', 'How did'])} {who} {c.verb} {c.rest.replace('{his}', s.his)}?")
+        out.append(
+            f"{rng.choice(['Did', 'Why did', 'How did'])} {who} {c.verb} "
+            f"{c.rest.replace('{his}', s.his)}?"
+        )
     return " ".join(out)
 
 
@@ -229,14 +261,25 @@ def headline(s: Story, rng: random.Random) -> str:
         x if x in ("of", "the", "a", "in", "to", "for", "by", "with", "and") else upper_first(x)
         for x in predicate(s, deed, "present").split()
     )
-    return rng.choice([f"{s.town} {upper_first(s.role)} {short}", f"{s.town}: {upper_first(s.role)} {s.name} {short}"])
+    return rng.choice(
+        [
+            f"{s.town} {upper_first(s.role)} {short}",
+            f"{s.town}: {upper_first(s.role)} {s.name} {short}",
+        ]
+    )
 
 
 def bullets(s: Story, rng: random.Random) -> str:
     mark = rng.choice(["- ", "* ", "• "])
     facts = [f"{upper_first(c.subject or s.name)}: {predicate(s, c)}" for c in s.clauses]
     return "\n".join(
-        mark + x for x in [f"Who: {s.name}, {s.role}", f"Where: {s.place}, {s.town}", f"When: {s.day}", *facts]
+        mark + x
+        for x in [
+            f"Who: {s.name}, {s.role}",
+            f"Where: {s.place}, {s.town}",
+            f"When: {s.day}",
+            *facts,
+        ]
     )
 
 
@@ -247,7 +290,9 @@ def shouting(s: Story, rng: random.Random) -> str:
 def letter(s: Story, rng: random.Random) -> str:
     to = rng.choice(["Dear aunt", "Dear friend", "Dear cousin", "My dear sister"])
     start = rng.choice(["I hope you are well.", "Thank you for your last letter.", "How are you?"])
-    end = rng.choice(["Write back soon.", "I hope to see you in spring.", "Please greet the family."])
+    end = rng.choice(
+        ["Write back soon.", "I hope to see you in spring.", "Please greet the family."]
+    )
     body = ". ".join(tell(s, first_person=True, leads=False))
     return f"{to},\n\n{start} {body}. {end}\n\nYours sincerely,\n{s.name}"
 
@@ -262,7 +307,10 @@ def poem(s: Story, rng: random.Random) -> str:
             ("with a song", "all day long"),
         ]
     )
-    lines = [f"{upper_first(c.subject or s.name)} {predicate(s, c)}, {rhymes[i % 2]}" for i, c in enumerate(s.clauses)]
+    lines = [
+        f"{upper_first(c.subject or s.name)} {predicate(s, c)}, {rhymes[i % 2]}"
+        for i, c in enumerate(s.clauses)
+    ]
     first = f"O {s.role} of {s.town}, {rhymes[1]}"
     return ",\n".join([first, *lines]) + "."
 
@@ -280,13 +328,18 @@ def gossip(s: Story, rng: random.Random) -> str:
         " The nerve!",
         " I swear.",
     ]
-    body = [f"Apparently {c.subject or s.pronoun} {predicate(s, c)}.{rng.choice(asides)}" for c in s.clauses[:4]]
+    body = [
+        f"Apparently {c.subject or s.pronoun} {predicate(s, c)}.{rng.choice(asides)}"
+        for c in s.clauses[:4]
+    ]
     return " ".join([rng.choice(starts).format(f"{s.name} from {s.place}"), *body])
 
 
 def news(s: Story, rng: random.Random) -> str:
     said = ["witnesses said", "officials confirmed", "sources told our reporter", "police reported"]
-    body = [f"{x}, {rng.choice(said)}" if i % 2 == 0 else x for i, x in enumerate(tell(s, leads=False))]
+    body = [
+        f"{x}, {rng.choice(said)}" if i % 2 == 0 else x for i, x in enumerate(tell(s, leads=False))
+    ]
     return f"{s.town.upper()}, {s.day} - " + ". ".join(body) + ". More news at six."
 
 
@@ -296,20 +349,39 @@ def future(s: Story, rng: random.Random) -> str:
 
 def old_english(s: Story, rng: random.Random) -> str:
     cries = ["Hark!", "Lo!", "Forsooth,", "Verily,", "Prithee, hear me:"]
-    ends = ["Thus it was, my lord.", "So doth the tale end.", "Fare thee well!", "What sayest thou?"]
-    body = [f"{rng.choice(cries)} {swap(x, OLD)}." if i % 2 == 0 else f"{swap(x, OLD)}." for i, x in enumerate(tell(s))]
+    ends = [
+        "Thus it was, my lord.",
+        "So doth the tale end.",
+        "Fare thee well!",
+        "What sayest thou?",
+    ]
+    body = [
+        f"{rng.choice(cries)} {swap(x, OLD)}." if i % 2 == 0 else f"{swap(x, OLD)}."
+        for i, x in enumerate(tell(s))
+    ]
     return " ".join(body) + " " + rng.choice(ends)
 
 
 def robot(s: Story, rng: random.Random) -> str:
     ends = ["BEEP.", "BZZT. Process complete.", "End of transmission.", "BEEP BOOP."]
-    body = [f"Action {i}: {c.subject or 'unit ' + s.name} {predicate(s, c)}." for i, c in enumerate(s.clauses, 1)]
-    return f"BEEP. Unit {s.name}, model {s.role}, location {s.town}. " + " ".join(body) + " " + rng.choice(ends)
+    body = [
+        f"Action {i}: {c.subject or 'unit ' + s.name} {predicate(s, c)}."
+        for i, c in enumerate(s.clauses, 1)
+    ]
+    return (
+        f"BEEP. Unit {s.name}, model {s.role}, location {s.town}. "
+        + " ".join(body)
+        + " "
+        + rng.choice(ends)
+    )
 
 
 def one_sentence(s: Story, rng: random.Random) -> str:
     deeds = [predicate(s, c) for c in s.clauses if not c.subject]
-    return rng.choice(["In short, ", "In a word, ", "Briefly, "]) + f"{s.name} {', '.join(deeds[:-1])} and {deeds[-1]}."
+    return (
+        rng.choice(["In short, ", "In a word, ", "Briefly, "])
+        + f"{s.name} {', '.join(deeds[:-1])} and {deeds[-1]}."
+    )
 
 
 def steps(s: Story, rng: random.Random) -> str:
@@ -323,14 +395,28 @@ def steps(s: Story, rng: random.Random) -> str:
 def advert(s: Story, rng: random.Random) -> str:
     starts = ["Amazing offer!", "Do not miss this!", "Only today!", "Special deal!"]
     ends = ["Order now!", "Buy one, get one free!", "Call today!", "Limited places, so hurry!"]
-    body = [f"The incredible {s.name} {predicate(s, c, 'present')}!" for c in s.clauses if not c.subject]
-    return f"{rng.choice(starts)} Visit {s.place} in {s.town} this {s.day}! " + " ".join(body) + " " + rng.choice(ends)
+    body = [
+        f"The incredible {s.name} {predicate(s, c, 'present')}!" for c in s.clauses if not c.subject
+    ]
+    return (
+        f"{rng.choice(starts)} Visit {s.place} in {s.town} this {s.day}! "
+        + " ".join(body)
+        + " "
+        + rng.choice(ends)
+    )
 
 
 def sad(s: Story, rng: random.Random) -> str:
     sighs = ["Alas,", "Sadly,", "With tears,", "With a heavy heart,"]
-    ends = ["Nobody cared.", "Everything was in vain.", "The tears did not stop.", "How lonely it was."]
-    body = [f"{rng.choice(sighs)} {c.subject or 'poor ' + s.name} {predicate(s, c)}." for c in s.clauses]
+    ends = [
+        "Nobody cared.",
+        "Everything was in vain.",
+        "The tears did not stop.",
+        "How lonely it was.",
+    ]
+    body = [
+        f"{rng.choice(sighs)} {c.subject or 'poor ' + s.name} {predicate(s, c)}." for c in s.clauses
+    ]
     return f"It was a grey, lonely {s.day} at {s.place}. " + " ".join(body) + " " + rng.choice(ends)
 
 
@@ -340,7 +426,11 @@ def dialogue(s: Story, rng: random.Random) -> str:
     for i, c in enumerate(s.clauses):
         if i and i % 2 == 0:
             lines.append(f'{s.friend}: "{rng.choice(asks)}"')
-        who = "I" if not c.subject else upper_first("my friend " + c.subject if c.subject == s.friend else c.subject)
+        who = (
+            "I"
+            if not c.subject
+            else upper_first("my friend " + c.subject if c.subject == s.friend else c.subject)
+        )
         lines.append(f'{s.name}: "{who} {predicate(s, c, mine="my")}."')
     return "\n".join(lines)
 
@@ -398,7 +488,7 @@ REWRITES: dict[str, Rewrite] = {
     "text_message": text_message,
 }
 
-# --------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 # family -> (six wordings for training, two held out for the test file)
 FAMILIES: dict[str, tuple[list[str], list[str]]] = {
     family: (wordings["train"], wordings["test"]) for family, wordings in TABLES["prompts"].items()
@@ -469,7 +559,9 @@ def main(folder: Path = HERE) -> None:
     for i, family in enumerate(families):
         text, rewrite = new_pair(family)
         tests.append({"id": f"t{i:04d}", "original_text": text, "rewritten_text": rewrite})
-        truths.append({"id": f"t{i:04d}", "rewrite_prompt": rng.choice(FAMILIES[family][1]), "family": family})
+        truths.append(
+            {"id": f"t{i:04d}", "rewrite_prompt": rng.choice(FAMILIES[family][1]), "family": family}
+        )
     write_csv(folder / "test.csv", tests)
     write_csv(folder / "test_truths.csv", truths)
 

@@ -1,12 +1,14 @@
-"""Makes demo/tiny-mixtral: trains a tokenizer, then a Mixtral of 4 million parameters on our own text.
+"""Makes demo/tiny-mixtral: trains a tokenizer, then a Mixtral of 4 million parameters on our own
+text.
 
     python demo/pretrain.py                     # the committed model: 3 min 45 s on one H200
     python demo/pretrain.py --steps 20 --batch 4 --workers 0 --output /tmp/tiny    # on a CPU
 
-The model learns to write our stories and our styles, to follow a prompt (prompt + text -> rewritten text), to
-copy and to put a prompt in other words. It never sees the inverse task (original + rewritten text -> prompt),
-which is what fine-tuning has to teach, and never a wording that make_rows.py holds out for the test file.
-The seeds fix the text and the first weights; sums on a GPU still differ in the last bits from run to run.
+The model learns to write our stories and our styles, to follow a prompt (prompt + text -> rewritten
+text), to copy and to put a prompt in other words. It never sees the inverse task (original +
+rewritten text -> prompt), which is what fine-tuning has to teach, and never a wording that
+make_rows.py holds out for the test file. The seeds fix the text and the first weights; sums on a
+GPU still differ in the last bits from run to run.
 """
 
 from __future__ import annotations
@@ -21,20 +23,35 @@ from pathlib import Path
 
 import torch
 from make_rows import FAMILIES, REWRITES, draw_pair
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SEED = 7
 BOS, EOS = 1, 2
 VOCABULARY = 2400
 
 
-# ------------------------------------------------------------------------------------------- documents
+# ---------------------------------------------------------------------------------------- documents
 @dataclass(frozen=True)
 class Document:
-    """Plain text (`user` is empty) or one chat turn: what the user says, what the assistant answers."""
+    """Plain text (`user` is empty) or one chat turn: what the user says, what the assistant
+    answers."""
 
     kind: str
     user: str
@@ -45,14 +62,19 @@ def draw_style_document(rng: random.Random) -> Document:
     """One to three texts in one and the same style; or untouched originals."""
     family = rng.choice(list(REWRITES))
     which = 0 if rng.random() < 0.2 else 1
-    return Document("text", "", "\n\n".join(draw_pair(family, rng)[which] for _ in range(rng.randint(1, 3))))
+    return Document(
+        "text", "", "\n\n".join(draw_pair(family, rng)[which] for _ in range(rng.randint(1, 3)))
+    )
 
 
 def draw_pair_document(rng: random.Random) -> Document:
-    """Originals and their rewrites in one style, under the titles that users put above them; no prompt."""
+    """Originals and their rewrites in one style, under the titles that users put above them; no
+    prompt."""
     family = rng.choice(list(REWRITES))
     pairs = [draw_pair(family, rng) for _ in range(rng.randint(1, 2))]
-    return Document("pairs", "", "\n\n".join(f"Original text:\n{o}\n\nRewritten text:\n{r}" for o, r in pairs))
+    return Document(
+        "pairs", "", "\n\n".join(f"Original text:\n{o}\n\nRewritten text:\n{r}" for o, r in pairs)
+    )
 
 
 def draw_forward(rng: random.Random) -> Document:
@@ -60,7 +82,9 @@ def draw_forward(rng: random.Random) -> Document:
     family = rng.choice(list(REWRITES))
     text, rewrite = draw_pair(family, rng)
     prompt = rng.choice(FAMILIES[family][0])
-    return Document("forward", f"{text}\n\n{prompt}" if rng.random() < 0.1 else f"{prompt}\n\n{text}", rewrite)
+    return Document(
+        "forward", f"{text}\n\n{prompt}" if rng.random() < 0.1 else f"{prompt}\n\n{text}", rewrite
+    )
 
 
 def draw_rephrase(rng: random.Random) -> Document:
@@ -102,8 +126,12 @@ def draw_copy(rng: random.Random) -> Document:
         (f"How does the {name} text begin?", " ".join(text.split()[:5])),
     ]
     ask, answer = rng.choice(asks)
-    opening = rng.choice(["You are given an original text and a text that an LLM rewrote from it. ", ""])
-    return Document("copy", f"{opening}{ask}\n\nOriginal text:\n{pair[0]}\n\nRewritten text:\n{pair[1]}", answer)
+    opening = rng.choice(
+        ["You are given an original text and a text that an LLM rewrote from it. ", ""]
+    )
+    return Document(
+        "copy", f"{opening}{ask}\n\nOriginal text:\n{pair[0]}\n\nRewritten text:\n{pair[1]}", answer
+    )
 
 
 # how often each kind of document is drawn
@@ -121,15 +149,17 @@ def draw_document(rng: random.Random) -> Document:
     return rng.choices([draw for draw, _ in MIX], [weight for _, weight in MIX])[0](rng)
 
 
-# ------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 def as_text(document: Document) -> str:
     return f"[INST] {document.user} [/INST] {document.answer}" if document.user else document.answer
 
 
 def train_tokenizer(rng: random.Random, documents: int = 20_000) -> PreTrainedTokenizerFast:
-    """Byte-fallback BPE in the layout of Mixtral's tokenizer.json: <unk> <s> </s>, 256 bytes, then pieces.
+    """Byte-fallback BPE in the layout of Mixtral's tokenizer.json: <unk> <s> </s>, 256 bytes, then
+    pieces.
 
-    Unlike Mixtral's, it splits words and signs before merging, so that "harbour." holds the piece "harbour".
+    Unlike Mixtral's, it splits words and signs before merging, so that "harbour." holds the piece
+    "harbour".
     """
     specials = ["<unk>", "<s>", "</s>"]
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -141,16 +171,28 @@ def train_tokenizer(rng: random.Random, documents: int = 20_000) -> PreTrainedTo
     printable = [chr(i) for i in range(33, 127)] + ["▁"]
     learner.train_from_iterator(
         lines,
-        trainers.BpeTrainer(vocab_size=VOCABULARY - 259, initial_alphabet=printable, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - 259, initial_alphabet=printable, show_progress=False
+        ),
     )
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].get)
-    vocabulary = {piece: i for i, piece in enumerate([*specials, *(f"<0x{b:02X}>" for b in range(256)), *pieces])}
+    vocabulary = {
+        piece: i
+        for i, piece in enumerate([*specials, *(f"<0x{b:02X}>" for b in range(256)), *pieces])
+    }
     merges = [tuple(m) for m in learned["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, words
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
@@ -167,7 +209,8 @@ def train_tokenizer(rng: random.Random, documents: int = 20_000) -> PreTrainedTo
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> list[int]:
-    """Ids as Mistral v1 lays them out: <s>, the user's segment, the answer, </s>; each encoded apart."""
+    """Ids as Mistral v1 lays them out: <s>, the user's segment, the answer, </s>; each encoded
+    apart."""
     ids = [BOS]
     if document.user:
         ids += tokenizer.encode(f"[INST] {document.user} [/INST]", add_special_tokens=False)
@@ -175,7 +218,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> list[int]:
 
 
 class PackedDocuments(IterableDataset):
-    """Endless batches, int64 [batch, length], of documents laid end to end; each worker has its own seed."""
+    """Endless batches, int64 [batch, length], of documents laid end to end; each worker has its own
+    seed."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, batch: int, length: int) -> None:
         self.tokenizer, self.batch, self.length = tokenizer, batch, length
@@ -191,9 +235,10 @@ class PackedDocuments(IterableDataset):
             ids = ids[self.batch * self.length :]
 
 
-# ----------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 def make_model() -> MixtralForCausalLM:
-    """4.4 million parameters, 8.7 MB in 16 bit; the length and the rope theta are Mixtral-8x7B's."""
+    """4.4 million parameters, 8.7 MB in 16 bit; the length and the rope theta are
+    Mixtral-8x7B's."""
     return MixtralForCausalLM(
         MixtralConfig(
             vocab_size=VOCABULARY,
@@ -218,9 +263,14 @@ def make_model() -> MixtralForCausalLM:
 
 
 def train(
-    model: MixtralForCausalLM, batches: Iterator[torch.Tensor], steps: int, peak_rate: float, device: str
+    model: MixtralForCausalLM,
+    batches: Iterator[torch.Tensor],
+    steps: int,
+    peak_rate: float,
+    device: str,
 ) -> None:
-    """Trains in bfloat16 autocast on a GPU, in float32 on a CPU; warm-up, then a cosine down to 2%."""
+    """Trains in bfloat16 autocast on a GPU, in float32 on a CPU; warm-up, then a cosine down to
+    2%."""
     model.to(device).train()  # type: ignore[arg-type]  # the stub of a wrapped method
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -235,7 +285,9 @@ def train(
     for step in bar:
         done = (step - warm_up) / max(1, steps - warm_up)
         rate = (
-            peak_rate * (step + 1) / warm_up if step < warm_up else peak_rate * (0.51 + 0.49 * math.cos(math.pi * done))
+            peak_rate * (step + 1) / warm_up
+            if step < warm_up
+            else peak_rate * (0.51 + 0.49 * math.cos(math.pi * done))
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -251,7 +303,9 @@ def train(
 
 
 @torch.no_grad()
-def show_samples(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, device: str) -> None:
+def show_samples(
+    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, device: str
+) -> None:
     """Prints what the model answers to one fresh turn of each chat task."""
     model.eval()
     rng = random.Random("samples")
@@ -261,17 +315,24 @@ def show_samples(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, 
         start = torch.tensor([ids], device=device)
         out = model.generate(start, max_new_tokens=120, do_sample=False, pad_token_id=EOS)  # type: ignore[misc]
         answer = tokenizer.decode(out[0, len(ids) :])
-        print(f"--- {document.kind}: {document.user}\n>>> {answer}\n(wanted: {document.answer})", flush=True)
+        print(
+            f"--- {document.kind}: {document.user}\n>>> {answer}\n(wanted: {document.answer})",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-mixtral")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--peak-rate", type=float, default=3e-3)
-    parser.add_argument("--workers", type=int, default=14, help="processes that make text; part of the seed")
+    parser.add_argument(
+        "--workers", type=int, default=14, help="processes that make text; part of the seed"
+    )
     args = parser.parse_args()
     torch.manual_seed(SEED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -279,13 +340,17 @@ def main() -> None:
     tokenizer = train_tokenizer(random.Random(SEED))
     model = make_model()
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces, on {device}",
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces, on "
+        f"{device}",
         flush=True,
     )
-    # the plain loop over experts: autocast does not reach grouped_mm, which would then multiply in float32
+    # the plain loop over experts: autocast does not reach grouped_mm, which would then multiply in
+    # float32
     model.set_experts_implementation("eager")
     data = PackedDocuments(tokenizer, args.batch, args.length)
-    loader = DataLoader(data, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda")
+    loader = DataLoader(
+        data, batch_size=None, num_workers=args.workers, pin_memory=device == "cuda"
+    )
     train(model, iter(loader), args.steps, args.peak_rate, device)
     show_samples(model, tokenizer, device)
 

@@ -1,4 +1,5 @@
-"""`make demo`: run both notebooks as they stand on the embedded tiny Mixtral, then report what came out.
+"""`make demo`: run both notebooks as they stand on the embedded tiny Mixtral, then report what came
+out.
 
 python demo/run.py [--rows path.csv]
 """
@@ -24,13 +25,23 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 OUTPUT = ROOT / "outputs" / "demo"
 
-# Found on the tiny model (LOG.md): attention-only LoRA learns the task at rates far above Mixtral's 2e-5
-# patience: the score of a dozen held-out prompts stands still for four of the ten evaluations (LOG.md, 2026-11-27)
-SETTINGS = dict(learning_rate=5e-3, epochs=2.5, batch_size=8, gradient_accumulation=1, lora_dropout=0.0, patience=10)
+# Found on the tiny model (LOG.md): attention-only LoRA learns the task at rates far above Mixtral's
+# 2e-5
+# patience: the score of a dozen held-out prompts stands still for four of the ten evaluations
+# (LOG.md, 2026-11-27)
+SETTINGS = dict(
+    learning_rate=5e-3,
+    epochs=2.5,
+    batch_size=8,
+    gradient_accumulation=1,
+    lora_dropout=0.0,
+    patience=10,
+)
 
 
 def run_notebook(name: str, parameters: dict) -> float:
-    """Run notebooks/NAME.ipynb into OUTPUT, its prints and bars shown as they come; returns seconds.
+    """Run notebooks/NAME.ipynb into OUTPUT, its prints and bars shown as they come; returns
+    seconds.
 
     An error in a cell ends the program with that cell's message.
     """
@@ -60,9 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=Path, default=DEMO / "rows.csv", help="CSV to train on")
     rows = parser.parse_args(arguments).rows.resolve()
     silence_known_notices()  # of libraries, by name: those that are nothing to act on
-    os.environ["PYTHONWARNINGS"] = "ignore"  # the libraries' deprecation notes to each other, in the notebooks' kernels
+    # the libraries' deprecation notes to each other, in the notebooks' kernels
+    os.environ["PYTHONWARNINGS"] = "ignore"
     try:
-        data.read_rows(rows)  # a bad file is refused before any notebook starts and before earlier results go
+        # a bad file is refused before any notebook starts and before earlier results go
+        data.read_rows(rows)
     except data.DataError as error:
         sys.exit(str(error))
     shutil.rmtree(OUTPUT, ignore_errors=True)  # nothing of an earlier run is used
@@ -73,7 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train",
         shared
         | SETTINGS
-        | dict(train_csv=str(rows), output_dir=str(OUTPUT / "train"), encoder_dir=str(metric.minilm_dir())),
+        | dict(
+            train_csv=str(rows),
+            output_dir=str(OUTPUT / "train"),
+            encoder_dir=str(metric.minilm_dir()),
+        ),
     )
     seconds += run_notebook(
         "submission",
@@ -92,36 +109,54 @@ def report(rows: Path, seconds: float) -> None:
     evaluation = json.loads((OUTPUT / "train" / "evaluation.json").read_text())
     predictions = files.read_csv(OUTPUT / "train" / "predictions.csv")
     truths = pd.read_csv(DEMO / "test_truths.csv", dtype=str, keep_default_na=False)
-    answers = pd.read_csv(OUTPUT / "submission.csv", dtype=str, keep_default_na=False)["rewrite_prompt"]
+    answers = pd.read_csv(OUTPUT / "submission.csv", dtype=str, keep_default_na=False)[
+        "rewrite_prompt"
+    ]
     encoder = metric.load_encoder(metric.minilm_dir())
     scores = metric.sharpened_cosine(answers.to_list(), truths["rewrite_prompt"].to_list(), encoder)
     low, high = metric.bootstrap_interval(scores)
-    families = sum(family_of(answer) == family for answer, family in zip(answers, truths["family"], strict=True))
+    families = sum(
+        family_of(answer) == family
+        for answer, family in zip(answers, truths["family"], strict=True)
+    )
 
     print("\n== report")
-    print(f"rows        {len(data.read_rows(rows))} in {rows.name}, {evaluation['n']} of them held out for the report")
+    print(
+        f"rows        {len(data.read_rows(rows))} in {rows.name}, {evaluation['n']} of them held "
+        f"out for the report"
+    )
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"time        {seconds:.0f} s, peak memory {memory:.1f} GiB")
     interval = "{:.3f} to {:.3f}".format(*evaluation["scs_after_ci"])
     print(
-        f"held out    SCS {evaluation['scs_before']:.3f} before, {evaluation['scs_after']:.3f} after "
+        f"held out    SCS {evaluation['scs_before']:.3f} before, {evaluation['scs_after']:.3f} "
+        f"after "
         f"(95%: {interval}), {evaluation['stopped_by_eos']:.0%} of answers ended by themselves"
     )
     print(
-        f"test.csv    SCS {scores.mean():.3f} (95%: {low:.3f} to {high:.3f}), {len(answers)} rows with other wordings"
+        f"test.csv    SCS {scores.mean():.3f} (95%: {low:.3f} to {high:.3f}), {len(answers)} rows "
+        f"with other wordings"
     )
     if rows == DEMO / "rows.csv":  # the families are those of the embedded rows
-        print(f"            {families} of {len(answers)} answers name the right family of rewriting")
+        print(
+            f"            {families} of {len(answers)} answers name the right family of rewriting"
+        )
     else:
         print(
-            "            The tiny model of 4.4 million parameters has read the embedded rows' kind alone.\n"
-            "            On other rows its score stays near 0: it shows that your file is read and that\n"
-            "            both notebooks run to their end. For answers, give notebooks/train a real base."
+            "            The tiny model of 4.4 million parameters has read the embedded rows' kind "
+            "alone.\n"
+            "            On other rows its score stays near 0: it shows that your file is read and "
+            "that\n"
+            "            both notebooks run to their end. For answers, give notebooks/train a real "
+            "base."
         )
     print(f"            encoder {metric.encoder_name(metric.minilm_dir())}")
     print("\nfive held-out answers beside their truths")
     for row in predictions.sample(min(5, len(predictions)), random_state=0).to_dict("records"):
-        print(f"  truth   {row['rewrite_prompt']}\n  before  {row['before'][:90]!r}\n  after   {row['after']}\n")
+        print(
+            f"  truth   {row['rewrite_prompt']}\n  before  {row['before'][:90]!r}\n  after   "
+            f"{row['after']}\n"
+        )
     for path in (
         "train/adapter/",
         "train/evaluation.json",
@@ -131,8 +166,13 @@ def report(rows: Path, seconds: float) -> None:
     ):
         print(f"  {os.path.relpath(OUTPUT / path, ROOT)}")
     gain = evaluation["scs_after"] - evaluation["scs_before"] if evaluation["n"] else 0
-    if rows == DEMO / "rows.csv" and (gain < 0.25 or evaluation["stopped_by_eos"] < 1 or families < 0.6 * len(answers)):
-        sys.exit("the demo misses its bar: gain in SCS >= 0.25, every answer ended by EOS, 60% of the right family")
+    if rows == DEMO / "rows.csv" and (
+        gain < 0.25 or evaluation["stopped_by_eos"] < 1 or families < 0.6 * len(answers)
+    ):
+        sys.exit(
+            "the demo misses its bar: gain in SCS >= 0.25, every answer ended by EOS, 60% of the "
+            "right family"
+        )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,2 @@
-"""Publish adapter, base, wheels and notebook with the kaggle program: `python -m kaggle_upload --help`."""
+"""Publish adapter, base, wheels and notebook with the kaggle program: `python -m kaggle_upload
+--help`."""

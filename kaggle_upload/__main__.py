@@ -1,4 +1,5 @@
-"""Publish on Kaggle, through the kaggle program: python -m kaggle_upload adapter|base|wheels|notebook|submit --help"""
+"""Publish on Kaggle, through the kaggle program: python -m kaggle_upload
+adapter|base|wheels|notebook|submit --help"""
 
 from __future__ import annotations
 
@@ -29,13 +30,24 @@ def parser() -> argparse.ArgumentParser:
         ("adapter", "a LoRA adapter as a new version of a private model's variation"),
         ("base", "a 4-bit base checkpoint, likewise; an interrupted upload is resumed"),
         ("wheels", "our wheel and the pinned ones that Kaggle's image lacks, as a private dataset"),
-        ("notebook", "push notebooks/submission.ipynb: private, no internet, 2x T4, pinned sources"),
+        (
+            "notebook",
+            "push notebooks/submission.ipynb: private, no internet, 2x T4, pinned sources",
+        ),
         ("submit", "hand in a finished version of the notebook"),
     ):
         made[name] = sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--dry-run", action="store_true", help="show what would be sent; ask Kaggle and write nothing")
         sub.add_argument(
-            "--timeout", type=float, default=120, metavar="S", help="of a call besides transfers (%(default)s s)"
+            "--dry-run",
+            action="store_true",
+            help="show what would be sent; ask Kaggle and write nothing",
+        )
+        sub.add_argument(
+            "--timeout",
+            type=float,
+            default=120,
+            metavar="S",
+            help="of a call besides transfers (%(default)s s)",
         )
     for name in ("adapter", "base", "wheels"):
         sub = made[name]
@@ -44,26 +56,45 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("dir", type=Path, metavar="DIR")
         sub.add_argument("--to", required=True, metavar=form)
         sub.add_argument(
-            "--notes", required=name == "adapter", default=f"{name} by kaggle_upload", help="of the version"
+            "--notes",
+            required=name == "adapter",
+            default=f"{name} by kaggle_upload",
+            help="of the version",
         )
         how = "download" if name == "adapter" else "list"
         text = "compare names and sizes, or sha256 too (%(default)s)"
         sub.add_argument("--verify", choices=("list", "download"), default=how, help=text)
         sub.add_argument("--force", action="store_true", help="publish unchanged content once more")
-        text = "where files are staged until they stand on Kaggle; on DIR's file system they are links"
-        sub.add_argument("--work", type=Path, help=text + " (DIR/../.kaggle_upload; wheels: outputs/kaggle_upload)")
-        sub.add_argument("--versions", type=Path, default=VERSIONS, metavar="CSV", help="the record (%(default)s)")
+        text = (
+            "where files are staged until they stand on Kaggle; on DIR's file system they are links"
+        )
+        sub.add_argument(
+            "--work",
+            type=Path,
+            help=text + " (DIR/../.kaggle_upload; wheels: outputs/kaggle_upload)",
+        )
+        sub.add_argument(
+            "--versions",
+            type=Path,
+            default=VERSIONS,
+            metavar="CSV",
+            help="the record (%(default)s)",
+        )
     text = "Kaggle's Python; without it wheels for both go into the dataset, and the notebook picks"
     made["wheels"].add_argument("--python", choices=[*wheels.PYTHONS], help=text)
     made["adapter"].add_argument("--with-library", action="store_true", help="send our wheel along")
     made["notebook"].add_argument("--to", required=True, metavar="OWNER/NOTEBOOK")
     for option in ("--adapter", "--base"):
-        made["notebook"].add_argument(option, required=True, metavar="OWNER/MODEL/transformers/VARIATION/N")
+        made["notebook"].add_argument(
+            option, required=True, metavar="OWNER/MODEL/transformers/VARIATION/N"
+        )
     made["notebook"].add_argument("--wheels", required=True, metavar="OWNER/DATASET")
     made["notebook"].add_argument("--file", type=Path, default=NOTEBOOK, metavar="IPYNB")
     made["submit"].add_argument("--notebook", required=True, metavar="OWNER/NOTEBOOK/N")
     made["submit"].add_argument("--message", required=True)
-    made["submit"].add_argument("--output", default="submission.csv", help="the notebook's output file (%(default)s)")
+    made["submit"].add_argument(
+        "--output", default="submission.csv", help="the notebook's output file (%(default)s)"
+    )
     for name in ("notebook", "submit"):
         made[name].add_argument("--competition", required=True, metavar="SLUG")
     return top
@@ -85,7 +116,9 @@ def publish(args: argparse.Namespace, temp: Path) -> None:
         metadata = stage.model_metadata(handle)
         remote = RemoteModel(handle, args.timeout)
         if args.command == "adapter":
-            content, details = adapter_content(args.dir, wheels.build_library(temp) if args.with_library else None)
+            content, details = adapter_content(
+                args.dir, wheels.build_library(temp) if args.with_library else None
+            )
         else:
             content, details = base_content(args.dir)
         work = args.dir.resolve().parent / ".kaggle_upload"
@@ -93,7 +126,9 @@ def publish(args: argparse.Namespace, temp: Path) -> None:
         versions.read(args.versions)
         return show(handle, content, metadata, args.notes)
     work = (args.work or work).resolve()
-    Publish(remote, content, metadata, args.notes, work, args.versions, args.verify, args.force, details).run()
+    Publish(
+        remote, content, metadata, args.notes, work, args.versions, args.verify, args.force, details
+    ).run()
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -127,14 +162,19 @@ def main(argv: list[str] | None = None) -> int:
             stage.pick(args.file.parent, [args.file.name])
             notebook.check(args.file)
             if args.dry_run:
-                print(f"would push {args.file} with kernel-metadata.json: {json.dumps(metadata, indent=2)}")
+                print(
+                    f"would push {args.file} with kernel-metadata.json: "
+                    f"{json.dumps(metadata, indent=2)}"
+                )
             else:
                 print(f"{handle}/{notebook.push(handle, args.file, metadata, args.timeout)}")
         else:
             version = Page.parse(args.notebook, "notebook", pinned=True)
             competition = competition_slug(args.competition)
             if args.dry_run:
-                print(f"would hand in {args.output} of {version} to {competition}: {args.message!r}")
+                print(
+                    f"would hand in {args.output} of {version} to {competition}: {args.message!r}"
+                )
             else:
                 notebook.submit(version, competition, args.output, args.message, args.timeout)
     except (UploadError, ValueError, OSError) as error:  # AdapterError and Nf4Error are ValueErrors

@@ -1,4 +1,5 @@
-"""Run the kaggle program and read what it prints. It is never imported: on import it logs in and may end the process."""
+"""Run the kaggle program and read what it prints. It is never imported: on import it logs in and
+may end the process."""
 
 from __future__ import annotations
 
@@ -18,17 +19,21 @@ from kaggle_upload.handles import UploadError
 
 SLOWEST = 2**18  # bytes/s; a transfer below it runs into its deadline
 REMEDIES = {
-    "login": "Log in with `kaggle auth login`, or save a token from https://www.kaggle.com/settings/api as "
+    "login": "Log in with `kaggle auth login`, or save a token from "
+    "https://www.kaggle.com/settings/api as "
     "~/.kaggle/access_token.",
-    "forbidden": "It belongs to somebody else, or your token may not do this: check the owner in the handle.",
-    "timeout": "Kaggle does not answer; run the same command again later, it goes on where it stopped.",
+    "forbidden": "It belongs to somebody else, or your token may not do this: check the owner in "
+    "the handle.",
+    "timeout": "Kaggle does not answer; run the same command again later, it goes on where it "
+    "stopped.",
     "failed": "Run the same command again; it goes on where it stopped.",
 }
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What one call printed. `code` is None where it was ended at its deadline or after a lost file."""
+    """What one call printed. `code` is None where it was ended at its deadline or after a lost
+    file."""
 
     code: int | None
     out: str
@@ -38,14 +43,21 @@ class Reply:
 
     @property
     def kind(self) -> str:
-        """ok, timeout, login, forbidden, missing or failed. The program exits with 0 on many errors, and 2.2.4 shows the
-        server's message without the status, so that the words have to do."""
+        """ok, timeout, login, forbidden, missing or failed. The program exits with 0 on many
+        errors, and 2.2.4 shows the server's message without the status, so that the words have to
+        do."""
         text = _without(" | ".join(self._lines), self.given).lower()
-        if self.code == 0 and not self.lost and not re.search(r"^[A-Z][\w ]* error: ", self.out, re.M):
+        if (
+            self.code == 0
+            and not self.lost
+            and not re.search(r"^[A-Z][\w ]* error: ", self.out, re.M)
+        ):
             return "ok"
         if self.code is None and not self.lost:
             return "timeout"
-        if "authentication required to call" in text or re.search(r"\b401\b|unauthorized|unauthenticated", text):
+        if "authentication required to call" in text or re.search(
+            r"\b401\b|unauthorized|unauthenticated", text
+        ):
             return "login"
         if re.search(r"\b403\b|forbidden|denied|permission|don't have access", text):
             return "forbidden"
@@ -63,12 +75,15 @@ class Reply:
         return [line for line in lines if not progress.search(line)]
 
     def json(self) -> Any:
-        """The JSON that it printed, whatever stood before (page tokens, notes about newer versions)."""
+        """The JSON that it printed, whatever stood before (page tokens, notes about newer
+        versions)."""
         found = re.search(r"^[\[{]", self.out, re.M)
         try:
             return json.loads(self.out[found.start() :]) if found else None
         except json.JSONDecodeError as error:
-            raise UploadError(f"The kaggle program printed something unreadable: {self.said}") from error
+            raise UploadError(
+                f"The kaggle program printed something unreadable: {self.said}"
+            ) from error
 
     def failure(self, doing: str) -> UploadError:
         remedy = REMEDIES.get(self.kind, REMEDIES["failed"])
@@ -76,13 +91,19 @@ class Reply:
 
 
 def run(*arguments: str, timeout: float, temp: Path | None = None, show: bool = False) -> Reply:
-    """One call of the kaggle program, ended after `timeout` seconds, with `temp` as its TMPDIR (its upload sessions).
+    """One call of the kaggle program, ended after `timeout` seconds, with `temp` as its TMPDIR (its
+    upload sessions).
 
-    Ended too when it reports a file whose upload failed: 2.2.4 would go on and register a version without that file.
-    `show` passes its output on as it comes. Its credentials are its own business: nothing here reads or holds them.
+    Ended too when it reports a file whose upload failed: 2.2.4 would go on and register a version
+    without that file. `show` passes its output on as it comes. Its credentials are its own
+    business: nothing here reads or holds them.
     """
     command = [sys.executable, "-P", "-m", "kaggle", "-W", *arguments]
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"} | ({"TMPDIR": str(temp)} if temp else {})
+    env = (
+        os.environ
+        | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+        | ({"TMPDIR": str(temp)} if temp else {})
+    )
     pipe = subprocess.PIPE
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=env, start_new_session=True
@@ -123,12 +144,14 @@ def run(*arguments: str, timeout: float, temp: Path | None = None, show: bool = 
         for stream in (child.stdout, child.stderr):
             if stream:
                 stream.close()
-    lost += re.findall(r"^Upload unsuccessful: (.+?)\s*$", "".join(err), re.M)  # 2.2.5 ends by itself
+    # 2.2.5 ends by itself
+    lost += re.findall(r"^Upload unsuccessful: (.+?)\s*$", "".join(err), re.M)
     return Reply(None if lost else code, "".join(out), "".join(err), tuple(lost), arguments)
 
 
 def ask(*arguments: str, timeout: float) -> Reply:
-    """A call that only asks. Raises UploadError unless it went well or says that the thing is missing or forbidden."""
+    """A call that only asks. Raises UploadError unless it went well or says that the thing is
+    missing or forbidden."""
     reply = run(*arguments, timeout=timeout)
     if reply.kind not in ("ok", "missing", "forbidden"):
         raise reply.failure(f"`kaggle {' '.join(arguments)}`")
@@ -136,7 +159,8 @@ def ask(*arguments: str, timeout: float) -> Reply:
 
 
 def pages(*arguments: str, timeout: float) -> list[dict[str, Any]] | None:
-    """All rows of a list command as JSON, over all its pages; None where the thing is missing or forbidden."""
+    """All rows of a list command as JSON, over all its pages; None where the thing is missing or
+    forbidden."""
     rows: list[dict[str, Any]] = []
     token: list[str] = []
     while True:

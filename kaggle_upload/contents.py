@@ -11,7 +11,16 @@ from safetensors import SafetensorError, safe_open
 from kaggle_upload.handles import UploadError
 from kaggle_upload.stage import ADAPTER, BASE, Content, pick, read
 
-SCORES = ("scs_before", "scs_after", "scs_after_ci", "gain_ci", "exact_match", "stopped_by_eos", "n", "encoder")
+SCORES = (
+    "scs_before",
+    "scs_after",
+    "scs_after_ci",
+    "gain_ci",
+    "exact_match",
+    "stopped_by_eos",
+    "n",
+    "encoder",
+)
 
 
 def adapter_content(folder: Path, wheel: Path | None = None) -> tuple[Content, dict[str, Any]]:
@@ -50,34 +59,42 @@ def adapter_content(folder: Path, wheel: Path | None = None) -> tuple[Content, d
 def base_content(folder: Path) -> tuple[Content, dict[str, Any]]:
     """The checkpoint's files, and what versions.csv says about them.
 
-    Raises UploadError (or experts.Nf4Error) for a folder that is not a whole 4-bit checkpoint of this project: pieces
-    missing or cut short, no tokenizer, another quantisation.
+    Raises UploadError (or experts.Nf4Error) for a folder that is not a whole 4-bit checkpoint of
+    this project: pieces missing or cut short, no tokenizer, another quantisation.
     """
     paths = {path.name: path for path in pick(folder, BASE)}
     if "config.json" not in paths:
-        raise UploadError(f"{folder} holds no config.json: give the folder that save_pretrained wrote.")
+        raise UploadError(
+            f"{folder} holds no config.json: give the folder that save_pretrained wrote."
+        )
     from prompt_recovery.engine import base_id, check_folder  # imports torch
 
     if not check_folder(folder):
         raise UploadError(
-            f"{folder} is not in 4 bits and would not fit 2x T4: load it with four_bit and save it again."
+            f"{folder} is not in 4 bits and would not fit 2x T4: load it with four_bit and save it "
+            f"again."
         )
     if not {"tokenizer.json", "tokenizer.model"} & paths.keys():
         raise UploadError(
-            f"{folder} holds neither tokenizer.json nor tokenizer.model: copy them from the 16-bit model."
+            f"{folder} holds neither tokenizer.json nor tokenizer.model: copy them from the 16-bit "
+            f"model."
         )
     weights = {name for name in paths if name.endswith(".safetensors")}
     index = _json(folder / "model.safetensors.index.json")
     wanted = set(index["weight_map"].values()) if index else {"model.safetensors"}
     if weights != wanted:
         raise UploadError(
-            f"{folder} lacks {sorted(wanted - weights)} and has besides {sorted(weights - wanted)}: save it again, whole."
+            f"{folder} lacks {sorted(wanted - weights)} and has besides "
+            f"{sorted(weights - wanted)}: save it again, whole."
         )
     for name in sorted(weights):
         try:
-            safe_open(paths[name], "numpy")  # reads the header and compares the file's length with it
+            # reads the header and compares the file's length with it
+            safe_open(paths[name], "numpy")
         except SafetensorError as error:
-            raise UploadError(f"{paths[name]} is not a whole safetensors file ({error}): save it again.") from error
+            raise UploadError(
+                f"{paths[name]} is not a whole safetensors file ({error}): save it again."
+            ) from error
     left = sorted(path.name for path in folder.iterdir() if path.name not in paths)
     if left:
         print(f"not sent: {', '.join(left)}")

@@ -25,13 +25,16 @@ LABELS = {"frameworks", "variations", "versions"}
 
 
 class UploadError(RuntimeError):
-    """Nothing, or not what was asked for, stands on Kaggle; the message says what and what to do."""
+    """Nothing, or not what was asked for, stands on Kaggle; the message says what and what to
+    do."""
 
 
 def check_slug(slug: str, what: str, pattern: re.Pattern[str] = SLUG) -> str:
     """The slug itself; the kaggle program does not check all of them. Raises UploadError."""
     if not pattern.fullmatch(slug):
-        raise UploadError(f"The {what} {slug!r} is not a slug: use lower-case letters, digits and single hyphens.")
+        raise UploadError(
+            f"The {what} {slug!r} is not a slug: use lower-case letters, digits and single hyphens."
+        )
     return slug
 
 
@@ -102,7 +105,10 @@ class Page:
             check_slug(parts[0], "owner", OWNER), check_slug(parts[1], what)
         least = {"dataset": 6, "notebook": 5}[what]
         if not least <= len(parts[1]) <= 50:
-            raise UploadError(f"The {what} slug {parts[1]!r} has {len(parts[1])} characters; it needs {least} to 50.")
+            raise UploadError(
+                f"The {what} slug {parts[1]!r} has {len(parts[1])} characters; it needs {least} to "
+                f"50."
+            )
         return cls(parts[0], parts[1], version)
 
     def __str__(self) -> str:
@@ -112,12 +118,18 @@ class Page:
 def _split(text: str, count: int, pinned: bool, form: str) -> tuple[list[str], int | None]:
     parts = _parts(text)
     if count == 4 and len(parts) > 2:
-        parts[2] = SPELLING.get(re.sub(r"[\W_]", "", parts[2].replace("++", "pp")).lower(), parts[2])
+        parts[2] = SPELLING.get(
+            re.sub(r"[\W_]", "", parts[2].replace("++", "pp")).lower(), parts[2]
+        )
     version = parts[count:]
     if len(parts) != count + pinned or (pinned and not re.fullmatch(r"[1-9][0-9]*", version[0])):
-        raise UploadError(f"{text!r} must have the form {form}{'/N, N the version number' if pinned else ''}.")
+        raise UploadError(
+            f"{text!r} must have the form {form}{'/N, N the version number' if pinned else ''}."
+        )
     if bad := [part for part in parts if not NAME.fullmatch(part)]:
-        raise UploadError(f"{bad[0]!r} in {text!r} is empty, holds white space or begins with a dash.")
+        raise UploadError(
+            f"{bad[0]!r} in {text!r} is empty, holds white space or begins with a dash."
+        )
     return parts[:count], int(version[0]) if pinned else None
 
 

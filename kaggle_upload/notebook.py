@@ -41,7 +41,9 @@ def check(path: Path) -> list[tuple[str, str]]:
             f"`jupytext --set-kernel {KERNEL} {path}`."
         )
     if TRAINS.search(code):
-        raise UploadError(f"{path} trains, and a submission only answers: give notebooks/submission.ipynb.")
+        raise UploadError(
+            f"{path} trains, and a submission only answers: give notebooks/submission.ipynb."
+        )
     return cells
 
 
@@ -65,7 +67,9 @@ def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> 
         )
     version = int(pushed[1])
     with tempfile.TemporaryDirectory() as folder:
-        pulled = cli.run("kernels", "pull", f"{handle}/{version}", "-p", folder, "-m", timeout=timeout)
+        pulled = cli.run(
+            "kernels", "pull", f"{handle}/{version}", "-p", folder, "-m", timeout=timeout
+        )
         if pulled.kind != "ok":
             raise pulled.failure(f"{handle}/{version} was pushed; reading it back to compare")
         held = json.loads((Path(folder) / "kernel-metadata.json").read_text(encoding="utf-8"))
@@ -81,12 +85,16 @@ def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> 
     wrong += ["it has internet"] if held["enable_internet"] else []
     # of the last session, which may be an old one
     if held["machine_shape"] not in (None, "", metadata["machine_shape"]):
-        print(f"note: Kaggle names {held['machine_shape']} as accelerator; {metadata['machine_shape']} was asked for.")
+        print(
+            f"note: Kaggle names {held['machine_shape']} as accelerator; "
+            f"{metadata['machine_shape']} was asked for."
+        )
     if [(cell["cell_type"], "".join(cell["source"])) for cell in cells] != sent:
         wrong.append("its cells are not those that were sent")
     if wrong:
         raise UploadError(
-            f"{handle}/{version} was pushed, but {'; '.join(wrong)}. Check that each source exists, "
+            f"{handle}/{version} was pushed, but {'; '.join(wrong)}. Check that each source "
+            f"exists, "
             "that you may use it and that you have accepted the competition's rules, then push "
             "again."
         )

@@ -1,7 +1,9 @@
-"""The one way to publish: stage, create what is missing, send, find the version that holds the bytes, record it.
+"""The one way to publish: stage, create what is missing, send, find the version that holds the
+bytes, record it.
 
-The program's word is not taken for anything: it exits with 0 on errors, loses files, repeats creations whose reply was
-lost, and does not say which version it made. So versions are listed before and after, and compared with what was sent.
+The program's word is not taken for anything: it exits with 0 on errors, loses files, repeats
+creations whose reply was lost, and does not say which version it made. So versions are listed
+before and after, and compared with what was sent.
 """
 
 from __future__ import annotations
@@ -46,40 +48,55 @@ class Publish:
     verify: str = "list"  # or "download": compare sha256 instead of sizes
     force: bool = False  # publish content that stands already once more
     details: dict[str, Any] = field(default_factory=dict)  # for versions.csv
-    compared: dict[int, bool] = field(default_factory=dict)  # versions whose bytes were compared: are they ours?
+    # versions whose bytes were compared: are they ours?
+    compared: dict[int, bool] = field(default_factory=dict)
 
     def run(self) -> int:
-        """The number of the version that holds the content, new or old. Raises UploadError in any other case; run again,
-        it goes on where it stopped."""
+        """The number of the version that holds the content, new or old. Raises UploadError in any
+        other case; run again, it goes on where it stopped."""
         self._note_other_base(versions.check(self.versions_csv))
         try:
             self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise UploadError(f"{self.work} can't be made ({error}): give another --work.") from error
+            raise UploadError(
+                f"{self.work} can't be made ({error}): give another --work."
+            ) from error
         with _lock(self.work / f"{str(self.remote.handle).replace('/', '_')}.lock"):
-            key = hashlib.sha256(f"{self.remote.handle} {self.content.sha256}".encode()).hexdigest()[:16]
+            key = hashlib.sha256(
+                f"{self.remote.handle} {self.content.sha256}".encode()
+            ).hexdigest()[:16]
             folder = self.work / key
-            # own staging path and own TMPDIR for each content: kaggle's program resumes a session by path, size and
-            # time alone, and would publish the bytes of an earlier file
+            # own staging path and own TMPDIR for each content: kaggle's program resumes a session
+            # by path, size and time alone, and would publish the bytes of an earlier file
             (folder / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
-            if longest := [name for name in self.content.files if len(f"{folder}/files/{name}.json") > 255]:
+            if longest := [
+                name for name in self.content.files if len(f"{folder}/files/{name}.json") > 255
+            ]:
                 raise UploadError(
-                    f"{folder}/files/{longest[0]} is too long for the kaggle program: give a shorter --work."
+                    f"{folder}/files/{longest[0]} is too long for the kaggle program: give a "
+                    f"shorter --work."
                 )
             lay_out(self.content, folder / "files", self.metadata)
             numbers = self._send(folder)
             if changed := self.content.changed():
                 raise UploadError(
-                    f"{changed} changed while being published; {self.remote.handle}/{numbers[0]} holds neither state for "
+                    f"{changed} changed while being published; {self.remote.handle}/{numbers[0]} "
+                    f"holds neither state for "
                     "sure. Publish again when nothing writes to the folder."
                 )
             if self.remote.private() is not True:
-                raise UploadError(f"{self.remote.handle}/{numbers[0]} stands, but it is PUBLIC: make it private now.")
+                raise UploadError(
+                    f"{self.remote.handle}/{numbers[0]} stands, but it is PUBLIC: make it private "
+                    f"now."
+                )
             self._record(numbers)
             shutil.rmtree(folder)
         handle, *copies = (f"{self.remote.handle}/{number}" for number in numbers)
         for copy in copies:
-            print(f"duplicate: {copy} holds the same bytes (the creation was repeated); you may delete it.")
+            print(
+                f"duplicate: {copy} holds the same bytes (the creation was repeated); you may "
+                f"delete it."
+            )
         print(handle)
         return numbers[0]
 
@@ -91,39 +108,51 @@ class Publish:
             private = self.remote.private()
         if private is False:
             raise UploadError(
-                f"{self.remote.handle} is public, and so would the new version be. Make it private on its page, or choose "
+                f"{self.remote.handle} is public, and so would the new version be. Make it private "
+                f"on its page, or choose "
                 "another handle."
             )
         standing = self.remote.versions()
-        journal = folder / "before.json"  # the newest version before an earlier, interrupted run for this content
+        # the newest version before an earlier, interrupted run for this content
+        journal = folder / "before.json"
         before = json.loads(journal.read_text()) if journal.exists() else None
         since = [n for n in standing if before is not None and n > before]
         if ours := self._matching(since, self.verify == "download" or len(since) > 1):
             print("An earlier run has published this already.")
             return ours
         if not self.force and (ours := self._known(standing)):
-            print("Unchanged: this content is published already, no new version is made (--force would).")
+            print(
+                "Unchanged: this content is published already, no new version is made (--force "
+                "would)."
+            )
             return ours
         newest = max(standing, default=0)
         journal.write_text(json.dumps(newest if before is None else before))
         timeout = cli.transfer_timeout(self.remote.timeout, sum(self.content.sizes.values()))
         for first in [False] if standing else [True, False]:
-            reply = self.remote.create_version(folder / "files", self.notes, first, timeout, folder / "tmp")
+            reply = self.remote.create_version(
+                folder / "files", self.notes, first, timeout, folder / "tmp"
+            )
             ours, others = self._find(newest, reply)
             if ours and first:
-                print(f"note: Kaggle takes no notes for a first version; {self.versions_csv} has them.")
+                print(
+                    f"note: Kaggle takes no notes for a first version; {self.versions_csv} has "
+                    f"them."
+                )
             if ours:
                 return ours
             _forget_sessions(folder / "tmp", reply)
             if not others or reply.lost or reply.kind != "failed":
-                break  # else another publish made the variation first: ours becomes its next version
+                # else another publish made the variation first: ours becomes its next version
+                break
         raise self._not_found(reply, others)
 
     def _find(self, newest: int, reply: cli.Reply) -> tuple[list[int], list[int]]:
-        """Versions above `newest`: those with the content, and others. Waits for them to be listed, longer if the program
-        reported success."""
+        """Versions above `newest`: those with the content, and others. Waits for them to be listed,
+        longer if the program reported success."""
         said_so = reply.kind == "ok" and (
-            re.search(r"^(?:Your [\w ]+|Dataset version) (?:was|is being) created", reply.out, re.M) is not None
+            re.search(r"^(?:Your [\w ]+|Dataset version) (?:was|is being) created", reply.out, re.M)
+            is not None
         )
         clean = said_so and "Will retry" not in reply.err
         deadline = time.monotonic() + LISTING + sum(self.content.sizes.values()) / PROCESSING
@@ -133,7 +162,9 @@ class Publish:
             looks += 1
             try:
                 fresh = [n for n in self.remote.versions() if n > newest]
-                ours = self._matching(fresh, self.verify == "download" or not clean or len(fresh) > 1)
+                ours = self._matching(
+                    fresh, self.verify == "download" or not clean or len(fresh) > 1
+                )
             except UploadError:
                 if time.monotonic() > deadline or not said_so:
                     raise
@@ -149,19 +180,27 @@ class Publish:
         size = sum(self.content.sizes.values())
         for number in same if exact else ():
             if number not in self.compared:
-                print(f"Comparing the bytes of version {number} ({size / 1e6:,.1f} MB) ...", flush=True)
-                self.compared[number] = self.remote.hashes(number, size, self.work) == self.content.hashes
+                print(
+                    f"Comparing the bytes of version {number} ({size / 1e6:,.1f} MB) ...",
+                    flush=True,
+                )
+                self.compared[number] = (
+                    self.remote.hashes(number, size, self.work) == self.content.hashes
+                )
         return [number for number in same if not exact or self.compared[number]]
 
     def _known(self, standing: list[int]) -> list[int]:
-        """A version with this content: recorded in versions.csv and still listed, or the newest one if its bytes are ours."""
+        """A version with this content: recorded in versions.csv and still listed, or the newest one
+        if its bytes are ours."""
         handle, newest = str(self.remote.handle), standing[-1:]
         recorded = {
             int(row["version"]): row["sha256"]
             for row in versions.read(self.versions_csv)
             if row["handle"] == handle and re.fullmatch("[0-9a-f]{64}", row["sha256"])
         }
-        ours = [n for n, sha256 in recorded.items() if sha256 == self.content.sha256 and n in standing]
+        ours = [
+            n for n, sha256 in recorded.items() if sha256 == self.content.sha256 and n in standing
+        ]
         if ours := self._matching(sorted(ours), exact=False):
             return ours[-1:]
         return [] if newest and newest[0] in recorded else self._matching(newest, exact=True)
@@ -169,11 +208,19 @@ class Publish:
     def _not_found(self, reply: cli.Reply, others: list[int]) -> UploadError:
         """The error for a publish after which no version holds the content."""
         found = [f"{self.remote.handle}/{n} holds {self._difference(n)}" for n in others]
-        stand = f" What stands instead: {'; '.join(found)}. Delete what is yours and wrong." if found else ""
+        stand = (
+            f" What stands instead: {'; '.join(found)}. Delete what is yours and wrong."
+            if found
+            else ""
+        )
         if reply.lost:
-            return UploadError(f"The upload of {', '.join(reply.lost)} failed.{stand} {cli.REMEDIES['failed']}")
+            return UploadError(
+                f"The upload of {', '.join(reply.lost)} failed.{stand} {cli.REMEDIES['failed']}"
+            )
         if reply.kind == "ok":
-            return UploadError(f"Kaggle reports success but lists no such version.{stand} {cli.REMEDIES['failed']}")
+            return UploadError(
+                f"Kaggle reports success but lists no such version.{stand} {cli.REMEDIES['failed']}"
+            )
         error = reply.failure(f"Publishing {self.remote.handle}")
         return UploadError(f"{error}{stand}")
 
@@ -190,7 +237,8 @@ class Publish:
         others = {row["base"] for row in rows if row["handle"] == handle} - {"", base}
         if base and others:
             print(
-                f"note: {handle} holds versions of another base ({', '.join(sorted(others))}); this "
+                f"note: {handle} holds versions of another base ({', '.join(sorted(others))}); "
+                f"this "
                 f"one is of {base}. Pin the versions that belong together, or use another handle."
             )
 
@@ -204,14 +252,19 @@ class Publish:
                 about = dict.fromkeys(COLUMNS, "") | self.details
                 about |= {"handle": handle, "sha256": self.content.sha256, "notes": self.notes}
                 about |= {"commit": commit(), "time": now}
-                rows += [about | {"version": str(number)} for number in numbers if (handle, str(number)) not in known]
+                rows += [
+                    about | {"version": str(number)}
+                    for number in numbers
+                    if (handle, str(number)) not in known
+                ]
                 before = self.versions_csv.read_bytes()
                 versions.write(self.versions_csv, rows)
             if not self.versions_csv.read_bytes().startswith(before):
                 print(f"note: {self.versions_csv} had another form, and is written anew in ours.")
         except OSError as error:
             raise UploadError(
-                f"{handle}/{numbers[0]} stands, but {self.versions_csv} can't be written ({error}): "
+                f"{handle}/{numbers[0]} stands, but {self.versions_csv} can't be written "
+                f"({error}): "
                 "run the same command again, it records the version and sends nothing."
             ) from error
 
@@ -235,8 +288,9 @@ def commit() -> str:
 
 
 def _forget_sessions(temp: Path, reply: cli.Reply) -> None:
-    """Drop the upload sessions of lost files, so that the next run starts them afresh: 2.2.4 would try an expired or
-    refused one again and again. One that broke with its connection is kept, to be resumed."""
+    """Drop the upload sessions of lost files, so that the next run starts them afresh: 2.2.4 would
+    try an expired or refused one again and again. One that broke with its connection is kept, to be
+    resumed."""
     for name in reply.lost:
         if "onnection" not in reply.out:
             for session in temp.rglob(f"*{name}.json"):

@@ -1,4 +1,5 @@
-"""What Kaggle holds under a handle, asked through the kaggle program: a model's variation or a dataset."""
+"""What Kaggle holds under a handle, asked through the kaggle program: a model's variation or a
+dataset."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class RemoteModel:
     def private(self) -> bool | None:
         """Whether it is private; None where it is missing."""
         reply = cli.ask("models", "get", self.model, timeout=self.timeout)
-        # Kaggle may answer 403 for a model that does not exist; in one's own name space nobody else's can be hit
+        # Kaggle may answer 403 for a model that does not exist; in one's own name space nobody
+        # else's can be hit
         if reply.kind == "forbidden" and cli.login_name(self.timeout) != self.handle.owner:
             raise reply.failure(f"Reading the model {self.model}")
         # false is left out of the program's JSON, so that a missing key means public
@@ -32,12 +34,15 @@ class RemoteModel:
     def create_container(self, folder: Path) -> None:
         """Create the model, private, from the metadata in the folder."""
         reply = cli.run("models", "create", "-p", str(folder), timeout=self.timeout)
-        if reply.kind != "ok" and self.private() is None:  # it may be there all the same: lost reply, another publish
+        # it may be there all the same: lost reply, another publish
+        if reply.kind != "ok" and self.private() is None:
             raise reply.failure(f"Creating the model {self.model}")
 
     def versions(self) -> list[int]:
         """The version numbers, ascending."""
-        rows = cli.pages("models", "variations", "versions", "list", str(self.handle), timeout=self.timeout)
+        rows = cli.pages(
+            "models", "variations", "versions", "list", str(self.handle), timeout=self.timeout
+        )
         return sorted(int(row["version"]) for row in rows or ())
 
     def files(self, version: int) -> dict[str, int]:
@@ -50,7 +55,9 @@ class RemoteModel:
         command = ("models", "variations", "versions", "download", f"{self.handle}/{version}")
         return _download(command, cli.transfer_timeout(self.timeout, size), work)
 
-    def create_version(self, folder: Path, notes: str, first: bool, timeout: float, temp: Path) -> cli.Reply:
+    def create_version(
+        self, folder: Path, notes: str, first: bool, timeout: float, temp: Path
+    ) -> cli.Reply:
         """Send the folder as the first or next version, with `temp` as the program's TMPDIR."""
         command = ["models", "variations", *([] if first else ["versions"]), "create"]
         command += ["-p", str(folder)] if first else [str(self.handle), "-p", str(folder)]
@@ -67,7 +74,9 @@ class RemoteDataset:
 
     def private(self) -> bool | None:
         with tempfile.TemporaryDirectory() as folder:
-            reply = cli.ask("datasets", "metadata", str(self.handle), "-p", folder, timeout=self.timeout)
+            reply = cli.ask(
+                "datasets", "metadata", str(self.handle), "-p", folder, timeout=self.timeout
+            )
             if reply.kind == "forbidden" and cli.login_name(self.timeout) != self.handle.owner:
                 raise reply.failure(f"Reading the dataset {self.handle}")
             if reply.kind != "ok":
@@ -76,10 +85,13 @@ class RemoteDataset:
         return (info.get("info") or info).get("isPrivate") is True
 
     def create_container(self, folder: Path) -> None:
-        """Nothing: `datasets create` makes it together with its first version, private unless told otherwise."""
+        """Nothing: `datasets create` makes it together with its first version, private unless told
+        otherwise."""
 
     def versions(self) -> list[int]:
-        reply = cli.ask("datasets", "status", str(self.handle), "--format", "json", timeout=self.timeout)
+        reply = cli.ask(
+            "datasets", "status", str(self.handle), "--format", "json", timeout=self.timeout
+        )
         found = reply.json() if reply.kind == "ok" else {}
         newest = int(found.get("current_version_number") or 0)
         return list(range(1, newest + 1))
@@ -91,7 +103,9 @@ class RemoteDataset:
         command = ("datasets", "download", f"{self.handle}/{version}")
         return _download(command, cli.transfer_timeout(self.timeout, size), work)
 
-    def create_version(self, folder: Path, notes: str, first: bool, timeout: float, temp: Path) -> cli.Reply:
+    def create_version(
+        self, folder: Path, notes: str, first: bool, timeout: float, temp: Path
+    ) -> cli.Reply:
         command = ["datasets", "create"] if first else ["datasets", "version", f"--message={notes}"]
         return cli.run(*command, "-p", str(folder), timeout=timeout, temp=temp, show=True)
 
@@ -105,7 +119,8 @@ def _files(*command: str, timeout: float) -> dict[str, int]:
 
 
 def _download(command: tuple[str, ...], timeout: float, work: Path) -> dict[str, str]:
-    """Download an archive beside the staging folder and hash what it holds, without unpacking it."""
+    """Download an archive beside the staging folder and hash what it holds, without unpacking
+    it."""
     hashes: dict[str, str] = {}
     with tempfile.TemporaryDirectory(dir=work) as folder:
         reply = cli.run(*command, "-p", folder, timeout=timeout)

@@ -17,24 +17,51 @@ from kaggle_upload.handles import Page, UploadError, Variation
 HERE = Path(__file__).resolve().parent
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 BASE = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+    ),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
 )
-# names that may hold credentials; their presence in the folder means that somebody is about to make a mistake
-SECRETS = (".env*", "kaggle.json", "access_token*", "credentials.json", "*.pem", "*.key", "id_rsa*", ".netrc")
+# names that may hold credentials; their presence in the folder means that somebody is about to make
+# a mistake
+SECRETS = (
+    ".env*",
+    "kaggle.json",
+    "access_token*",
+    "credentials.json",
+    "*.pem",
+    "*.key",
+    "id_rsa*",
+    ".netrc",
+)
 # https://github.com/Kaggle/kaggle-cli/blob/main/docs/models_metadata.md
 LICENCES = (
     "Apache 2.0|Attribution 3.0 IGO (CC BY 3.0 IGO)|Attribution 3.0 Unported (CC BY 3.0)|"
-    "Attribution 4.0 International (CC BY 4.0)|Attribution-NoDerivatives 4.0 International (CC BY-ND 4.0)|"
-    "Attribution-NonCommercial 4.0 International (CC BY-NC 4.0)|BSD-3-Clause|CC BY-NC-SA 4.0|CC BY-SA 3.0|CC BY-SA 4.0|"
-    "CC0: Public Domain|GNU Affero General Public License 3.0|GNU Lesser General Public License 3.0|GPL 2|GPL 3|MIT"
+    "Attribution 4.0 International (CC BY 4.0)|Attribution-NoDerivatives 4.0 International (CC "
+    "BY-ND 4.0)|"
+    "Attribution-NonCommercial 4.0 International (CC BY-NC 4.0)|BSD-3-Clause|CC BY-NC-SA 4.0|CC "
+    "BY-SA 3.0|CC BY-SA 4.0|"
+    "CC0: Public Domain|GNU Affero General Public License 3.0|GNU Lesser General Public License "
+    "3.0|GPL 2|GPL 3|MIT"
 ).split("|")
-DATASET_LICENCES = ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "GPL-2.0", "apache-2.0", "other", "unknown")
+DATASET_LICENCES = (
+    "CC0-1.0",
+    "CC-BY-4.0",
+    "CC-BY-SA-4.0",
+    "GPL-2.0",
+    "apache-2.0",
+    "other",
+    "unknown",
+)
 
 
 @dataclass(frozen=True)
 class Content:
-    """The files to send by name, each with its sha256, size in bytes and modification stamp when it was hashed."""
+    """The files to send by name, each with its sha256, size in bytes and modification stamp when it
+    was hashed."""
 
     files: dict[str, tuple[Path, str, int, tuple[int, int]]]
 
@@ -58,13 +85,16 @@ class Content:
 
 
 def pick(folder: Path, allowed: Iterable[str]) -> list[Path]:
-    """The folder's files that match the allow-list. Raises UploadError where it is no folder, or holds a symlink or what
+    """The folder's files that match the allow-list. Raises UploadError where it is no folder, or
+    holds a symlink or what
     may be a credential: kaggle's program would send such a file, or what the link points to."""
     if not folder.is_dir():
         raise UploadError(f"{folder} is not a folder.")
     for path in sorted([folder, *folder.iterdir()]):
         if path.is_symlink():
-            raise UploadError(f"{path} is a symlink, which may point to anything: put a copy of the file there.")
+            raise UploadError(
+                f"{path} is a symlink, which may point to anything: put a copy of the file there."
+            )
         if any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in SECRETS):
             raise UploadError(f"{path} may hold credentials: move it out of the folder first.")
     patterns = tuple(allowed)
@@ -86,14 +116,18 @@ def read(paths: Iterable[Path]) -> Content:
             print(f"Hashing {path.name} ...", flush=True)
         files[path.name] = (path, _sha256(path), path.stat().st_size, stamp)
     if not files:
-        raise UploadError("There is nothing to send; the kaggle program would publish an empty version.")
+        raise UploadError(
+            "There is nothing to send; the kaggle program would publish an empty version."
+        )
     return Content(files)
 
 
 def lay_out(content: Content, folder: Path, metadata: dict[str, dict[str, Any]]) -> None:
-    """Make `folder` hold exactly the content (hard links where the file system allows, else copies) and the metadata.
+    """Make `folder` hold exactly the content (hard links where the file system allows, else copies)
+    and the metadata.
 
-    What an interrupted run left there is kept if its bytes are right, so that the program can resume its upload.
+    What an interrupted run left there is kept if its bytes are right, so that the program can
+    resume its upload.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in folder.iterdir():
@@ -109,45 +143,68 @@ def lay_out(content: Content, folder: Path, metadata: dict[str, dict[str, Any]])
             except OSError:  # another file system, or one without hard links
                 shutil.copy2(source, target)
     for name, values in metadata.items():
-        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def model_metadata(handle: Variation) -> dict[str, dict[str, Any]]:
-    """The two model templates with the handle's parts. Raises UploadError as `_template`, and for an unknown licence."""
+    """The two model templates with the handle's parts. Raises UploadError as `_template`, and for
+    an unknown licence."""
     model = _template("model-metadata.json", "description", "subtitle")
     model |= {"ownerSlug": handle.owner, "slug": handle.model, "title": _title(model, handle.model)}
     if model.get("isPrivate") is not True:
-        raise UploadError("model-metadata.json: isPrivate must be true; make the model public on its page if you want.")
+        raise UploadError(
+            "model-metadata.json: isPrivate must be true; make the model public on its page if you "
+            "want."
+        )
     instance = _template("model-instance-metadata.json", "overview", "usage")
-    instance |= {"ownerSlug": handle.owner, "modelSlug": handle.model, "instanceSlug": handle.variation}
+    instance |= {
+        "ownerSlug": handle.owner,
+        "modelSlug": handle.model,
+        "instanceSlug": handle.variation,
+    }
     instance["framework"] = handle.framework
     _check_licence("model-instance-metadata.json", str(instance.get("licenseName")), LICENCES)
     return {"model-metadata.json": model, "model-instance-metadata.json": instance}
 
 
 def dataset_metadata(handle: Page) -> dict[str, dict[str, Any]]:
-    """The dataset template with the handle's parts. Raises UploadError for a title or subtitle of a wrong length."""
+    """The dataset template with the handle's parts. Raises UploadError for a title or subtitle of a
+    wrong length."""
     data = _template("dataset-metadata.json", "description", "subtitle")
     data |= {"id": str(handle), "title": _title(data, handle.slug)}
     names = [licence.get("name") for licence in data.get("licenses", [])]
     if len(names) != 1:
-        raise UploadError(f"dataset-metadata.json names {len(names)} licences; Kaggle wants exactly one.")
+        raise UploadError(
+            f"dataset-metadata.json names {len(names)} licences; Kaggle wants exactly one."
+        )
     _check_licence("dataset-metadata.json", str(names[0]), DATASET_LICENCES)
     for key, least, most in (("title", 6, 50), ("subtitle", 20, 80)):
         if data.get(key) and not least <= len(data[key]) <= most:
             raise UploadError(
-                f"dataset-metadata.json: {key} has {len(data[key])} characters; it needs {least} to {most}."
+                f"dataset-metadata.json: {key} has {len(data[key])} characters; it needs {least} "
+                f"to {most}."
             )
     return {"dataset-metadata.json": data}
 
 
-def notebook_metadata(handle: Page, code_file: str, models: list[Variation], wheels: Page, competition: str) -> dict:
-    """The notebook template with the handle and its sources, internet off, private. Raises UploadError for a short title
-    or one that does not turn into the slug (Kaggle would put the notebook at another address)."""
+def notebook_metadata(
+    handle: Page, code_file: str, models: list[Variation], wheels: Page, competition: str
+) -> dict:
+    """The notebook template with the handle and its sources, internet off, private. Raises
+    UploadError for a short title or one that does not turn into the slug (Kaggle would put the
+    notebook at another address)."""
     data = _template("kernel-metadata.json")
     title = _title(data, handle.slug)
-    if "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split()) != handle.slug or len(title) < 5:
-        raise UploadError(f"kernel-metadata.json: the title {title!r} must give the slug {handle.slug!r}; empty it.")
+    if (
+        "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split()) != handle.slug
+        or len(title) < 5
+    ):
+        raise UploadError(
+            f"kernel-metadata.json: the title {title!r} must give the slug {handle.slug!r}; empty "
+            f"it."
+        )
     return data | {
         "id": str(handle),
         "title": title,
@@ -161,8 +218,8 @@ def notebook_metadata(handle: Page, code_file: str, models: list[Variation], whe
 
 
 def _template(name: str, *texts: str) -> dict[str, Any]:
-    """A template as edited. Raises UploadError for broken JSON and for <, > or & in the texts, which kaggle's HTML cleaner
-    would turn into something else."""
+    """A template as edited. Raises UploadError for broken JSON and for <, > or & in the texts,
+    which kaggle's HTML cleaner would turn into something else."""
     try:
         data = json.loads((HERE / name).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -170,7 +227,10 @@ def _template(name: str, *texts: str) -> dict[str, Any]:
     for key in texts:
         bad = sorted(set(str(data.get(key) or "")) & set("<>&"))
         if bad:
-            raise UploadError(f"kaggle_upload/{name}: {key} holds {bad}, which the kaggle program garbles; reword it.")
+            raise UploadError(
+                f"kaggle_upload/{name}: {key} holds {bad}, which the kaggle program garbles; "
+                f"reword it."
+            )
     return data
 
 
@@ -180,7 +240,10 @@ def _title(data: dict[str, Any], slug: str) -> str:
 
 def _check_licence(file: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        raise UploadError(f"kaggle_upload/{file}: the licence {name!r} is not one of Kaggle's: {', '.join(known)}.")
+        raise UploadError(
+            f"kaggle_upload/{file}: the licence {name!r} is not one of Kaggle's: "
+            f"{', '.join(known)}."
+        )
 
 
 def _stamp(path: Path) -> tuple[int, int]:

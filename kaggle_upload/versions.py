@@ -54,7 +54,9 @@ def read(path: Path) -> list[dict[str, str]]:
             if names[: len(header)] == header:
                 continue
             if len(record) < len(header) or any(names[len(header) :]):
-                raise UploadError(f"{where} has {len(record)} fields, the header {len(header)}: correct the line.")
+                raise UploadError(
+                    f"{where} has {len(record)} fields, the header {len(header)}: correct the line."
+                )
             row = dict.fromkeys(COLUMNS, "") | dict(zip(header, record, strict=False))
             row |= {"handle": row["handle"].strip(), "sha256": row["sha256"].strip().lower()}
             rows.append(row | {"version": _number(row, where)})
@@ -81,7 +83,9 @@ def check(path: Path) -> list[dict[str, str]]:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UploadError(f"{path} can't be written ({error}): give another file as --versions.") from error
+        raise UploadError(
+            f"{path} can't be written ({error}): give another file as --versions."
+        ) from error
     return read(path)
 
 

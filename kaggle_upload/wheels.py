@@ -20,21 +20,38 @@ from kaggle_upload.stage import HERE
 ROOT = HERE.parent
 PYTHONS = ("3.12", "3.13")  # of Kaggle's image, and of what it is built from since 2026-08
 # glibc 2.35 (Ubuntu 22.04) and older
-PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)), "manylinux2014_x86_64", "linux_x86_64"]
+PLATFORMS = [
+    *(f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)),
+    "manylinux2014_x86_64",
+    "linux_x86_64",
+]
 NEVER = re.compile(r"torch|triton|nvidia-.*|cuda-.*|numpy")  # the image's own stay
 
 
 def build_library(folder: Path) -> Path:
-    """The wheel of prompt_recovery in `folder`, the same bytes for the same sources. Raises UploadError.
+    """The wheel of prompt_recovery in `folder`, the same bytes for the same sources. Raises
+    UploadError.
 
-    Built from a copy, so that nothing is written into the repository and no stale build/ comes along.
+    Built from a copy, so that nothing is written into the repository and no stale build/ comes
+    along.
     """
     source = folder / "source"
-    shutil.copytree(ROOT / "prompt_recovery", source / "prompt_recovery", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "prompt_recovery",
+        source / "prompt_recovery",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     # a fixed time in the archive; without it every build would look like new content
-    _pip("wheel", "--no-deps", "-w", str(folder), str(source), env={"SOURCE_DATE_EPOCH": "1704067200"})
+    _pip(
+        "wheel",
+        "--no-deps",
+        "-w",
+        str(folder),
+        str(source),
+        env={"SOURCE_DATE_EPOCH": "1704067200"},
+    )
     shutil.rmtree(source)
     return next(folder.glob("prompt_recovery-*.whl"))
 
@@ -56,7 +73,10 @@ def collect(folder: Path, pythons: Sequence[str] = PYTHONS) -> list[Path]:
         parsed = [parse_wheel_filename(wheel.name) for wheel in wheels if wheel != ours]
         found = {canonicalize_name(name) for name, _, _, tags in parsed if tags & accepted(python)}
         if names - found:
-            raise UploadError(f"pip gave no wheel for {sorted(names - found)} on Python {python}; correct wheels.txt.")
+            raise UploadError(
+                f"pip gave no wheel for {sorted(names - found)} on Python {python}; correct "
+                f"wheels.txt."
+            )
     return wheels
 
 
@@ -70,8 +90,11 @@ def target(python: str) -> list[str]:
 
 
 def requirements() -> list[str]:
-    """NAME==VERSION of every line of wheels.txt. Raises UploadError for one without a pin, and for torch and the like."""
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    """NAME==VERSION of every line of wheels.txt. Raises UploadError for one without a pin, and for
+    torch and the like."""
+    lines = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     pins = {canonicalize_name(line.split("==")[0]): line for line in lines if "==" in line}
     wanted = [line.split("#")[0].strip() for line in (HERE / "wheels.txt").read_text().splitlines()]
     result = []
@@ -79,7 +102,10 @@ def requirements() -> list[str]:
         name = canonicalize_name(line.split("==")[0])
         pin = line if "==" in line else pins.get(name)
         if pin is None:
-            raise UploadError(f"wheels.txt names {line}, which requirements.txt does not pin: write {line}==VERSION.")
+            raise UploadError(
+                f"wheels.txt names {line}, which requirements.txt does not pin: write "
+                f"{line}==VERSION."
+            )
         if NEVER.fullmatch(name):
             raise UploadError(f"wheels.txt names {line}: Kaggle's own stays, take the line out.")
         result.append(pin)
@@ -100,7 +126,10 @@ def check_wheel(path: Path, pythons: Sequence[str] = PYTHONS[:1]) -> None:
         raise UploadError(f"{path.name} must not be sent: Kaggle's own stays.")
     if not any(tags & accepted(each) for each in pythons):
         shown = ", ".join(sorted(map(str, tags)))
-        raise UploadError(f"{path.name} ({shown}) does not install on Kaggle's Python {' or '.join(pythons)}, x86_64.")
+        raise UploadError(
+            f"{path.name} ({shown}) does not install on Kaggle's Python {' or '.join(pythons)}, "
+            f"x86_64."
+        )
 
 
 def accepted(python: str) -> frozenset[Tag]:
@@ -111,7 +140,14 @@ def accepted(python: str) -> frozenset[Tag]:
 
 
 def _pip(*arguments: str, env: dict[str, str] | None = None) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        *arguments,
+    ]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
     if run.returncode:
         raise UploadError(f"`pip {arguments[0]}` failed: {run.stderr.strip()[-800:]}")

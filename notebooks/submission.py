@@ -25,7 +25,9 @@ input_dir = "/kaggle/input"
 submission_csv = "/kaggle/working/submission.csv"
 time_budget_hours = 8.5  # counted from here, with the loading of the model; Kaggle's limit is 9
 max_new_tokens = 64
-fallback_prompt = "Please improve this text while keeping its original meaning but altering the tone."
+fallback_prompt = (
+    "Please improve this text while keeping its original meaning but altering the tone."
+)
 style = None  # plain | json | reason_json; None: the adapter's
 system_placement = None  # user | before | turn; None: the adapter's
 four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
@@ -68,7 +70,8 @@ if wheels:
     installed = subprocess.run(pip, capture_output=True, text=True)
     if installed.returncode:
         raise ImportError(
-            f"The wheels in {wheels[0].parent} can't be installed on Python {sys.version.split()[0]}"
+            f"The wheels in {wheels[0].parent} can't be installed on Python "
+            f"{sys.version.split()[0]}"
             f" ({installed.stderr.strip().splitlines()[-1]}): make the dataset of wheels anew, for"
             " this Python (docs/KAGGLE.md), and attach its new version."
         )

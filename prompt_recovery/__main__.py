@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# tokens of a row where no test set is given: as long as the competition's, by which docs/MEASURED.md is measured
+# tokens of a row where no test set is given: as long as the competition's, by which
+# docs/MEASURED.md is measured
 ROWS, TYPICAL = 1300, 690
 NEW_TOKENS = 64
 T4_GIB = 16
@@ -22,16 +23,29 @@ T4_GIB = 16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m prompt_recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m prompt_recovery",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="what fits on which cards, and how long it takes")
-    plan.add_argument("model_dir", type=Path, help="a base model's folder; its weights need not be there")
     plan.add_argument(
-        "--cards", type=float, nargs="+", required=True, metavar="GIB", help="free on each; a T4 has 14.7"
+        "model_dir", type=Path, help="a base model's folder; its weights need not be there"
     )
-    plan.add_argument("--rows", type=Path, metavar="TEST_CSV", help=f"without it {ROWS} rows of {TYPICAL} tokens")
-    plan.add_argument("--per-hour", type=float, metavar="PRICE", help="what the machine costs an hour")
+    plan.add_argument(
+        "--cards",
+        type=float,
+        nargs="+",
+        required=True,
+        metavar="GIB",
+        help="free on each; a T4 has 14.7",
+    )
+    plan.add_argument(
+        "--rows", type=Path, metavar="TEST_CSV", help=f"without it {ROWS} rows of {TYPICAL} tokens"
+    )
+    plan.add_argument(
+        "--per-hour", type=float, metavar="PRICE", help="what the machine costs an hour"
+    )
     quantise = commands.add_parser("quantise", help="write a model once more in 4 bits")
     quantise.add_argument("source_dir", type=Path, help="the 16-bit folder, as the hub has it")
     quantise.add_argument("target_dir", type=Path, help="a new folder")
@@ -44,11 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "plan":
             print_plan(args.model_dir, args.cards, args.rows, args.per_hour)
         elif args.target_dir.exists():
-            raise ModelError(f"{args.target_dir} is there already; give a new folder, or remove it.")
+            raise ModelError(
+                f"{args.target_dir} is there already; give a new folder, or remove it."
+            )
         else:
             args.target_dir.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(args.target_dir.parent, os.W_OK):
-                raise ModelError(f"{args.target_dir.parent} can't be written to; give another folder.")
+                raise ModelError(
+                    f"{args.target_dir.parent} can't be written to; give another folder."
+                )
             base = load_base(args.source_dir, four_bit=True)
             print(f"written: {save_quantised(base, args.source_dir, args.target_dir)}")
     except (ModelError, TooLittleMemory, SafetensorError, OSError, ValueError) as error:
@@ -57,35 +75,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def print_plan(model_dir: Path, cards: Sequence[float], test_csv: Path | None, per_hour: float | None) -> None:
+def print_plan(
+    model_dir: Path, cards: Sequence[float], test_csv: Path | None, per_hour: float | None
+) -> None:
     from prompt_recovery.engine import on_h100s, on_t4s, plan
 
     if not all(math.isfinite(card) for card in cards):
         raise ValueError(f"--cards {' '.join(map(str, cards))}: give GiB, such as 14.7.")
     if not (model_dir / "config.json").is_file():
-        raise FileNotFoundError(f"{model_dir} has no config.json; give a base model's folder as the hub has it.")
+        raise FileNotFoundError(
+            f"{model_dir} has no config.json; give a base model's folder as the hub has it."
+        )
     lengths = _lengths(model_dir, test_csv) if test_csv else [TYPICAL] * ROWS
     planned = plan(model_dir, cards)
     answering, gib = planned.answering, 2**30
-    print(f"layers a card: {', '.join(map(str, answering.layers))} of {sum(answering.layers)}, in 4 bits\n")
+    print(
+        f"layers a card: {', '.join(map(str, answering.layers))} of {sum(answering.layers)}, in 4 "
+        f"bits\n"
+    )
     print(f"{'GiB':<12}" + "".join(f"{f'card {n}':>8}" for n in range(len(planned.bytes))))
     for field in planned.bytes[0]._fields:
-        print(f"{field:<12}" + "".join(f"{getattr(part, field) / gib:8.2f}" for part in planned.bytes))
+        print(
+            f"{field:<12}" + "".join(f"{getattr(part, field) / gib:8.2f}" for part in planned.bytes)
+        )
     print(f"{'together':<12}" + "".join(f"{sum(part) / gib:8.2f}" for part in planned.bytes))
     how = "merged into 16-bit weights" if answering.merged else "beside the 4-bit weights"
     print(
-        f"\nadapter {how}; prompts read {answering.piece} tokens at a time; room for {answering.cells} tokens of a batch"
+        f"\nadapter {how}; prompts read {answering.piece} tokens at a time; room for "
+        f"{answering.cells} tokens of a batch"
     )
     if planned.on_cpu:
-        print("16-bit experts are put together in the host's memory while the model loads and quantises")
+        print(
+            "16-bit experts are put together in the host's memory while the model loads and "
+            "quantises"
+        )
     print(
-        f"\n{len(lengths)} rows, {sum(lengths)} tokens to read, answers of {NEW_TOKENS}; seconds to load, read and write:"
+        f"\n{len(lengths)} rows, {sum(lengths)} tokens to read, answers of {NEW_TOKENS}; seconds "
+        f"to load, read and write:"
     )
-    times = {"at the rates measured on H100s with a T4's kernels": on_h100s(planned, lengths, NEW_TOKENS)}
+    times = {
+        "at the rates measured on H100s with a T4's kernels": on_h100s(planned, lengths, NEW_TOKENS)
+    }
     if max(cards) <= T4_GIB:
         times["on T4s, reckoned"] = on_t4s(planned, lengths, NEW_TOKENS)
     for name, spent in times.items():
-        price = "" if per_hour is None else f", {sum(spent) / 3600 * per_hour:.2f} at {per_hour:.2f} an hour"
+        price = (
+            ""
+            if per_hour is None
+            else f", {sum(spent) / 3600 * per_hour:.2f} at {per_hour:.2f} an hour"
+        )
         parts = " + ".join(f"{part:.0f}" for part in spent)
         print(f"  {name}: {parts} = {sum(spent):.0f} s{price}")
 
@@ -97,7 +135,9 @@ def _lengths(model_dir: Path, test_csv: Path) -> list[int]:
     from prompt_recovery.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model_dir, pad="unk", side="left")
-    prompts = encode_rows(tokenizer, read_test(test_csv), max_tokens=MOST_TOKENS - NEW_TOKENS, format=Format())
+    prompts = encode_rows(
+        tokenizer, read_test(test_csv), max_tokens=MOST_TOKENS - NEW_TOKENS, format=Format()
+    )
     return [len(prompt) for prompt in prompts]
 
 

@@ -1,4 +1,5 @@
-"""Rows -> the prompts that a model's answers hold: encoded once, answered by the engine, decoded and parsed."""
+"""Rows -> the prompts that a model's answers hold: encoded once, answered by the engine, decoded
+and parsed."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ NOT_FINITE = "not finite"
 
 
 class Recovered(NamedTuple):
-    """A recovered prompt, never blank, or None; how it was found (the parser's word); why the answer ended (eos, object,
-    length, or "not finite": the model's logits, which then say nothing); its length in tokens."""
+    """A recovered prompt, never blank, or None; how it was found (the parser's word); why the
+    answer ended (eos, object, length, or "not finite": the model's logits, which then say nothing);
+    its length in tokens."""
 
     prompt: str | None
     how: str
@@ -30,8 +32,12 @@ class Recovered(NamedTuple):
 def encode_rows(
     tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, **options: Any
 ) -> list[list[int]]:
-    """Token ids of each row as the model is asked, at most max_tokens. options: see `encode_row`."""
-    return [encode_row(tokenizer, row, max_tokens=max_tokens, **options)[0] for row in rows.to_dict("records")]
+    """Token ids of each row as the model is asked, at most max_tokens. options: see
+    `encode_row`."""
+    return [
+        encode_row(tokenizer, row, max_tokens=max_tokens, **options)[0]
+        for row in rows.to_dict("records")
+    ]
 
 
 def answer_prompts(
@@ -63,15 +69,24 @@ def answer_prompts(
     stop = closed if (style != "plain" if stop_at_object is None else stop_at_object) else None
     with tqdm(total=len(prompts), desc=description, unit="row", disable=description is None) as bar:
         for position, answers in generate(
-            model, prompts, eos=tokenizer.eos_token_id, sampling=sampling, stop=stop, meter=meter, **options
+            model,
+            prompts,
+            eos=tokenizer.eos_token_id,
+            sampling=sampling,
+            stop=stop,
+            meter=meter,
+            **options,
         ):
             bar.update()
-            bar.set_postfix_str(f"{meter.rate:.0f} tokens/s, {meter.left:.0f} s left", refresh=False)
+            bar.set_postfix_str(
+                f"{meter.rate:.0f} tokens/s, {meter.left:.0f} s left", refresh=False
+            )
             broken += sum(answer.ended == NOT_FINITE for answer in answers)
             yield position, [_recover(tokenizer, answer, style) for answer in answers]
     if broken:
         print(
-            f"{broken} answers are none, since their logits were not finite: the weights are damaged, or too large for"
+            f"{broken} answers are none, since their logits were not finite: the weights are "
+            f"damaged, or too large for"
             f" {str(model.dtype).removeprefix('torch.')}."
         )
 
@@ -112,10 +127,15 @@ def answer_rows(
 
 
 def answer_table(
-    model: Any, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, fallback_prompt: str, **options: Any
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: pd.DataFrame,
+    *,
+    fallback_prompt: str,
+    **options: Any,
 ) -> pd.DataFrame:
-    """The first answer of each row in the rows' order, as a table: id, answer, how ("fallback" where no prompt was found),
-    stopped."""
+    """The first answer of each row in the rows' order, as a table: id, answer, how ("fallback"
+    where no prompt was found), stopped."""
     firsts = [found[0] for _, found in sorted(answer_rows(model, tokenizer, rows, **options))]
     lines = [(*or_fallback(first, fallback_prompt), first.stopped) for first in firsts]
     table = pd.DataFrame(lines, columns=["answer", "how", "stopped"])

@@ -28,12 +28,14 @@ def longest(model_dir: str | Path, most: int = 4096) -> int:
     """Tokens of a prompt with its answer that the base can be asked: at most `most`, its positions,
     and its sliding window, which answering does not build."""
     config = load_config(model_dir)
-    return min(most, config.max_position_embeddings, getattr(config, "sliding_window", None) or most)
+    return min(
+        most, config.max_position_embeddings, getattr(config, "sliding_window", None) or most
+    )
 
 
 def stored_weight(model_dir: str | Path, name: str) -> Any:
-    """A tensor of the folder's safetensors as safetensors' slice, of which a part can be read; None if
-    no file has it under this name."""
+    """A tensor of the folder's safetensors as safetensors' slice, of which a part can be read; None
+    if no file has it under this name."""
     folder = Path(model_dir)
     file, index = "model.safetensors", folder / "model.safetensors.index.json"
     if not (folder / file).is_file():  # transformers' order

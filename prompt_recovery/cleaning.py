@@ -29,7 +29,8 @@ _LEAD_INS = (
 
 
 def strip_lead_in(text: str) -> str:
-    """The text without a first line such as "Sure, here is the rewritten text:"; unchanged without."""
+    """The text without a first line such as "Sure, here is the rewritten text:"; unchanged
+    without."""
     plain = text.replace("\u2019", "'")  # one character for one: positions stay
     for pattern in _LEAD_INS:
         found = pattern.match(plain)

@@ -1,7 +1,9 @@
-"""Several answers to one row, and a mean prompt if you like, made into one answer that the scorer reads to its end.
+"""Several answers to one row, and a mean prompt if you like, made into one answer that the scorer
+reads to its end.
 
-A mean prompt is one sentence that fits many rows a little. It and the joining of answers raise the score and recover
-nothing, so report the score with and without them. Nothing here writes text made for the encoder alone.
+A mean prompt is one sentence that fits many rows a little. It and the joining of answers raise the
+score and recover nothing, so report the score with and without them. Nothing here writes text made
+for the encoder alone.
 """
 
 from __future__ import annotations
@@ -25,28 +27,34 @@ from prompt_recovery.recipe import WAYS
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-LIMIT = 128  # tokens of sentence-t5, EOS included: what goes beyond is not read, and such answers scored about 0.41
+# tokens of sentence-t5, EOS included: what goes beyond is not read, and such answers scored about
+# 0.41
+LIMIT = 128
 
 
 @cache
 def _pieces() -> SentencePieceProcessor:
-    # T5's pieces, scores and normaliser (Apache 2.0), sentence-t5's too by all that is known; LOG.md: where they are from
+    # T5's pieces, scores and normaliser (Apache 2.0), sentence-t5's too by all that is known;
+    # LOG.md: where they are from
     return SentencePieceProcessor(model_file=str(Path(__file__).with_name("t5_pieces.model")))
 
 
 def count_tokens(text: str) -> int:
-    """Tokens of a text as the scorer counts them: T5's raw SentencePiece pieces and one for EOS. A `</s>` in the text is
-    spelled out, not taken for EOS."""
+    """Tokens of a text as the scorer counts them: T5's raw SentencePiece pieces and one for EOS. A
+    `</s>` in the text is spelled out, not taken for EOS."""
     return len(_pieces().encode(text)) + 1
 
 
 def similarities(answers: Sequence[str], encoder: SentenceTransformer | None = None) -> np.ndarray:
-    """Sharpened cosine of each answer to each, float64 [n, n]; without an encoder 1 where the wording is the same, else 0."""
+    """Sharpened cosine of each answer to each, float64 [n, n]; without an encoder 1 where the
+    wording is the same, else 0."""
     pairs = list(product(answers, repeat=2))
     if encoder is None:
         scores = np.array([float(normalise(left) == normalise(right)) for left, right in pairs])
     else:
-        scores = sharpened_cosine([left for left, _ in pairs], [right for _, right in pairs], encoder)
+        scores = sharpened_cosine(
+            [left for left, _ in pairs], [right for _, right in pairs], encoder
+        )
     return scores.reshape(len(answers), len(answers))
 
 
@@ -70,26 +78,33 @@ def combine(
 ) -> str:
     """One answer, never blank, from the answers to a row, the greedy one first.
 
-    how: "first" takes the first answer, "agree" the one that agrees most with the others (the earlier one of equals),
-    "join" all of different wording, most agreed first, as long as they fit. mean_prompt goes behind them and has
-    precedence over all but the leading answer. threshold: if the mean of the answers' agreements lies below it (see
-    pick_threshold), mean_prompt alone is the answer.
-    count: tokens of a text; another scorer's, if it is not sentence-t5. A leading answer that is too long loses its end.
-    Raises ValueError for an unknown way, no answer that is not blank and no mean_prompt, "agree" or threshold without an
-    encoder, threshold without a mean_prompt, a limit that holds nothing.
+    how: "first" takes the first answer, "agree" the one that agrees most with the others (the
+    earlier one of equals), "join" all of different wording, most agreed first, as long as they fit.
+    mean_prompt goes behind them and has precedence over all but the leading answer. threshold: if
+    the mean of the answers' agreements lies below it (see pick_threshold), mean_prompt alone is the
+    answer.
+    count: tokens of a text; another scorer's, if it is not sentence-t5. A leading answer that is
+    too long loses its end.
+    Raises ValueError for an unknown way, no answer that is not blank and no mean_prompt, "agree" or
+    threshold without an encoder, threshold without a mean_prompt, a limit that holds nothing.
     """
     if how not in WAYS:
         raise ValueError(f"combine={how!r} is unknown: choose one of {', '.join(WAYS)}.")
     if encoder is None and (how == "agree" or threshold is not None):
-        raise ValueError("Agreement and threshold need an encoder: give one, or combine='first' or 'join'.")
+        raise ValueError(
+            "Agreement and threshold need an encoder: give one, or combine='first' or 'join'."
+        )
     mean_prompt = (mean_prompt or "").strip()
     if threshold is not None and not mean_prompt:
         raise ValueError(
-            f"threshold={threshold}, but there is no mean_prompt to fall back to: give one, or no threshold."
+            f"threshold={threshold}, but there is no mean_prompt to fall back to: give one, or no "
+            f"threshold."
         )
     answers = [answer.strip() for answer in answers if answer.strip()]
     if not answers and not mean_prompt:
-        raise ValueError("All answers are blank and there is no mean_prompt: a blank fails the whole submission.")
+        raise ValueError(
+            "All answers are blank and there is no mean_prompt: a blank fails the whole submission."
+        )
     if how != "first" or threshold is not None:
         agreed = agreements(answers, encoder)
         if answers and threshold is not None and agreed.mean() < threshold:
@@ -110,7 +125,9 @@ def combine(
 
 
 def _joined(texts: Sequence[str]) -> str:
-    closed = [text if unicodedata.category(text[-1])[0] == "P" else text + "." for text in texts[:-1]]
+    closed = [
+        text if unicodedata.category(text[-1])[0] == "P" else text + "." for text in texts[:-1]
+    ]
     return " ".join([*closed, texts[-1]])
 
 
@@ -123,7 +140,9 @@ def _cut(text: str, count: Callable[[str], int], limit: int) -> str:
         ends = range(1, len(text) + 1)
     fitting = bisect_right(ends, limit, key=lambda end: count(text[:end]))
     if fitting == 0:
-        raise ValueError(f"limit={limit} tokens hold not one character: the scorer's limit is {LIMIT}.")
+        raise ValueError(
+            f"limit={limit} tokens hold not one character: the scorer's limit is {LIMIT}."
+        )
     return text[: ends[fitting - 1]]
 
 
@@ -132,16 +151,26 @@ def pick_threshold(
     scores: Sequence[float] | np.ndarray,
     mean_scores: Sequence[float] | np.ndarray,
 ) -> float | None:
-    """The threshold with the best mean score on held-out rows, when rows of lower agreement take the mean prompt instead.
+    """The threshold with the best mean score on held-out rows, when rows of lower agreement take
+    the mean prompt instead.
 
-    agreed: mean of agreements(answers) by row; scores, mean_scores: SCS of the combined answer and of the mean prompt, all
-    [n]. Of equals the lowest; None if no threshold gains. Picked for the best on these rows, its gain on others is less.
+    agreed: mean of agreements(answers) by row; scores, mean_scores: SCS of the combined answer and
+    of the mean prompt, all [n]. Of equals the lowest; None if no threshold gains. Picked for the
+    best on these rows, its gain on others is less.
     Raises ValueError for unequal lengths, none, or values that are not finite.
     """
     columns = [np.asarray(each, dtype=np.float64) for each in (agreed, scores, mean_scores)]
     shapes = [each.shape for each in columns]
-    if len(set(shapes)) > 1 or columns[0].ndim != 1 or not columns[0].size or not np.isfinite(columns).all():
-        raise ValueError(f"Shapes {shapes}: give agreement and both scores of the same rows, at least one, all finite.")
+    if (
+        len(set(shapes)) > 1
+        or columns[0].ndim != 1
+        or not columns[0].size
+        or not np.isfinite(columns).all()
+    ):
+        raise ValueError(
+            f"Shapes {shapes}: give agreement and both scores of the same rows, at least one, all "
+            f"finite."
+        )
     order = np.argsort(columns[0], kind="stable")
     agreed, scores, mean_scores = (each[order] for each in columns)
     gains = np.cumsum(mean_scores - scores)

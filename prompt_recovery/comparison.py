@@ -1,7 +1,8 @@
-"""A grid of settings: each cell trains an adapter, or takes the base as it is, and answers the same held-out rows.
+"""A grid of settings: each cell trains an adapter, or takes the base as it is, and answers the same
+held-out rows.
 
-What a cell answered lies in a CSV named by a hash of its settings and rows; such a cell is not run again. Scores are
-computed from the answers, so that ways to combine them cost nothing.
+What a cell answered lies in a CSV named by a hash of its settings and rows; such a cell is not run
+again. Scores are computed from the answers, so that ways to combine them cost nothing.
 """
 
 from __future__ import annotations
@@ -37,28 +38,39 @@ class ComparisonError(ValueError):
     """A grid that can't be run."""
 
 
-def make_cells(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]], **shared: Any) -> list[Cell]:
+def make_cells(
+    grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]], **shared: Any
+) -> list[Cell]:
     """The cells, the first of which is the reference; all are checked before one is run.
 
-    grid: lists of values by name, of which every combination is a cell, or one mapping for each cell. shared: other
-    values than a Cell's defaults for all cells. Raises ComparisonError for other names, values that can't work, or equal
-    cells.
+    grid: lists of values by name, of which every combination is a cell, or one mapping for each
+    cell. shared: other values than a Cell's defaults for all cells. Raises ComparisonError for
+    other names, values that can't work, or equal cells.
     """
     if isinstance(grid, Mapping):
-        single = [f"{name}={value!r}" for name, value in grid.items() if not isinstance(value, (list, tuple))]
+        single = [
+            f"{name}={value!r}"
+            for name, value in grid.items()
+            if not isinstance(value, (list, tuple))
+        ]
         if single:
             raise ComparisonError(
-                f"grid has {', '.join(single)}: give a list of values for each name, or put it in shared."
+                f"grid has {', '.join(single)}: give a list of values for each name, or put it in "
+                f"shared."
             )
         parts = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     elif isinstance(grid, (list, tuple)) and all(isinstance(part, Mapping) for part in grid):
         parts = [dict(part) for part in grid]
     else:
-        raise ComparisonError(f"grid={grid!r}: give a list of mappings, one a cell, or a mapping of names to lists.")
+        raise ComparisonError(
+            f"grid={grid!r}: give a list of mappings, one a cell, or a mapping of names to lists."
+        )
     names = Cell.names(*VARIES)
     unknown = {str(name) for part in [*parts, shared] for name in part} - set(names)
     if unknown:
-        raise ComparisonError(f"{', '.join(sorted(unknown))} is no setting; there are {', '.join(names)}.")
+        raise ComparisonError(
+            f"{', '.join(sorted(unknown))} is no setting; there are {', '.join(names)}."
+        )
     cells, wrong = [], []
     for number, part in enumerate(parts):
         try:
@@ -68,7 +80,10 @@ def make_cells(grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]], 
     if wrong:
         raise ComparisonError("\n".join(wrong))
     if not cells or any(cell in cells[:n] for n, cell in enumerate(cells)):
-        raise ComparisonError(f"{len(cells)} cells, and none may stand twice: give each another value of some setting.")
+        raise ComparisonError(
+            f"{len(cells)} cells, and none may stand twice: give each another value of some "
+            f"setting."
+        )
     return cells
 
 
@@ -80,10 +95,12 @@ def read_split(
     output_dir: str | Path | None = None,
     encoder: Any = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(train, eval) rows of train_csv and of all files that cells name, cleaned, split once by prompt groups; the column
-    file names the file. A cell takes its part of train with `rows_of`, so no cell trains on a prompt that is held out.
+    """(train, eval) rows of train_csv and of all files that cells name, cleaned, split once by
+    prompt groups; the column file names the file. A cell takes its part of train with `rows_of`, so
+    no cell trains on a prompt that is held out.
 
-    The split is read from output_dir/split.csv where an earlier run left it; see `splitting.read_or_split`.
+    The split is read from output_dir/split.csv where an earlier run left it; see
+    `splitting.read_or_split`.
     """
     named = [_paths(each) for each in [train_csv, *(cell.train_csv for cell in cells)] if each]
     names = list(dict.fromkeys(path for paths in named for path in paths))
@@ -101,7 +118,8 @@ def _paths(train_csv: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def rows_of(cell: Cell, train_rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that a cell trains on: its files, its filter, its number. Raises ComparisonError if too few are left."""
+    """The rows that a cell trains on: its files, its filter, its number. Raises ComparisonError if
+    too few are left."""
     rows = train_rows
     if cell.train_csv:
         rows = rows[rows["file"].isin(_paths(cell.train_csv))]
@@ -109,10 +127,14 @@ def rows_of(cell: Cell, train_rows: pd.DataFrame) -> pd.DataFrame:
         try:
             rows = rows.query(cell.row_filter)
         except Exception as error:  # whatever a text that is no query raises
-            raise ComparisonError(f"row_filter={cell.row_filter!r}: {error}. Give a query for pandas.") from error
+            raise ComparisonError(
+                f"row_filter={cell.row_filter!r}: {error}. Give a query for pandas."
+            ) from error
     wanted = len(rows) if cell.train_rows is None else cell.train_rows
     if not len(rows) or wanted > len(rows) or wanted < 1:
-        raise ComparisonError(f"A cell wants {wanted} rows, and train_csv and row_filter leave {len(rows)}: {cell}.")
+        raise ComparisonError(
+            f"A cell wants {wanted} rows, and train_csv and row_filter leave {len(rows)}: {cell}."
+        )
     if wanted < len(rows):
         rows = rows.sample(frac=1, random_state=cell.seed).head(
             wanted
@@ -127,7 +149,8 @@ def check_cells(
     eval_rows: pd.DataFrame,
     model_dir: str | Path,
 ) -> None:
-    """Raises ComparisonError naming the cells that can't be trained on their rows, or can't answer, before one is run."""
+    """Raises ComparisonError naming the cells that can't be trained on their rows, or can't answer,
+    before one is run."""
     wrong = []
     for number, cell in enumerate(cells):
         try:
@@ -136,9 +159,18 @@ def check_cells(
                 adapter.check_target_modules(cell.target_modules, model_dir)
                 left_out = len(rows) - len(examples_of(cell, tokenizer, rows))
                 if left_out:
-                    print(f"cell {number}: {left_out} of {len(rows)} rows can't be taught and are left out")
+                    print(
+                        f"cell {number}: {left_out} of {len(rows)} rows can't be taught and are "
+                        f"left out"
+                    )
             room = cell.max_tokens - cell.max_new_tokens
-            encode_rows(tokenizer, eval_rows, max_tokens=room, format=cell.format, examples=shots_of(cell, rows))
+            encode_rows(
+                tokenizer,
+                eval_rows,
+                max_tokens=room,
+                format=cell.format,
+                examples=shots_of(cell, rows),
+            )
         except ValueError as error:
             wrong.append(f"cell {number}: {error}")
     if wrong:
@@ -146,9 +178,13 @@ def check_cells(
 
 
 def shots_of(cell: Cell, rows: pd.DataFrame) -> list[dict[Any, Any]]:
-    """The rows that stand as examples before each row that is answered. Raises ComparisonError for too few rows."""
+    """The rows that stand as examples before each row that is answered. Raises ComparisonError for
+    too few rows."""
     if cell.few_shot > len(rows):
-        raise ComparisonError(f"few_shot={cell.few_shot}, and the cell has {len(rows)} rows: give fewer, or more rows.")
+        raise ComparisonError(
+            f"few_shot={cell.few_shot}, and the cell has {len(rows)} rows: give fewer, or more "
+            f"rows."
+        )
     return rows.sample(cell.few_shot, random_state=cell.seed).to_dict("records")
 
 
@@ -163,24 +199,30 @@ def run_cell(
     model_dir: str | Path,
     fallback_prompt: str = "Please improve this text.",
 ) -> pd.DataFrame:
-    """What the cell answers to eval_rows, one line an answer: id, number, answer, how, stopped, tokens, seconds (of the
-    whole cell's answering), adapter (its folder's name, "" for the base). Read from output_dir if the cell was run before;
-    adapters there serve other cells of the same training, and training that was killed goes on. base is left as it was.
+    """What the cell answers to eval_rows, one line an answer: id, number, answer, how, stopped,
+    tokens, seconds (of the whole cell's answering), adapter (its folder's name, "" for the base).
+    Read from output_dir if the cell was run before; adapters there serve other cells of the same
+    training, and training that was killed goes on. base is left as it was.
 
     few-shot examples stand before rows that are answered; training sees none.
     """
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise ComparisonError("base holds a LoRA, of a cell that was interrupted, say: load the base again.")
+        raise ComparisonError(
+            "base holds a LoRA, of a cell that was interrupted, say: load the base again."
+        )
     rows = rows_of(cell, train_rows)
     trained = cell.max_steps != 0
     asked = cell.values("adapter", "answers") if trained else cell.values("answers")
     base_name = base_id(model_dir)
-    # what the answers depend on, itself: the base as loaded, what it is trained on and asked, and how it is read
+    # what the answers depend on, itself: the base as loaded, what it is trained on and asked, and
+    # how it is read
     loaded = [str(base.dtype), config_hash(model_dir), hasattr(base.config, "quantization_config")]
     loaded += adapter.base_fingerprint(base)
     examples = examples_of(cell, tokenizer, rows) if trained else []
     room = cell.max_tokens - cell.max_new_tokens
-    prompts = encode_rows(tokenizer, eval_rows, max_tokens=room, format=cell.format, examples=shots_of(cell, rows))
+    prompts = encode_rows(
+        tokenizer, eval_rows, max_tokens=room, format=cell.format, examples=shots_of(cell, rows)
+    )
     reading = inspect.getsource(templates)
     adapter_dir = Path(output_dir) / f"adapter-{_key(loaded, cell.values('adapter'), examples)}"
     named = _key(loaded, asked, examples, prompts, eval_rows["id"].to_list(), reading)
@@ -209,13 +251,25 @@ def _answer(
     sampling = Sampling(cell.answers_per_row, temperature, cell.top_p, cell.seed)
     started = time.monotonic()
     results = answer_prompts(
-        model, tokenizer, prompts, style=cell.style, max_new_tokens=cell.max_new_tokens, sampling=sampling,
+        model,
+        tokenizer,
+        prompts,
+        style=cell.style,
+        max_new_tokens=cell.max_new_tokens,
+        sampling=sampling,
         stop_at_object=False,  # else JSON would never be seen to end by EOS
-    )  # fmt: skip
+    )
     lines = [
-        (eval_rows["id"].iloc[position], number, *or_fallback(found, fallback_prompt), found.stopped, found.tokens)
-        for position, answers in sorted(results) for number, found in enumerate(answers)
-    ]  # fmt: skip
+        (
+            eval_rows["id"].iloc[position],
+            number,
+            *or_fallback(found, fallback_prompt),
+            found.stopped,
+            found.tokens,
+        )
+        for position, answers in sorted(results)
+        for number, found in enumerate(answers)
+    ]
     table = pd.DataFrame(lines, columns=["id", "number", "answer", "how", "stopped", "tokens"])
     return table.assign(seconds=round(time.monotonic() - started, 2))
 
@@ -230,7 +284,9 @@ def _train(
     )  # fmt: skip
     working = adapter_dir.with_name(adapter_dir.name.replace("adapter", "training"))
     try:
-        training.train(lora, tokenizer, examples, [], replace(cell, output_dir=str(working), resume=True))
+        training.train(
+            lora, tokenizer, examples, [], replace(cell, output_dir=str(working), resume=True)
+        )
         adapter.save_adapter(lora, adapter_dir, cell.format)
     except BaseException:  # the next cell gets the base as it was, after an interrupt too
         lora.unload()
@@ -239,9 +295,11 @@ def _train(
     return lora
 
 
-def examples_of(cell: Cell, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame) -> list[Example]:
-    """The rows as this cell trains on them; those that can't be taught are left out. Raises TrainingError where none
-    is left."""
+def examples_of(
+    cell: Cell, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame
+) -> list[Example]:
+    """The rows as this cell trains on them; those that can't be taught are left out. Raises
+    TrainingError where none is left."""
     _, by_id, _ = usable_examples(tokenizer, rows, max_tokens=cell.max_tokens, format=cell.format)
     examples = list(by_id.values())
     if cell.supervise == "text":
@@ -250,11 +308,13 @@ def examples_of(cell: Cell, tokenizer: PreTrainedTokenizerFast, rows: pd.DataFra
 
 
 def answer_groups(table: pd.DataFrame) -> list[list[str]]:
-    """The answers of each row of a run_cell's table, in its order, as a submission combines them: those in which a prompt
-    was found, or else the fallback."""
+    """The answers of each row of a run_cell's table, in its order, as a submission combines them:
+    those in which a prompt was found, or else the fallback."""
     groups = [group for _, group in table.groupby("id", sort=False)]
     found = [group.loc[group["how"] != "fallback", "answer"].to_list() for group in groups]
-    return [each or group["answer"].to_list()[:1] for each, group in zip(found, groups, strict=True)]
+    return [
+        each or group["answer"].to_list()[:1] for each, group in zip(found, groups, strict=True)
+    ]
 
 
 def result_table(
@@ -265,18 +325,21 @@ def result_table(
     *,
     mean_prompt: str | None = None,
 ) -> pd.DataFrame:
-    """One line a cell: the settings in which cells differ, scs, low and high of its 95% interval, gain over the
-    first cell with its paired interval, scs_recovered (a row without a prompt counts 0; in scs the fallback's score
-    does, as in a submission), exact_match, seconds and tokens (written) a row, the shares of answers parsed and of
-    those that ended by EOS, and the adapter's folder.
+    """One line a cell: the settings in which cells differ, scs, low and high of its 95% interval,
+    gain over the first cell with its paired interval, scs_recovered (a row without a prompt counts
+    0; in scs the fallback's score does, as in a submission), exact_match, seconds and tokens
+    (written) a row, the shares of answers parsed and of those that ended by EOS, and the adapter's
+    folder.
 
-    With a mean_prompt also scs_with_mean, where it stands behind the answer, scs_mean_alone, and for cells of
-    several answers the threshold of agreement under which it alone does better (see `pick_threshold`) with
-    scs_with_threshold on these same rows.
+    With a mean_prompt also scs_with_mean, where it stands behind the answer, scs_mean_alone, and
+    for cells of several answers the threshold of agreement under which it alone does better (see
+    `pick_threshold`) with scs_with_threshold on these same rows.
 
     answers: tables of run_cell. Raises ComparisonError where one is not about eval_rows.
     """
-    varied = [name for name in Cell.names(*VARIES) if len({getattr(cell, name) for cell in cells}) > 1]
+    varied = [
+        name for name in Cell.names(*VARIES) if len({getattr(cell, name) for cell in cells}) > 1
+    ]
     truths = eval_rows["rewrite_prompt"].to_list()
     lines: list[dict[str, Any]] = []
     reference = np.zeros(0)
@@ -284,7 +347,8 @@ def result_table(
         groups = answer_groups(table)
         if table["id"].drop_duplicates().to_list() != eval_rows["id"].to_list():
             raise ComparisonError(
-                "The answers of a cell are not those of eval_rows: give run_cell's tables of these rows."
+                "The answers of a cell are not those of eval_rows: give run_cell's tables of these "
+                "rows."
             )
         needed = encoder if cell.combine != "first" else None
         given = [combine(each, cell.combine, encoder=needed) for each in groups]
@@ -295,7 +359,10 @@ def result_table(
         found = table["how"].ne("fallback").groupby(table["id"], sort=False).any().to_numpy()
         line["scs_recovered"] = np.where(found, scores, 0).mean()
         if mean_prompt:
-            both = [combine(each, cell.combine, mean_prompt=mean_prompt, encoder=needed) for each in groups]
+            both = [
+                combine(each, cell.combine, mean_prompt=mean_prompt, encoder=needed)
+                for each in groups
+            ]
             with_mean = metric.sharpened_cosine(both, truths, encoder)
             alone = metric.sharpened_cosine([mean_prompt] * len(truths), truths, encoder)
             line |= dict(scs_with_mean=with_mean.mean(), scs_mean_alone=alone.mean())
@@ -304,7 +371,9 @@ def result_table(
                 threshold = pick_threshold(agreed, with_mean, alone)
                 line["threshold"] = threshold
                 if threshold is not None:
-                    line["scs_with_threshold"] = np.where(agreed < threshold, alone, with_mean).mean()
+                    line["scs_with_threshold"] = np.where(
+                        agreed < threshold, alone, with_mean
+                    ).mean()
         line |= dict(
             exact_match=metric.exact_match(given, truths),
             seconds_a_row=table["seconds"].iloc[0] / len(truths),
@@ -318,7 +387,8 @@ def result_table(
 
 
 def plot_results(table: pd.DataFrame, path: str | Path) -> None:
-    """Score with its interval against seconds a row, one point a cell, numbered as in the table. A PNG."""
+    """Score with its interval against seconds a row, one point a cell, numbered as in the table. A
+    PNG."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -28,14 +28,14 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
 
     The files are CSV (UTF-8, header) or what tables.read_table reads besides.
 
-    Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response ('' where the
-    file has none), source ("file.csv:7" is data row 7, counted from 1 under the header), file (its path). A file
-    without an id column gets ids of its stem and row number; where most ids of a file stand in another one too, each has
-    its file's stem before it. Windows line ends inside a text become "\\n"; nothing else
-    is changed.
+    Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response (''
+    where the file has none), source ("file.csv:7" is data row 7, counted from 1 under the header),
+    file (its path). A file without an id column gets ids of its stem and row number; where most ids
+    of a file stand in another one too, each has its file's stem before it. Windows line ends inside
+    a text become "\\n"; nothing else is changed.
 
-    Raises DataError for a missing or empty file, missing columns, bad UTF-8, malformed CSV, blank or
-    duplicate ids.
+    Raises DataError for a missing or empty file, missing columns, bad UTF-8, malformed CSV, blank
+    or duplicate ids.
     """
     files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if not files:
@@ -63,15 +63,21 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
     rows = pd.concat(parts, ignore_index=True)
     collisions = rows["id"].duplicated(keep=False).groupby(rows["file"]).mean()
     if collisions.max() > 0.5:  # public files that count from 0 each; a few equal ids are a mistake
-        names = rows["file"].map({str(path): name for path, name in zip(files, _apart(files), strict=True)})
+        names = rows["file"].map(
+            {str(path): name for path, name in zip(files, _apart(files), strict=True)}
+        )
         rows["id"] = names + "-" + rows["id"]
-        print(f"ids stand in several files: each has its file's name before it, as in {rows['id'].iloc[0]!r}")
+        print(
+            f"ids stand in several files: each has its file's name before it, as in "
+            f"{rows['id'].iloc[0]!r}"
+        )
     _refuse_bad_ids(rows)
     return rows
 
 
 def _apart(files: Sequence[Path]) -> list[str]:
-    """The stems of the files. Two folders may each hold a rows.csv: the second one's carries a number."""
+    """The stems of the files. Two folders may each hold a rows.csv: the second one's carries a
+    number."""
     seen: Counter[str] = Counter()
     names = []
     for path in files:
@@ -81,21 +87,25 @@ def _apart(files: Sequence[Path]) -> list[str]:
 
 
 def rows_hash(rows: pd.DataFrame) -> str:
-    """12 hexadecimal digits that stand for what rows teach: their ids, texts, prompts and responses, in this order."""
+    """12 hexadecimal digits that stand for what rows teach: their ids, texts, prompts and
+    responses, in this order."""
     kept = rows[["id", *ROW_COLUMNS, "response"]]
     return hashlib.sha256(json.dumps(kept.to_numpy().tolist()).encode()).hexdigest()[:12]
 
 
 def read_test(path: str | Path) -> pd.DataFrame:
-    """Read a test CSV: columns id (exactly as written), original_text, rewritten_text, all str, in file
-    order.
+    """Read a test CSV: columns id (exactly as written), original_text, rewritten_text, all str, in
+    file order.
 
-    No row is ever dropped: blank texts stay, and a file with a header and no rows gives an empty table.
+    No row is ever dropped: blank texts stay, and a file with a header and no rows gives an empty
+    table.
     Raises DataError as read_rows does.
     """
     path = Path(path)
     table = _read_csv(path, TEST_COLUMNS)[list(TEST_COLUMNS)]
-    checked = table.assign(source=[f"{path.name}:{n}" for n in range(1, len(table) + 1)], file=str(path))
+    checked = table.assign(
+        source=[f"{path.name}:{n}" for n in range(1, len(table) + 1)], file=str(path)
+    )
     _refuse_bad_ids(checked)
     return table
 
@@ -107,7 +117,9 @@ def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
         hint = ""
         if len(header) == 1 and re.search(r"[;\t|]", header[0]):
             hint = " The columns must be separated by commas."
-        raise DataError(f"{path} has no column {', '.join(missing)}; its columns are {header}.{hint}")
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}; its columns are {header}.{hint}"
+        )
     twice = [name for name in (*needed, "id", "response") if header.count(name) > 1]
     if twice:
         raise DataError(f"{path} has the column {twice[0]} more than once: keep one.")
@@ -124,7 +136,10 @@ def _refuse_bad_ids(rows: pd.DataFrame) -> None:
     blank = rows[rows["id"].str.strip() == ""]
     if len(blank):
         places = ", ".join(blank["source"].head(10))
-        raise DataError(f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill them in.")
+        raise DataError(
+            f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill "
+            f"them in."
+        )
     doubled = rows[rows["id"].duplicated(keep=False)]
     if len(doubled):
         shown = []
@@ -138,10 +153,13 @@ def _refuse_bad_ids(rows: pd.DataFrame) -> None:
         )
 
 
-def clean_rows(rows: pd.DataFrame, strip_lead_ins: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+def clean_rows(
+    rows: pd.DataFrame, strip_lead_ins: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Drop rows that teach nothing; returns (kept rows, account).
 
-    account has one line per dropped or changed row: id, source, reason, action ('dropped' | 'changed').
+    account has one line per dropped or changed row: id, source, reason, action ('dropped' |
+    'changed').
     Reasons: "blank <column>", "<column> is 'nan'" (or another of MISSING), "identical original and
     rewritten", "refusal", "exact duplicate" (the first one stays), and with
     strip_lead_ins "lead-in stripped" (changed). The tables given are not altered.
@@ -151,7 +169,9 @@ def clean_rows(rows: pd.DataFrame, strip_lead_ins: bool = False) -> tuple[pd.Dat
     rewritten_texts: list[str] = []
     seen: set[tuple[str, str, str]] = set()
     columns = [rows[name].tolist() for name in ("id", "source", *ROW_COLUMNS)]
-    for position, (row_id, source, original, rewritten, prompt) in enumerate(zip(*columns, strict=True)):
+    for position, (row_id, source, original, rewritten, prompt) in enumerate(
+        zip(*columns, strict=True)
+    ):
         if strip_lead_ins:
             stripped = strip_lead_in(rewritten)
             if stripped != rewritten:
@@ -182,11 +202,17 @@ def clean_rows(rows: pd.DataFrame, strip_lead_ins: bool = False) -> tuple[pd.Dat
 
 
 def describe(rows: pd.DataFrame, account: pd.DataFrame) -> str:
-    """A short report of the rows that stay and of the account of clean_rows, several lines of text."""
+    """A short report of the rows that stay and of the account of clean_rows, several lines of
+    text."""
     dropped = int((account["action"] == "dropped").sum())
-    lines = [f"{len(rows) + dropped} rows read, {dropped} dropped, {len(rows)} kept", *describe_account(account)]
+    lines = [
+        f"{len(rows) + dropped} rows read, {dropped} dropped, {len(rows)} kept",
+        *describe_account(account),
+    ]
     if len(rows):
-        words = [int(rows[name].map(lambda text: len(text.split())).median()) for name in ROW_COLUMNS]
+        words = [
+            int(rows[name].map(lambda text: len(text.split())).median()) for name in ROW_COLUMNS
+        ]
         lines.append(f"median words: original {words[0]}, rewritten {words[1]}, prompt {words[2]}")
         lines.append(f"distinct prompts: {rows['rewrite_prompt'].map(normalise).nunique()}")
     return "\n".join(lines)
@@ -201,11 +227,12 @@ def describe_account(account: pd.DataFrame) -> list[str]:
     return lines
 
 
-# --- wording ------------------------------------------------------------------------------------------------
+# --- wording --------------------------------------------------------------------------------------
 
 
 def normalise(text: str) -> str:
-    """Wording alone: NFKC, casefold, apostrophes removed, other punctuation and white space to single spaces.
+    """Wording alone: NFKC, casefold, apostrophes removed, other punctuation and white space to
+    single spaces.
 
     A text of punctuation alone stays itself (stripped), so that "?" and "!" are not the same.
     """

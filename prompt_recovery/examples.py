@@ -24,11 +24,12 @@ class TrainingError(ValueError):
 def make_examples(
     tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, format: Format
 ) -> list[Example]:
-    """Rows as `input_ids` and `labels` (lists of equal length, at most max_tokens): labels are the ids where the answer
-    and its EOS stand and -100 elsewhere. Masked by position, so it does not matter which id pads.
+    """Rows as `input_ids` and `labels` (lists of equal length, at most max_tokens): labels are the
+    ids where the answer and its EOS stand and -100 elsewhere. Masked by position, so it does not
+    matter which id pads.
 
-    Raises TrainingError naming the rows that have no answer in this style, whose answer does not fit or cannot be read
-    back, or that have no supervised token.
+    Raises TrainingError naming the rows that have no answer in this style, whose answer does not
+    fit or cannot be read back, or that have no supervised token.
     """
     examples, refused = _encode(tokenizer, rows, max_tokens=max_tokens, format=format)
     if refused:
@@ -43,19 +44,26 @@ def usable_examples(
 ) -> tuple[pd.DataFrame, dict[str, Example], pd.DataFrame]:
     """`make_examples` of the rows that have one: (these rows, their examples by id, account).
 
-    account has the columns of data.ACCOUNT_COLUMNS: a line for each dropped row, with the reason, and one for each row
-    whose response names another prompt than rewrite_prompt, which is taught. Raises TrainingError if no row is left.
+    account has the columns of data.ACCOUNT_COLUMNS: a line for each dropped row, with the reason,
+    and one for each row whose response names another prompt than rewrite_prompt, which is taught.
+    Raises TrainingError if no row is left.
     """
     examples, refused = _encode(tokenizer, rows, max_tokens=max_tokens, format=format)
     if not len(rows):
-        raise TrainingError("There are no rows left to train on: see the account of what was dropped.")
+        raise TrainingError(
+            "There are no rows left to train on: see the account of what was dropped."
+        )
     if len(refused) == len(rows):
         raise _refusal(rows, refused)
     kept = {n: example for n, example in enumerate(examples) if example is not None}
     check_supervised(list(kept.values()), tokenizer.eos_token_id)
     account = []
     for n, row in enumerate(rows.to_dict("records")):
-        named = prompt_of(row.get("response", "")) if format.style == "reason_json" and n in kept else None
+        named = (
+            prompt_of(row.get("response", ""))
+            if format.style == "reason_json" and n in kept
+            else None
+        )
         if n in refused:
             account.append((row["id"], row["source"], refused[n][0], "dropped"))
         elif named is not None and normalise(named) != normalise(row["rewrite_prompt"]):
@@ -68,17 +76,24 @@ def usable_examples(
 def _encode(
     tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, format: Format
 ) -> tuple[list[Example | None], dict[int, tuple[str, str]]]:
-    """Each row's example or None, and for those without one (by position) the reason in short and in full."""
+    """Each row's example or None, and for those without one (by position) the reason in short and
+    in full."""
     examples: list[Example | None] = []
     refused: dict[int, tuple[str, str]] = {}
     for n, row in enumerate(rows.to_dict("records")):
         try:
             answer = render_answer(row["rewrite_prompt"], format.style, row.get("response", ""))
             found = read_back(answer, format.style)
-            # of a plain answer, quotes and the like around the whole are taken off, and nothing is lost
+            # of a plain answer, quotes and the like around the whole are taken off, and nothing is
+            # lost
             if format.style != "plain" and found != row["rewrite_prompt"].strip():
-                raise TemplateError(f"rewrite_prompt={row['rewrite_prompt'][:80]!r} would be read back as {found!r}.")
-            ids, supervised = encode_row(tokenizer, row, max_tokens=max_tokens, format=format, answer=answer)
+                raise TemplateError(
+                    f"rewrite_prompt={row['rewrite_prompt'][:80]!r} would be read back as "
+                    f"{found!r}."
+                )
+            ids, supervised = encode_row(
+                tokenizer, row, max_tokens=max_tokens, format=format, answer=answer
+            )
         except TemplateError as error:
             refused[n] = (f"no {format.style} answer that can be read back", str(error))
         except TokenizerError as error:
@@ -95,17 +110,23 @@ def _refusal(rows: pd.DataFrame, refused: Mapping[int, tuple[str, str]]) -> Trai
     named = [str(rows["source"].iloc[n]) if "source" in rows else f"row {n + 1}" for n in refused]
     places = ", ".join(named[:10]) + (" ..." if len(refused) > 10 else "")
     first = next(iter(refused.values()))[1]
-    return TrainingError(f"{len(refused)} of {len(rows)} rows are refused ({places}); the first: {first}")
+    return TrainingError(
+        f"{len(refused)} of {len(rows)} rows are refused ({places}); the first: {first}"
+    )
 
 
 def check_supervised(examples: Sequence[Example], eos: int) -> None:
-    """Raises TrainingError for examples without a supervised token (their loss is silently 0), or not ending in EOS."""
+    """Raises TrainingError for examples without a supervised token (their loss is silently 0), or
+    not ending in EOS."""
     if not examples:
-        raise TrainingError("there are no rows to train on; check what was dropped and eval_fraction.")
+        raise TrainingError(
+            "there are no rows to train on; check what was dropped and eval_fraction."
+        )
     bad = [n for n, example in enumerate(examples) if example["labels"][-1] != eos]
     if bad:
         raise TrainingError(
-            f"{len(bad)} of {len(examples)} rows do not end in a supervised EOS (positions {bad[:5]}): the model would "
+            f"{len(bad)} of {len(examples)} rows do not end in a supervised EOS (positions "
+            f"{bad[:5]}): the model would "
             "never learn to stop. Do not truncate examples; encode_row shortens the texts instead."
         )
 
@@ -113,12 +134,15 @@ def check_supervised(examples: Sequence[Example], eos: int) -> None:
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
     """int64 input_ids, attention_mask and labels of shape [batch, longest], padded on the right.
 
-    Padding is pad_id / 0 / -100 by position; an id equal to pad_id inside an example keeps its label and attention.
+    Padding is pad_id / 0 / -100 by position; an id equal to pad_id inside an example keeps its
+    label and attention.
     """
     width = max(len(example["input_ids"]) for example in examples)
 
     def pad(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([example[name] + [value] * (width - len(example[name])) for example in examples])
+        return torch.tensor(
+            [example[name] + [value] * (width - len(example[name])) for example in examples]
+        )
 
     mask = [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
     return {

@@ -14,7 +14,8 @@ import pandas as pd
 
 @contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, moved there at the end. Several processes may write the same file."""
+    """A path beside `path` to write to, moved there at the end. Several processes may write the
+    same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -33,12 +34,15 @@ def write_text(text: str, path: Path) -> None:
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write a CSV so that a reader never sees half a file.
 
-    Texts are quoted where one of them holds a carriage return: readers take a bare one for a line's end.
+    Texts are quoted where one of them holds a carriage return: readers take a bare one for a line's
+    end.
     """
     texts = frame.select_dtypes(exclude="number")
     returns = texts.map(lambda value: "\r" in str(value)).any(axis=None)
     with _replaced(path) as partial:
-        frame.to_csv(partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+        frame.to_csv(
+            partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+        )
 
 
 def sha256(path: Path) -> str:
@@ -61,6 +65,7 @@ def located(path: str) -> str:
 
 
 def read_csv(path: Path, numbers: Sequence[str] = ()) -> pd.DataFrame:
-    """A table of write_csv: all columns str, never missing ("N/A" and "007" stay), but for those of `numbers`."""
+    """A table of write_csv: all columns str, never missing ("N/A" and "007" stay), but for those of
+    `numbers`."""
     frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     return frame.assign(**{name: pd.to_numeric(frame[name]) for name in numbers})

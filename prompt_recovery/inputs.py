@@ -34,9 +34,10 @@ def find_inputs(
     root: str | Path = KAGGLE_INPUT,
     allow_base: bool = False,
 ) -> tuple[Path, Path | None, Path]:
-    """The three paths; those that are None are looked for under root, however deep (the mounts of Kaggle's Models,
-    competitions and datasets lie at other depths than they did): the folders of a causal language model's config.json and
-    of adapter_config.json, and test.csv. No adapter is None with allow_base.
+    """The three paths; those that are None are looked for under root, however deep (the mounts of
+    Kaggle's Models, competitions and datasets lie at other depths than they did): the folders of a
+    causal language model's config.json and of adapter_config.json, and test.csv. No adapter is None
+    with allow_base.
 
     Raises InputError for no match or several, listing them.
     """
@@ -55,7 +56,9 @@ def find_inputs(
         return matches[0]
 
     adapters = [path.parent for path in files if path.name == CONFIG]
-    bases = [path.parent for path in files if path.name == "config.json" and path.parent not in adapters]
+    bases = [
+        path.parent for path in files if path.name == "config.json" and path.parent not in adapters
+    ]
     bases = [folder for folder in bases if _is_language_model(folder)]
     tests = [path for path in files if path.name == "test.csv"]
     base = look("model_dir", model_dir, bases, "a language model's config.json")
@@ -89,13 +92,16 @@ def _is_language_model(folder: Path) -> bool:
 
 
 def is_public_run(test: pd.DataFrame) -> bool:
-    """Whether these are the public test.csv's rows, one, and nothing is scored: loading the model would waste quota."""
+    """Whether these are the public test.csv's rows, one, and nothing is scored: loading the model
+    would waste quota."""
     return len(test) == 1 and not os.environ.get(RERUN)
 
 
 def read_test(test_csv: str | Path) -> pd.DataFrame:
-    """`data.read_test`. While a submission is scored, a file that it refuses is read as far as it can be, and what is
-    wrong with it is printed (see `salvage`): nobody can mend the hidden rows, and each must get an answer.
+    """`data.read_test`. While a submission is scored, a file that it refuses is read as far as it
+    can be, and what is
+    wrong with it is printed (see `salvage`): nobody can mend the hidden rows, and each must get an
+    answer.
 
     Raises DataError in every other run.
     """
@@ -110,13 +116,18 @@ def read_test(test_csv: str | Path) -> pd.DataFrame:
 
 
 def usable_adapter(
-    adapter_dir: str | Path | None, model_dir: str | Path, allow_base: bool = False, four_bit: bool | None = None
+    adapter_dir: str | Path | None,
+    model_dir: str | Path,
+    allow_base: bool = False,
+    four_bit: bool | None = None,
 ) -> Path | None:
-    """The adapter's folder if `check_adapter` finds it sound; nothing goes onto a GPU. Prints what it is.
+    """The adapter's folder if `check_adapter` finds it sound; nothing goes onto a GPU. Prints what
+    it is.
 
-    The base is checked first, with all that costs no loading: its files, whether it fits on the GPUs at hand, its
-    tokenizer. Raises ModelError, Nf4Error, TooLittleMemory or TokenizerError for it. A missing or broken adapter raises
-    InputError with the remedy, or is None with allow_base, which is printed.
+    The base is checked first, with all that costs no loading: its files, whether it fits on the
+    GPUs at hand, its tokenizer. Raises ModelError, Nf4Error, TooLittleMemory or TokenizerError for
+    it. A missing or broken adapter raises InputError with the remedy, or is None with allow_base,
+    which is printed.
     """
     check_base(model_dir, four_bit=four_bit)
     check_tokenizer(load_tokenizer(model_dir), load_config(model_dir).vocab_size, model_dir)
@@ -131,28 +142,40 @@ def usable_adapter(
 
 
 def complete(settings: SubmissionSettings) -> SubmissionSettings:
-    """The settings with what was left open: paths, found under input_dir, and the format, the adapter's. The adapter is
-    checked; nothing goes onto a GPU. Raises InputError as `find_inputs`, `usable_adapter` and `answer_format` do."""
+    """The settings with what was left open: paths, found under input_dir, and the format, the
+    adapter's. The adapter is checked; nothing goes onto a GPU. Raises InputError as `find_inputs`,
+    `usable_adapter` and `answer_format` do."""
     model_dir, found, test_csv = find_inputs(
-        settings.model_dir, settings.adapter_dir, settings.test_csv, settings.input_dir, settings.allow_base
+        settings.model_dir,
+        settings.adapter_dir,
+        settings.test_csv,
+        settings.input_dir,
+        settings.allow_base,
     )
     print(f"model    {model_dir}\nadapter  {found}\ntest     {test_csv}")
     adapter_dir = usable_adapter(found, model_dir, settings.allow_base, settings.four_bit)
     format = answer_format(adapter_dir, settings.style, settings.system_placement)
-    return replace(settings, model_dir=model_dir, adapter_dir=adapter_dir, test_csv=test_csv, **asdict(format))
+    return replace(
+        settings, model_dir=model_dir, adapter_dir=adapter_dir, test_csv=test_csv, **asdict(format)
+    )
 
 
-def answer_format(adapter_dir: Path | None, style: str | None, system_placement: str | None) -> Format:
-    """style and system_placement as given; for None, as the adapter was trained, or the default where it does not say.
+def answer_format(
+    adapter_dir: Path | None, style: str | None, system_placement: str | None
+) -> Format:
+    """style and system_placement as given; for None, as the adapter was trained, or the default
+    where it does not say.
 
-    Raises InputError for one that the adapter was not trained on: its answers would not parse, or would be worse.
+    Raises InputError for one that the adapter was not trained on: its answers would not parse, or
+    would be worse.
     """
     trained = read_header(adapter_dir) if adapter_dir else {}
     result = {}
     for name, given in (("style", style), ("system_placement", system_placement)):
         if given and given != trained.get(name, given):
             raise InputError(
-                f"{name}={given!r}, but the adapter in {adapter_dir} was trained with {trained[name]!r}; leave it at None."
+                f"{name}={given!r}, but the adapter in {adapter_dir} was trained with "
+                f"{trained[name]!r}; leave it at None."
             )
         if given or name in trained:
             result[name] = given or trained[name]
@@ -160,11 +183,16 @@ def answer_format(adapter_dir: Path | None, style: str | None, system_placement:
 
 
 def load(
-    model_dir: str | Path, adapter_dir: str | Path | None, four_bit: bool | None = None, allow_base: bool = False
+    model_dir: str | Path,
+    adapter_dir: str | Path | None,
+    four_bit: bool | None = None,
+    allow_base: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) to answer with: the base, with the adapter on it unless adapter_dir is None.
+    """(model, tokenizer) to answer with: the base, with the adapter on it unless adapter_dir is
+    None.
 
-    Raises InputError for an adapter of another base, unless allow_base; see `load_base` for what else can be wrong.
+    Raises InputError for an adapter of another base, unless allow_base; see `load_base` for what
+    else can be wrong.
     """
     tokenizer = load_tokenizer(model_dir, pad="unk", side="left")
     base = load_base(model_dir, four_bit=four_bit)

@@ -16,27 +16,49 @@ if TYPE_CHECKING:
 
 
 def plot_log(log: pd.DataFrame, path: str | Path, **about: str) -> None:
-    """Train and eval loss, and the eval score if it was measured, against the step; the best step marked. A PNG,
-    with `about` as texts in it."""
+    """Train and eval loss, and the eval score if it was measured, against the step; the best step
+    marked. A PNG, with `about` as texts in it."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for column, label in (("loss", "train"), ("eval_loss", "eval")):
         part = log[log[column].notna()]
-        axes.plot(part["step"], part[column], marker="o" if column == "eval_loss" else None, ms=3, label=label)
+        axes.plot(
+            part["step"],
+            part[column],
+            marker="o" if column == "eval_loss" else None,
+            ms=3,
+            label=label,
+        )
     scored = log["eval_scs"].notna().any()
     if scored:
         part = log[log["eval_scs"].notna()]
         right = axes.twinx()
         right.plot(
-            part["step"], part["eval_scs"], color="tab:green", marker="s", ms=3, ls="--", label="eval SCS (right)"
+            part["step"],
+            part["eval_scs"],
+            color="tab:green",
+            marker="s",
+            ms=3,
+            ls="--",
+            label="eval SCS (right)",
         )
         right.set(ylim=(0, None), ylabel="SCS of held-out answers")
     if log["eval_loss"].notna().any():
         order = ["eval_scs", "eval_loss"] if scored else ["eval_loss"]
-        best = log.round({"eval_scs": 6}).sort_values(order, ascending=[name != "eval_scs" for name in order]).iloc[0]
+        best = (
+            log.round({"eval_scs": 6})
+            .sort_values(order, ascending=[name != "eval_scs" for name in order])
+            .iloc[0]
+        )
         value = f"SCS {best['eval_scs']:.3f}" if scored else f"eval loss {best['eval_loss']:.3f}"
-        axes.axvline(best["step"], color="grey", lw=0.8, ls=":", label=f"best: {value} at step {best['step']:.0f}")
+        axes.axvline(
+            best["step"],
+            color="grey",
+            lw=0.8,
+            ls=":",
+            label=f"best: {value} at step {best['step']:.0f}",
+        )
     axes.set(xlabel="step", ylabel="loss on answer and EOS (nats a token)", ylim=(0, None))
     figure.legend(frameon=False, loc="outside upper center", ncols=4)
     save_figure(figure, Path(path), **about)
@@ -60,12 +82,15 @@ def whole_texts(table: pd.DataFrame) -> Styler:
     table = table.copy()
     table[numbers] = table[numbers].round(2) + 0.0  # -0.00 is 0.00
     shown = table.style.hide(axis="index").format(precision=2, escape="html")
-    shown.set_table_styles([{"selector": "td, th", "props": "text-align: left; vertical-align: top"}])
+    shown.set_table_styles(
+        [{"selector": "td, th", "props": "text-align: left; vertical-align: top"}]
+    )
     return shown.set_properties(None, **{"white-space": "pre-wrap"})
 
 
 def save_figure(figure: Any, path: Path, **about: str) -> None:
-    """Write a PNG, with `about` as texts in it, and close the figure. Several processes may draw the
+    """Write a PNG, with `about` as texts in it, and close the figure. Several processes may draw
+    the
     same picture: each one's file is whole when it takes its place."""
     import matplotlib.pyplot as plt
 

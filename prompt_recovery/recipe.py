@@ -1,7 +1,8 @@
-"""The settings of a training and of its answers: every default once, each value read and checked here.
+"""The settings of a training and of its answers: every default once, each value read and checked
+here.
 
-A notebook's parameters are flat variables. `Recipe.of(globals())` makes them a Recipe, and refuses what
-can't work, before anything loads. What is plainly a number is read as one: "2e-5", 64.0, "64".
+A notebook's parameters are flat variables. `Recipe.of(globals())` makes them a Recipe, and refuses
+what can't work, before anything loads. What is plainly a number is read as one: "2e-5", 64.0, "64".
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class SettingError(ValueError):
 
 
 def setting(default: Any, read: Reader, *kinds: str) -> Any:
-    """A field of a `Settings`. kinds: what depends on it, by which `Settings.values` picks fields."""
+    """A field of a `Settings`. kinds: what depends on it, by which `Settings.values` picks
+    fields."""
     return field(default=default, metadata={"read": read, "kinds": frozenset(kinds)})
 
 
@@ -85,7 +87,9 @@ def whole(least: int, most: int, special: str = "") -> Reader:
     """An int from least to most. special: said of another value that counts, -1."""
 
     def read(value: Any) -> int:
-        rule = f"give a whole number from {least} to {most}" + (f", or -1 {special}" if special else "")
+        rule = f"give a whole number from {least} to {most}" + (
+            f", or -1 {special}" if special else ""
+        )
         try:
             number = _number(value)
         except ValueError:
@@ -103,7 +107,9 @@ def number(least: float, most: float, *, above: bool = False, below: bool = Fals
     def read(value: Any) -> float:
         try:
             found = float(_number(value))
-            fits = (found > least if above else found >= least) and (found < most if below else found <= most)
+            fits = (found > least if above else found >= least) and (
+                found < most if below else found <= most
+            )
         except ValueError:
             fits = False
         if not fits:
@@ -187,7 +193,8 @@ def optional(read: Reader, none: str = "") -> Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class Format(Settings):
-    """How rows are put to the model and how it answers. An adapter answers in the one it was trained for."""
+    """How rows are put to the model and how it answers. An adapter answers in the one it was
+    trained for."""
 
     style: str = setting("plain", choice(*STYLES))
     system_placement: str = setting("user", choice(*SYSTEM_PLACEMENTS))
@@ -207,7 +214,8 @@ class Answering(Settings):
     def conflicts(self) -> Iterator[str]:
         if self.temperature < 0.01 and (self.answers_per_row > 1 or self.temperature > 0):
             yield (
-                f"temperature={self.temperature:g}: all answers_per_row={self.answers_per_row} answers would be the "
+                f"temperature={self.temperature:g}: all answers_per_row={self.answers_per_row} "
+                f"answers would be the "
                 "same; give a number from 0.01 up to 5, or 0 with answers_per_row=1."
             )
 
@@ -216,8 +224,8 @@ class Answering(Settings):
 class Recipe(Settings):
     """A training, from its rows to its adapter.
 
-    Figures are those of the system this design comes from: rank 16, alpha 64, dropout 0.1 on q, k, v
-    and o; learning rate 2e-5, linear, 30 steps of warm-up; 8 rows times 2 a step.
+    Figures are those of the system this design comes from: rank 16, alpha 64, dropout 0.1 on q, k,
+    v and o; learning rate 2e-5, linear, 30 steps of warm-up; 8 rows times 2 a step.
 
     Kinds: "adapter", what its weights depend on; "run", what else a resumed run must share;
     "rows", which rows are trained on; "answers", what answers depend on beside the model.
@@ -228,7 +236,8 @@ class Recipe(Settings):
     output_dir: str = setting("outputs/train", path)
     style: str = setting("plain", choice(*STYLES), "adapter", "answers")
     system_placement: str = setting("user", choice(*SYSTEM_PLACEMENTS), "adapter", "answers")
-    max_tokens: int = setting(640, whole(32, 32768), "adapter", "answers")  # prompt and answer together
+    # prompt and answer together
+    max_tokens: int = setting(640, whole(32, 32768), "adapter", "answers")
     max_steps: int = setting(-1, whole(1, 10**7, "for as many as the epochs take"), "adapter")
     epochs: float = setting(5.0, number(0, 1000, above=True), "adapter")
     learning_rate: float = setting(2e-5, number(1e-9, 1), "adapter")
@@ -236,7 +245,9 @@ class Recipe(Settings):
     lora_r: int = setting(16, whole(1, 1024), "adapter")
     lora_alpha: int = setting(64, whole(1, 65536), "adapter")
     lora_dropout: float = setting(0.1, number(0, 1, below=True), "adapter")
-    target_modules: tuple[str, ...] = setting(("q_proj", "k_proj", "v_proj", "o_proj"), texts, "adapter")
+    target_modules: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), texts, "adapter"
+    )
     batch_size: int = setting(8, whole(1, 65536), "adapter")
     gradient_accumulation: int = setting(2, whole(1, 65536), "adapter")
     eval_fraction: float = setting(0.1, number(0, 1, below=True))
@@ -248,7 +259,8 @@ class Recipe(Settings):
     patience: int = setting(3, whole(1, 10**9), "run")  # evaluations without gain
     evaluations: int = setting(10, whole(1, 10**6), "run")  # in the whole run
     report_to: str = setting("none", reporter)
-    activation_checkpointing: bool | None = setting(None, optional(flag))  # None: a memory plan's, on a GPU
+    # None: a memory plan's, on a GPU
+    activation_checkpointing: bool | None = setting(None, optional(flag))
 
     @property
     def format(self) -> Format:
@@ -260,10 +272,14 @@ class Cell(Recipe, Answering):
     """A recipe, how its adapter answers, and what only comparisons need."""
 
     train_csv: Any = setting(None, optional(texts, "all files of the grid"), "rows")
-    row_filter: str | None = setting(None, optional(text), "rows")  # pandas, such as "rewrite_prompt.str.len() < 80"
-    train_rows: int | None = setting(None, optional(whole(1, 10**9), "all"), "rows")  # that many, drawn by seed
-    few_shot: int = setting(0, whole(0, 64), "answers")  # rows that stand as examples before each row
-    max_steps: int = setting(-1, whole(0, 10**7, "for as many as the epochs take"), "adapter")  # 0: the base
+    # pandas, such as "rewrite_prompt.str.len() < 80"
+    row_filter: str | None = setting(None, optional(text), "rows")
+    # that many, drawn by seed
+    train_rows: int | None = setting(None, optional(whole(1, 10**9), "all"), "rows")
+    # rows that stand as examples before each row
+    few_shot: int = setting(0, whole(0, 64), "answers")
+    # 0: the base
+    max_steps: int = setting(-1, whole(0, 10**7, "for as many as the epochs take"), "adapter")
     # answer | text: all tokens, as the usual recipes do
     supervise: str = setting("answer", choice("answer", "text"), "adapter")
 
@@ -271,7 +287,8 @@ class Cell(Recipe, Answering):
         yield from super().conflicts()
         if self.max_new_tokens >= self.max_tokens:
             yield (
-                f"max_new_tokens={self.max_new_tokens}: prompt and answer have max_tokens={self.max_tokens} together; "
+                f"max_new_tokens={self.max_new_tokens}: prompt and answer have "
+                f"max_tokens={self.max_tokens} together; "
                 "give fewer, or raise max_tokens."
             )
 
@@ -304,7 +321,9 @@ class SubmissionSettings(Answering):
     time_budget_hours: float = setting(8.5, number(0, 168, above=True))
     fallback_prompt: str = setting(FALLBACK, text)
     style: Any = setting(None, optional(choice(*STYLES), "the adapter's"), "answers")
-    system_placement: Any = setting(None, optional(choice(*SYSTEM_PLACEMENTS), "the adapter's"), "answers")
+    system_placement: Any = setting(
+        None, optional(choice(*SYSTEM_PLACEMENTS), "the adapter's"), "answers"
+    )
     four_bit: bool | None = setting(None, optional(flag))
     mean_prompt: str | None = setting(None, optional(text, "no mean prompt"))
     threshold: float | None = setting(None, optional(number(-1, 2), "no threshold"))
@@ -316,8 +335,10 @@ class SubmissionSettings(Answering):
         yield from super().conflicts()
         if (self.answers_per_row > 1) != (self.combine != "first" or self.threshold is not None):
             yield (
-                f"answers_per_row={self.answers_per_row}, combine={self.combine!r}, threshold={self.threshold}: several "
-                "answers are for join, agree or a threshold, which do nothing with one. Set answers_per_row to 2 or more "
+                f"answers_per_row={self.answers_per_row}, combine={self.combine!r}, "
+                f"threshold={self.threshold}: several "
+                "answers are for join, agree or a threshold, which do nothing with one. Set "
+                "answers_per_row to 2 or more "
                 "with them, or to 1 with first."
             )
         if self.encoder_dir is None and (self.combine == "agree" or self.threshold is not None):
@@ -327,7 +348,8 @@ class SubmissionSettings(Answering):
             )
         if self.threshold is not None and self.mean_prompt is None:
             yield (
-                f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, or no"
+                f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, "
+                f"or no"
                 " threshold."
             )
 

@@ -1,10 +1,11 @@
 """What an LLM wrote where a rewrite should stand: refusals and other non-answers.
 
 No single word tells a refusal. "I cannot believe how warm it was" is a diary, "I'm sorry, but I
-can't come on Saturday" a letter, "The text of the treaty was signed in Paris" a report. So the first
-sentences are searched for signs, each sign has points, and a refusal needs an act of refusing (I
-cannot, it is impossible, nothing was given, a question back, ...) and THRESHOLD points, which an act
-has only together with a thing of the task: the text, the request, the rewriting, the model itself.
+can't come on Saturday" a letter, "The text of the treaty was signed in Paris" a report. So the
+first sentences are searched for signs, each sign has points, and a refusal needs an act of refusing
+(I cannot, it is impossible, nothing was given, a question back, ...) and THRESHOLD points, which an
+act has only together with a thing of the task: the text, the request, the rewriting, the model
+itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A training's output_dir: who writes there, what an earlier run left, which checkpoints are ours."""
+"""A training's output_dir: who writes there, what an earlier run left, which checkpoints are
+ours."""
 
 from __future__ import annotations
 
@@ -20,12 +21,20 @@ from prompt_recovery.examples import TrainingError
 
 LOCK = "run.lock"
 BEAT = 60  # seconds between two touches of the lock file
-# A lock of another host counts as stale when it was not touched for so long; of this one, the kernel knows.
+# A lock of another host counts as stale when it was not touched for so long; of this one, the
+# kernel knows.
 STALE = 5 * BEAT
 WRITTEN = (  # what a run leaves in its output_dir
-    "adapter", "checkpoints", "evaluation.json", "predictions.csv", "training_log.csv", "loss.png", "lengths.png",
-    "scores.png", "split.csv",
-)  # fmt: skip
+    "adapter",
+    "checkpoints",
+    "evaluation.json",
+    "predictions.csv",
+    "training_log.csv",
+    "loss.png",
+    "lengths.png",
+    "scores.png",
+    "split.csv",
+)
 # What transformers and peft write into a checkpoint
 CHECKPOINT_FILES = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|README\.md|(optimizer|scheduler|scaler)\.pt"
@@ -41,9 +50,11 @@ _held: dict[Path, tuple[IO[str], threading.Event]] = {}
 
 
 def claim(output_dir: str | Path) -> None:
-    """Make output_dir this process's own until `release` or its end; it may be claimed more than once.
+    """Make output_dir this process's own until `release` or its end; it may be claimed more than
+    once.
 
-    Raises RunFolderError where another process has it. A lock that a dead process left is taken over.
+    Raises RunFolderError where another process has it. A lock that a dead process left is taken
+    over.
     """
     path = Path(output_dir).resolve() / LOCK
     if path in _held:
@@ -56,7 +67,10 @@ def claim(output_dir: str | Path) -> None:
         except BlockingIOError:
             raise _refusal(path, _owner(file)) from None
         except OSError as error:  # a network drive without locks
-            print(f"{path.parent} can't be locked ({error}): see to it that no second run writes there.")
+            print(
+                f"{path.parent} can't be locked ({error}): see to it that no second run writes "
+                f"there."
+            )
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # removed by its owner in between
@@ -65,9 +79,14 @@ def claim(output_dir: str | Path) -> None:
         if owner.get("host") != socket.gethostname() and time.time() - path.stat().st_mtime < STALE:
             file.close()
             raise _refusal(path, owner)
-        print(f"took over the lock that process {owner.get('process')} on {owner.get('host')} left in {path.parent}")
+        print(
+            f"took over the lock that process {owner.get('process')} on {owner.get('host')} left "
+            f"in {path.parent}"
+        )
     file.truncate(0)
-    mine = dict(process=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S"))
+    mine = dict(
+        process=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S")
+    )
     file.write(json.dumps(mine) + "\n")
     file.flush()
     done = threading.Event()
@@ -116,8 +135,10 @@ def _owner(file: IO[str]) -> dict[str, str]:
 
 def _refusal(path: Path, owner: dict[str, str]) -> RunFolderError:
     return RunFolderError(
-        f"{path.parent} belongs to a run of process {owner.get('process', '?')} on {owner.get('host', '?')} since "
-        f"{owner.get('since', '?')}. Wait for it or end it (a notebook's kernel holds it until it is shut down), or "
+        f"{path.parent} belongs to a run of process {owner.get('process', '?')} on "
+        f"{owner.get('host', '?')} since "
+        f"{owner.get('since', '?')}. Wait for it or end it (a notebook's kernel holds it until it "
+        f"is shut down), or "
         f"give another output_dir. If that host is gone, remove {path}."
     )
 
@@ -136,8 +157,9 @@ def begin(output_dir: str | Path, resume: bool) -> None:
 
 
 def set_aside(output_dir: str | Path, names: tuple[str, ...] = WRITTEN) -> Path | None:
-    """Move what an earlier run left under these names to output_dir/earlier-1 (or -2, ...), and say so; nothing
-    else is touched. Returns the new folder, in which resume=True would go on, or None."""
+    """Move what an earlier run left under these names to output_dir/earlier-1 (or -2, ...), and say
+    so; nothing else is touched. Returns the new folder, in which resume=True would go on, or
+    None."""
     folder = Path(output_dir)
     found = [name for name in names if (folder / name).exists()]
     if not found:
@@ -167,12 +189,17 @@ def step_of(checkpoint: Path) -> int:
 def _named(checkpoints: str | Path) -> list[Path]:
     """Folders named checkpoint-N, by step."""
     found = Path(checkpoints).glob("checkpoint-*")
-    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()), key=step_of)
+    return sorted(
+        (path for path in found if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()),
+        key=step_of,
+    )
 
 
 def _removable(checkpoint: Path) -> bool:
     """Whether a run wrote all that is in it: a user's own files are never removed."""
-    return not checkpoint.is_symlink() and all(CHECKPOINT_FILES.fullmatch(path.name) for path in checkpoint.iterdir())
+    return not checkpoint.is_symlink() and all(
+        CHECKPOINT_FILES.fullmatch(path.name) for path in checkpoint.iterdir()
+    )
 
 
 def _whole(checkpoint: Path) -> bool:
@@ -198,10 +225,13 @@ def remove_broken(checkpoints: str | Path) -> None:
 
 
 def rotate(checkpoints: str | Path, best: int | None) -> None:
-    """Keep two checkpoints: that of the highest step and the best, or the two of the highest steps where these are
+    """Keep two checkpoints: that of the highest step and the best, or the two of the highest steps
+    where these are
     one. Times of files say nothing: they change when a folder is unpacked or copied."""
     *older, newest = _named(checkpoints)
-    keep = next((folder for folder in older if step_of(folder) == best), older[-1] if older else newest)
+    keep = next(
+        (folder for folder in older if step_of(folder) == best), older[-1] if older else newest
+    )
     for folder in older:
         if folder != keep and _removable(folder):
             shutil.rmtree(folder)

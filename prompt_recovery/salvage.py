@@ -1,4 +1,5 @@
-"""A hidden test.csv that breaks the rules, read as far as it can be: nobody can mend it while a submission is scored."""
+"""A hidden test.csv that breaks the rules, read as far as it can be: nobody can mend it while a
+submission is scored."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ BARE_CR = "\ue00d"
 
 
 def salvage_test(path: str | Path) -> pd.DataFrame:
-    """The columns of `data.read_test`, a row for every row of the file in its order, ids as written:
-    blank and doubled ones too.
+    """The columns of `data.read_test`, a row for every row of the file in its order, ids as
+    written: blank and doubled ones too.
 
-    Bytes that are not UTF-8 are read as UTF-16 if they say so, else as Windows-1252; bare CRs belong to their
-    text, unless the file has no other line ends; a row with too many fields keeps the rest in its
-    last text, one with too few has blank ones. Raises DataError where there is no column id.
+    Bytes that are not UTF-8 are read as UTF-16 if they say so, else as Windows-1252; bare CRs
+    belong to their text, unless the file has no other line ends; a row with too many fields keeps
+    the rest in its last text, one with too few has blank ones. Raises DataError where there is no
+    column id.
     """
     text = _decode(Path(path).read_bytes())
     if "\n" in text:
@@ -35,10 +37,18 @@ def salvage_test(path: str | Path) -> pd.DataFrame:
     header, records = (lines[0], lines[1:]) if lines else ([], [])
     header = [name.strip(f" {BARE_CR}\ufeff") for name in header]
     if "id" not in header:
-        raise DataError(f"{path} has no column id; its columns are {header}. Nothing can be answered.")
+        raise DataError(
+            f"{path} has no column id; its columns are {header}. Nothing can be answered."
+        )
     width = len(header)
-    rows = [[*row[: width - 1], ",".join(row[width - 1 :])] + [""] * (width - len(row)) for row in records]
-    columns = {name: [row[header.index(name)] if name in header else "" for row in rows] for name in TEST_COLUMNS}
+    rows = [
+        [*row[: width - 1], ",".join(row[width - 1 :])] + [""] * (width - len(row))
+        for row in records
+    ]
+    columns = {
+        name: [row[header.index(name)] if name in header else "" for row in rows]
+        for name in TEST_COLUMNS
+    }
     return pd.DataFrame(columns, dtype=str).map(lambda value: value.replace(BARE_CR, "\r"))
 
 

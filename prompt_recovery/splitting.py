@@ -18,18 +18,23 @@ import regex
 from prompt_recovery.data import DataError, normalise
 from prompt_recovery.files import read_csv, write_csv
 
-# Words that say "rewrite this text" in one way or another. Prompts that differ in these alone are one task.
+# Words that say "rewrite this text" in one way or another. Prompts that differ in these alone are
+# one task.
 LIGHT = frozenset(
-    "a an the this that these it its text texts passage paragraph following given below please kindly "
-    "just now so be is are and can could would you me my rewrite write rewritten convert turn make put "
+    "a an the this that these it its text texts passage paragraph following given below please "
+    "kindly "
+    "just now so be is are and can could would you me my rewrite write rewritten convert turn make "
+    "put "
     "change transform in into as to of by with using on like".split()
 )
-COURTESY = regex.compile("请你?|一些|一点|一下|下面|以下|这段|この|ください|下さい|주세요|กรุณา|โปรด|ช่วย|หน่อย")
+COURTESY = regex.compile(
+    "请你?|一些|一点|一下|下面|以下|这段|この|ください|下さい|주세요|กรุณา|โปรด|ช่วย|หน่อย"
+)
 TURNING = frozenset(  # one of these turns a task round, however long the prompt is
     "not no never none without dont doesnt isnt arent cannot cant except instead more less".split()
 )
-# One by one: characters of scripts without spaces, signs such as emoji, and a mark that stands in quotes.
-# A word keeps what is part of its name (C#, C++, 50%, -5).
+# One by one: characters of scripts without spaces, signs such as emoji, and a mark that stands in
+# quotes. A word keeps what is part of its name (C#, C++, 50%, -5).
 TOKENS = regex.compile(
     r"[\p{Han}\p{Hiragana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
     r"|[-+]?\d+(?:[.,]\d+)*%?(?![\p{L}\p{N}])"
@@ -38,11 +43,12 @@ TOKENS = regex.compile(
     r"|\p{S}|(?<=[\"“‘«])\p{P}+(?=[\"”’»])",
     regex.VERSION1,
 )
-DECIDES = regex.compile(r"[\p{N}\p{S}\p{P}]")  # numbers, signs: no spelling or meaning is near another's
+# numbers, signs: no spelling or meaning is near another's
+DECIDES = regex.compile(r"[\p{N}\p{S}\p{P}]")
 LONG = 20  # words: from here on one may be added or left out, and the task is taken to be the same
 
-# Prompts of unlike tasks: their mean cosine is what an encoder gives to texts that have only the genre in
-# common (all-MiniLM-L6-v2: 0.27, so the threshold is 0.85).
+# Prompts of unlike tasks: their mean cosine is what an encoder gives to texts that have only the
+# genre in common (all-MiniLM-L6-v2: 0.27, so the threshold is 0.85).
 UNLIKE = (
     "Rewrite this text as a poem.",
     "Translate it into French.",
@@ -53,8 +59,9 @@ UNLIKE = (
     "Turn this into a news report.",
     "Explain it to a child.",
 )
-# From UNLIKE's mean cosine to 1. The demo's 132 prompts of 22 tasks, 125 groups by wording, become 103 groups,
-# at 0.7 they are 66, and at 0.65 52, where news reports join headlines (LOG.md, 2026-11-27).
+# From UNLIKE's mean cosine to 1. The demo's 132 prompts of 22 tasks, 125 groups by wording, become
+# 103 groups, at 0.7 they are 66, and at 0.65 52, where news reports join headlines (LOG.md,
+# 2026-11-27).
 SHARE_OF_THE_WAY = 0.8
 NEIGHBOURS = 50  # of each prompt, the nearest ones that are looked at
 
@@ -81,18 +88,22 @@ class _Union:
             self.join(first.setdefault(key, node), node)
 
 
-def prompt_groups(prompts: Sequence[str], similarity: float = 0.9, encoder: Any = None) -> list[int]:
-    """Group number of each prompt, counted from 0 in order of first appearance: one group, one task.
+def prompt_groups(
+    prompts: Sequence[str], similarity: float = 0.9, encoder: Any = None
+) -> list[int]:
+    """Group number of each prompt, counted from 0 in order of first appearance: one group, one
+    task.
 
-    Words are split as the language does, in characters where it has no spaces, and what differs decides.
-    Prompts are one task if they have the same words in any order and spelling, those that only say "rewrite
-    this text" left aside; or if they have 20 words or more, one word is added or left out, and at least the
-    share `similarity` of all their words is common. Another word in the same place makes another task.
+    Words are split as the language does, in characters where it has no spaces, and what differs
+    decides. Prompts are one task if they have the same words in any order and spelling, those that
+    only say "rewrite this text" left aside; or if they have 20 words or more, one word is added or
+    left out, and at least the share `similarity` of all their words is common. Another word in the
+    same place makes another task.
 
     encoder: also joins prompts that are near in meaning ("use few words", "be brief"), see
-    `embedding_threshold`; it costs the encoding of all prompts (311 a second with MiniLM on two cores).
-    Without it 100,000 distinct prompts take 11 to 20 seconds. Raises DataError for a similarity that is no
-    share.
+    `embedding_threshold`; it costs the encoding of all prompts (311 a second with MiniLM on two
+    cores). Without it 100,000 distinct prompts take 11 to 20 seconds. Raises DataError for a
+    similarity that is no share.
     """
     if not 0 < similarity <= 1:
         raise DataError(f"similarity={similarity}: give a share above 0 and up to 1, such as 0.9.")
@@ -122,8 +133,9 @@ def _tokens(wording: str) -> list[str]:
 
 
 def _one_spelling(texts: list[list[str]]) -> list[list[str]]:
-    """Every word replaced by the most frequent spelling: one letter away, with the same first letter, and of
-    7 letters or more, or with a letter added to 5 or more. Numbers have one spelling."""
+    """Every word replaced by the most frequent spelling: one letter away, with the same first
+    letter, and of 7 letters or more, or with a letter added to 5 or more. Numbers have one
+    spelling."""
     counts = Counter(word for own in texts for word in own)
     words = [word for word in counts if len(word) >= 5 and not DECIDES.search(word)]
     near: dict[str, list[str]] = defaultdict(list)
@@ -145,14 +157,15 @@ def _one_spelling(texts: list[list[str]]) -> list[list[str]]:
             enough = shorter in (word, usual) or len(word) >= 7
             if enough and rank(usual) < rank(best[word]):
                 best[word] = usual
-    for word in sorted(words, key=rank):  # a frequent spelling is settled before those that follow it
+    # a frequent spelling is settled before those that follow it
+    for word in sorted(words, key=rank):
         best[word] = best[best[word]]
     return [[best.get(word, word) for word in own] for own in texts]
 
 
 def _join_long(union: _Union, texts: list[list[str]], similarity: float) -> None:
-    """Join long texts that differ by one word each, unless it stands in the same place, is a number, or
-    turns the task round."""
+    """Join long texts that differ by one word each, unless it stands in the same place, is a
+    number, or turns the task round."""
     first: dict[int, tuple[int, str]] = {}
     for node, own in enumerate(texts):
         words = set(own)
@@ -185,24 +198,30 @@ def _same_place(one: list[str], word: str, other: list[str], replaced: str) -> b
 
 
 def embedding_threshold(encoder: Any) -> float:
-    """The cosine from which two prompts are taken for one task: 0.8 of the way from unlike prompts to equal
-    ones, since encoders differ in what they give to unlike ones."""
+    """The cosine from which two prompts are taken for one task: 0.8 of the way from unlike prompts
+    to equal ones, since encoders differ in what they give to unlike ones."""
     vectors = encoder.encode(list(UNLIKE), normalize_embeddings=True, show_progress_bar=False)
     unlike = float(np.mean((vectors @ vectors.T)[np.triu_indices(len(UNLIKE), 1)]))
     return unlike + SHARE_OF_THE_WAY * (1 - unlike)
 
 
 def _join_near(union: _Union, wordings: list[str], content: list[list[str]], encoder: Any) -> None:
-    """Join the groups whose first prompts are near. The nearest go first, and two groups join only where
-    their mean embeddings are near too: else chains of neighbours would end in one group of everything."""
+    """Join the groups whose first prompts are near. The nearest go first, and two groups join only
+    where
+    their mean embeddings are near too: else chains of neighbours would end in one group of
+    everything."""
     nodes = [node for node in range(len(wordings)) if union.root(node) == node]
     tokenizer = getattr(encoder, "tokenizer", None)
     if tokenizer is not None and nodes:  # what it cannot read, it cannot tell apart
         read = tokenizer([wordings[node] for node in nodes])["input_ids"]
-        nodes = [node for node, ids in zip(nodes, read, strict=True) if tokenizer.unk_token_id not in ids]
+        nodes = [
+            node for node, ids in zip(nodes, read, strict=True) if tokenizer.unk_token_id not in ids
+        ]
     if not nodes:
         return
-    encoded = encoder.encode([wordings[node] for node in nodes], normalize_embeddings=True, show_progress_bar=False)
+    encoded = encoder.encode(
+        [wordings[node] for node in nodes], normalize_embeddings=True, show_progress_bar=False
+    )
     vectors = np.asarray(encoded, dtype=np.float32)
     threshold = embedding_threshold(encoder)
     pairs: list[tuple[float, int, int]] = []
@@ -222,7 +241,11 @@ def _join_near(union: _Union, wordings: list[str], content: list[list[str]], enc
         if (texts := _what_differs(content[nodes[own]], content[nodes[other]])) is not None
     }
     phrases = list({phrase for texts in differing.values() for phrase in texts})
-    found = encoder.encode(phrases, normalize_embeddings=True, show_progress_bar=False) if phrases else []
+    found = (
+        encoder.encode(phrases, normalize_embeddings=True, show_progress_bar=False)
+        if phrases
+        else []
+    )
     meaning = dict(zip(phrases, found, strict=True))
     sums = dict(enumerate(vectors.astype(np.float64)))
     near = _Union(len(nodes))
@@ -242,8 +265,8 @@ def _join_near(union: _Union, wordings: list[str], content: list[list[str]], enc
 
 
 def _what_differs(one: list[str], other: list[str]) -> tuple[str, str] | None:
-    """The words that only one has and those that only the other has, if they share a template: half of the
-    words or more. An empty text stands for a difference that no embedding may pass over."""
+    """The words that only one has and those that only the other has, if they share a template: half
+    of the words or more. An empty text stands for a difference that no embedding may pass over."""
     left = [word for word in one if word not in other]
     right = [word for word in other if word not in one]
     if any(word in TURNING or DECIDES.search(word) for word in left + right):
@@ -258,13 +281,14 @@ def _phrase(words: list[str]) -> str:
     return ("" if all(len(word) == 1 for word in words) else " ").join(words)
 
 
-# --- the split ----------------------------------------------------------------------------------------------
+# --- the split ------------------------------------------------------------------------------------
 
 LEAST = 5  # prompts that each side has, where a tenth of all are as many
 SEVERAL = 5  # groups of a held-out side, at least, where there are enough of that size
 LARGEST = 0.5  # share of a side's rows in one group from which a warning is due
-# Groups from which on those that choose and those of the report differ. The demo has 12: chosen by six of them
-# alone, it stopped at step 125 of 273 on a lucky evaluation, with 36 of 120 test rows right (LOG.md, 2026-11-27).
+# Groups from which on those that choose and those of the report differ. The demo has 12: chosen by
+# six of them alone, it stopped at step 125 of 273 on a lucky evaluation, with 36 of 120 test rows
+# right (LOG.md, 2026-11-27).
 MANY = 20
 LEAST_TO_SHARE = 40  # held-out rows, from which a part is held back for the report
 SPLIT_COLUMNS = ("id", "rewrite_prompt", "group", "split", "made_with")
@@ -275,22 +299,26 @@ def split_rows(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split into (train, held out) so that no prompt group stands on both sides; row order is kept.
 
-    Groups are shuffled with the seed and held out while that brings the number of rows nearer to the fraction.
-    A large group is passed over rather than overshooting, those of a fifth of the side or more are the last to
-    go, and half of the groups stay for training (or their
-    share, if that is less), so that no group, however large, pushes the variety to one side. Both sides get
+    Groups are shuffled with the seed and held out while that brings the number of rows nearer to
+    the fraction. A large group is passed over rather than overshooting, those of a fifth of the
+    side or more are the last to go, and half of the groups stay for training (or their share, if
+    that is less), so that no group, however large, pushes the variety to one side. Both sides get
     at least a tenth of the groups and of the distinct prompts, or 5, as far as the groups allow.
-    eval_fraction 0 holds nothing out. Same rows, fraction, seed and encoder: same split. Raises DataError if
-    eval_fraction is not in [0, 1), or if one side would be empty.
+    eval_fraction 0 holds nothing out. Same rows, fraction, seed and encoder: same split. Raises
+    DataError if eval_fraction is not in [0, 1), or if one side would be empty.
     """
     _, held_out = _sides(rows, eval_fraction, seed, encoder)
     return rows[~held_out].reset_index(drop=True), rows[held_out].reset_index(drop=True)
 
 
-def _sides(rows: pd.DataFrame, eval_fraction: float, seed: int, encoder: Any) -> tuple[list[int], np.ndarray]:
+def _sides(
+    rows: pd.DataFrame, eval_fraction: float, seed: int, encoder: Any
+) -> tuple[list[int], np.ndarray]:
     """Each row's group, and whether it is held out, bool [rows]."""
     if not 0 <= eval_fraction < 1:
-        raise DataError(f"eval_fraction={eval_fraction}: give a share from 0 up to, but not including, 1.")
+        raise DataError(
+            f"eval_fraction={eval_fraction}: give a share from 0 up to, but not including, 1."
+        )
     if len(rows) == 0:
         raise DataError("There are no rows to split: see the account of what was dropped.")
     prompts = rows["rewrite_prompt"].tolist()
@@ -305,7 +333,8 @@ def _held_out(groups: list[int], wordings: list[str], fraction: float, seed: int
     sizes = Counter(groups)
     if len(sizes) < 2:
         raise DataError(
-            f"All {len(groups)} rows have the same or nearly the same prompt, so none can be held out without "
+            f"All {len(groups)} rows have the same or nearly the same prompt, so none can be held "
+            f"out without "
             "leaking. Add rows with other prompts, or set eval_fraction=0."
         )
     prompts = {group: 0 for group in sizes}  # distinct ones
@@ -322,12 +351,18 @@ def _held_out(groups: list[int], wordings: list[str], fraction: float, seed: int
 
     def leaves_enough(group: int) -> bool:
         left = len(sizes) - len(chosen) - 1
-        return left >= least_groups and left_prompts - prompts[group] >= min(least_prompts, left_prompts - 1)
+        return left >= least_groups and left_prompts - prompts[group] >= min(
+            least_prompts, left_prompts - 1
+        )
 
     # first those of which several make a side: no one group should decide what the side says
     for group in sorted(order, key=lambda group: sizes[group] > target / SEVERAL):
         grown = size + sizes[group]
-        if len(chosen) < most_groups and abs(grown - target) < abs(size - target) and leaves_enough(group):
+        if (
+            len(chosen) < most_groups
+            and abs(grown - target) < abs(size - target)
+            and leaves_enough(group)
+        ):
             chosen.add(group)
             size, left_prompts = grown, left_prompts - prompts[group]
     for group in sorted(order, key=sizes.__getitem__):  # the small ones first: they overshoot least
@@ -348,12 +383,11 @@ def read_or_split(
     encoder: Any = None,
     again: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`split_rows`, written to a CSV (id, rewrite_prompt, group, split: train or held_out, made_with). The two
-    tables have the column group.
+    """`split_rows`, written to a CSV (id, rewrite_prompt, group, split: train or held_out,
+    made_with). The two tables have the column group.
 
-    Args:
-        path: the CSV, such as output_dir/split.csv; None: it is not kept.
-        again: where the file stands, the split is read from it, so that it depends on nothing installed.
+    Args: path: the CSV, such as output_dir/split.csv; None: it is not kept. again: where the file
+        stands, the split is read from it, so that it depends on nothing installed.
 
     Raises DataError where it was then made of other rows, or with another fraction or seed.
     """
@@ -362,32 +396,46 @@ def read_or_split(
     if again and path and path.is_file():
         kept = read_csv(path)
         if list(kept.columns) != list(SPLIT_COLUMNS):
-            raise DataError(f"{path} has the columns {list(kept.columns)}, not {list(SPLIT_COLUMNS)}: remove it.")
+            raise DataError(
+                f"{path} has the columns {list(kept.columns)}, not {list(SPLIT_COLUMNS)}: remove "
+                f"it."
+            )
         for name in ("id", "rewrite_prompt"):
             if kept[name].to_list() != rows[name].to_list():
                 raise DataError(
-                    f"{path} is the split of other rows: {len(kept)} rows there, {len(rows)} now, and the column "
-                    f"{name} differs. Give those rows back, or take another output_dir, or remove {path.name} to "
+                    f"{path} is the split of other rows: {len(kept)} rows there, {len(rows)} now, "
+                    f"and the column "
+                    f"{name} differs. Give those rows back, or take another output_dir, or remove "
+                    f"{path.name} to "
                     "split anew."
                 )
         if not kept["made_with"].eq(made_with).all():
             raise DataError(
-                f"{path} was made with {kept['made_with'].iloc[0]}, now it is {made_with}. Give those settings "
+                f"{path} was made with {kept['made_with'].iloc[0]}, now it is {made_with}. Give "
+                f"those settings "
                 f"back, or take another output_dir, or remove {path.name} to split anew."
             )
-        groups, held_out = kept["group"].astype(int).to_list(), kept["split"].eq("held_out").to_numpy()
+        groups, held_out = (
+            kept["group"].astype(int).to_list(),
+            kept["split"].eq("held_out").to_numpy(),
+        )
         print(f"the split is that of {path}")
     else:
         started = time.monotonic()
         groups, held_out = _sides(rows, eval_fraction, seed, encoder)
         if encoder is not None:
             print(
-                f"prompts count as one task by their words, or from a cosine of {embedding_threshold(encoder):.2f} of "
-                f"their embeddings: {len(set(groups))} tasks, found in {time.monotonic() - started:.0f} s"
+                f"prompts count as one task by their words, or from a cosine of "
+                f"{embedding_threshold(encoder):.2f} of "
+                f"their embeddings: {len(set(groups))} tasks, found in "
+                f"{time.monotonic() - started:.0f} s"
             )
         if path:
             table = rows[["id", "rewrite_prompt"]].assign(group=groups)
-            write_csv(table.assign(split=np.where(held_out, "held_out", "train"), made_with=made_with), path)
+            write_csv(
+                table.assign(split=np.where(held_out, "held_out", "train"), made_with=made_with),
+                path,
+            )
     rows = rows.assign(group=groups)
     return rows[~held_out].reset_index(drop=True), rows[held_out].reset_index(drop=True)
 
@@ -395,14 +443,17 @@ def read_or_split(
 def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(rows that choose a checkpoint, rows for the report) of the held-out ones of `read_or_split`.
 
-    Half of them choose, about 64 at most: other prompt groups than those of the report where there are 20 or
-    more, else other rows. With fewer than 40 rows all are for the report, and choose too: a line says so.
+    Half of them choose, about 64 at most: other prompt groups than those of the report where there
+    are 20 or more, else other rows. With fewer than 40 rows all are for the report, and choose too:
+    a line says so.
     """
     if len(held_out) < LEAST_TO_SHARE:
         if len(held_out):
             print(
-                f"{len(held_out)} held-out rows, fewer than {LEAST_TO_SHARE}: the same rows choose the checkpoint and "
-                "are reported, so the score is too favourable. Raise eval_fraction, or give more rows."
+                f"{len(held_out)} held-out rows, fewer than {LEAST_TO_SHARE}: the same rows choose "
+                f"the checkpoint and "
+                "are reported, so the score is too favourable. Raise eval_fraction, or give more "
+                "rows."
             )
         return held_out, held_out
     share = min(64, len(held_out) // 2) / len(held_out)
@@ -411,13 +462,16 @@ def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataF
         chooses = _held_out(held_out["group"].to_list(), wordings, share, seed)
     else:
         chooses = np.random.default_rng(seed).permutation(len(held_out)) < share * len(held_out)
-    print(f"{chooses.sum()} of the held-out rows choose the checkpoint, {(~chooses).sum()} are for the report")
+    print(
+        f"{chooses.sum()} of the held-out rows choose the checkpoint, {(~chooses).sum()} are for "
+        f"the report"
+    )
     return held_out[chooses].reset_index(drop=True), held_out[~chooses].reset_index(drop=True)
 
 
 def describe_split(train: pd.DataFrame, held_out: pd.DataFrame) -> str:
-    """A line a side of `read_or_split`: rows, distinct prompts, groups, the largest group's share; a warning
-    where that is above a half."""
+    """A line a side of `read_or_split`: rows, distinct prompts, groups, the largest group's share;
+    a warning where that is above a half."""
     lines, warnings = [], []
     for side, part in (("to train on", train), ("held out", held_out)):
         line = f"{len(part)} rows {side}"
@@ -425,13 +479,15 @@ def describe_split(train: pd.DataFrame, held_out: pd.DataFrame) -> str:
             counts = part["group"].value_counts()
             share = counts.iloc[0] / len(part)
             line += (
-                f", {part['rewrite_prompt'].map(normalise).nunique()} distinct prompts in {len(counts)} groups, "
+                f", {part['rewrite_prompt'].map(normalise).nunique()} distinct prompts in "
+                f"{len(counts)} groups, "
                 f"{share:.0%} of the rows in the largest"
             )
             if share > LARGEST:
                 prompt = part.loc[part["group"] == counts.index[0], "rewrite_prompt"].iloc[0]
                 warnings.append(
-                    f"WARNING: {share:.0%} of the rows {side} have the prompt {prompt[:80]!r} or nearly that. A model "
+                    f"WARNING: {share:.0%} of the rows {side} have the prompt {prompt[:80]!r} or "
+                    f"nearly that. A model "
                     "that answers it to everything looks good there: add rows with other prompts."
                 )
         lines.append(line)

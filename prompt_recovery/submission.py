@@ -1,7 +1,9 @@
-"""test.csv -> submission.csv: whole and valid at every moment, however the run ends, and within a time budget.
+"""test.csv -> submission.csv: whole and valid at every moment, however the run ends, and within a
+time budget.
 
-`prepare` writes the file, filled with the fallback or with what an earlier run finished; `answer` puts the model's answers
-in; `report` says what came of each row. Rows that can't be answered keep the fallback, with the reason counted.
+`prepare` writes the file, filled with the fallback or with what an earlier run finished; `answer`
+puts the model's answers in; `report` says what came of each row. Rows that can't be answered keep
+the fallback, with the reason counted.
 """
 
 from __future__ import annotations
@@ -48,27 +50,27 @@ def prepare(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> Job:
-    """Everything that needs no GPU. The file stands when it returns, with what earlier runs of the same rows, model,
-    adapter and settings finished, and the fallback for the rest.
+    """Everything that needs no GPU. The file stands when it returns, with what earlier runs of the
+    same rows, model, adapter and settings finished, and the fallback for the rest.
 
-    Args:
-        test: of `data.read_test`.
-        settings: with their paths and format, of `inputs.complete`.
-        tokenizer: the base's.
-        encoder: for "agree" and threshold, of `metric.load_encoder`.
-        started: time.monotonic() from which the time budget counts, now if None. What earlier runs took counts too.
-        max_tokens: of a prompt with its answer; None: as the base has them, at most 4096.
-        seed: of the answers that are drawn.
+    Args: test: of `data.read_test`. settings: with their paths and format, of `inputs.complete`.
+        tokenizer: the base's. encoder: for "agree" and threshold, of `metric.load_encoder`.
+        started: time.monotonic() from which the time budget counts, now if None. What earlier runs
+        took counts too. max_tokens: of a prompt with its answer; None: as the base has them, at
+        most 4096. seed: of the answers that are drawn.
 
-    Raises:
-        SubmissionError: a fallback that says nothing, a mean prompt too long to stand behind any answer, no file.
-        ValueError, TokenizerError: settings that fit no row.
+    Raises: SubmissionError: a fallback that says nothing, a mean prompt too long to stand behind
+        any answer, no file. ValueError, TokenizerError: settings that fit no row.
     """
     options: dict[str, Any] = dict(
-        how=settings.combine, mean_prompt=settings.mean_prompt, encoder=encoder, threshold=settings.threshold
+        how=settings.combine,
+        mean_prompt=settings.mean_prompt,
+        encoder=encoder,
+        threshold=settings.threshold,
     )
     fallback = _checked_fallback(settings)
-    combine([fallback, "Make it rhyme."], **options)  # settings and encoders that can't work raise here
+    # settings and encoders that can't work raise here
+    combine([fallback, "Make it rhyme."], **options)
 
     def finish(prompts: list[str]) -> str:
         prompts = [text for text in map(clean_answer, prompts) if text]
@@ -78,17 +80,30 @@ def prepare(
     if max_tokens is None:
         max_tokens = longest(settings.model_dir, MOST_TOKENS)
     asked = settings.values("answers") | dict(max_tokens=max_tokens, seed=seed)
-    journal = journal_path(test, settings.submission_csv, settings.model_dir, settings.adapter_dir, asked)
+    journal = journal_path(
+        test, settings.submission_csv, settings.model_dir, settings.adapter_dir, asked
+    )
     found, spent = read_journal(journal)
     job = Job(
-        test, settings, max_tokens - settings.max_new_tokens, journal, finish, [fallback] * len(test),
-        plans_from(RowPlan(settings.answers_per_row, settings.max_new_tokens), settings.format.style), started,
-        deadline=started + settings.time_budget_hours * 3600 - spent, noted=started, seed=seed,
-    )  # fmt: skip
+        test,
+        settings,
+        max_tokens - settings.max_new_tokens,
+        journal,
+        finish,
+        [fallback] * len(test),
+        plans_from(
+            RowPlan(settings.answers_per_row, settings.max_new_tokens), settings.format.style
+        ),
+        started,
+        deadline=started + settings.time_budget_hours * 3600 - spent,
+        noted=started,
+        seed=seed,
+    )
     least = SHORTEST[settings.format.style]
     if settings.max_new_tokens < least:
         job.say(
-            f"max_new_tokens={settings.max_new_tokens}: a {settings.format.style} answer takes {least} tokens or more, and "
+            f"max_new_tokens={settings.max_new_tokens}: a {settings.format.style} answer takes "
+            f"{least} tokens or more, and "
             "one that is cut short holds no prompt. Raise it."
         )
     for position, recovered in found.items():
@@ -97,23 +112,32 @@ def prepare(
         job.say(f"{len(found)} rows stand in {journal.name}, which took {spent:.0f} s")
     job.save()
     if len(found) < len(test):  # rows for which there is no room at all
-        encode_row(tokenizer, {"original_text": "", "rewritten_text": ""}, max_tokens=job.room, format=settings.format)
+        encode_row(
+            tokenizer,
+            {"original_text": "", "rewritten_text": ""},
+            max_tokens=job.room,
+            format=settings.format,
+        )
     return job
 
 
 def _checked_fallback(settings: SubmissionSettings) -> str:
-    """The fallback as the file holds it. Raises SubmissionError where it, or the mean prompt, can stand in no row."""
+    """The fallback as the file holds it. Raises SubmissionError where it, or the mean prompt, can
+    stand in no row."""
     fallback = clean_answer(settings.fallback_prompt)
     if not fallback:
         raise SubmissionError(
-            f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a word for "
+            f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a word "
+            f"for "
             "missing, fails the whole submission. Give a real prompt."
         )
     mean_prompt = (settings.mean_prompt or "").strip()
-    behind = mean_prompt if settings.threshold is not None else f"a. {mean_prompt}"  # by a threshold it stands alone
+    # by a threshold it stands alone
+    behind = mean_prompt if settings.threshold is not None else f"a. {mean_prompt}"
     if count_tokens(behind) > LIMIT:
         raise SubmissionError(
-            f"mean_prompt={mean_prompt[:80]!r} has {count_tokens(mean_prompt)} tokens: behind an answer it would stand in "
+            f"mean_prompt={mean_prompt[:80]!r} has {count_tokens(mean_prompt)} tokens: behind an "
+            f"answer it would stand in "
             f"no row, since the scorer reads {LIMIT}. Give a shorter one."
         )
     return combine([fallback])
@@ -125,8 +149,9 @@ def _checked_fallback(settings: SubmissionSettings) -> str:
 def answer(job: Job, model: Any, tokenizer: Any) -> None:
     """Answer what is pending, until it is done or the time budget is spent.
 
-    If the measured speed is too low, a row gets one answer instead of answers_per_row, then shorter ones, then the
-    fallback. A row that raises keeps the fallback. Raises SubmissionError where no whole file could be written.
+    If the measured speed is too low, a row gets one answer instead of answers_per_row, then shorter
+    ones, then the fallback. A row that raises keeps the fallback. Raises SubmissionError where no
+    whole file could be written.
     """
     job.ending = ""
     if len(job.found) == len(job.test):
@@ -146,14 +171,17 @@ def _encode(job: Job, tokenizer: Any) -> None:
     """Encode each row, which also finds those that raise."""
     for position, row in enumerate(job.test.to_dict("records")):
         try:
-            job.prompts[position] = encode_row(tokenizer, row, max_tokens=job.room, format=job.settings.format)[0]
+            job.prompts[position] = encode_row(
+                tokenizer, row, max_tokens=job.room, format=job.settings.format
+            )[0]
         except Exception as error:  # whatever is wrong with one row must not cost the others
             job.fail(position, error)
 
 
 def _slices(job: Job) -> list[list[int]]:
-    """What is pending, in slices of rows of like length that a restart cuts in the same places; in an order in which those
-    that are done are like those to come, or the shortest first where not all can be answered."""
+    """What is pending, in slices of rows of like length that a restart cuts in the same places; in
+    an order in which those that are done are like those to come, or the shortest first where not
+    all can be answered."""
     order, pending = job.longest_first(), set(job.pending())
     parts = [order[n : n + job.slice_rows] for n in range(0, len(order), job.slice_rows)]
     parts = parts[::-1] if job.ending else spread_order(parts)
@@ -176,7 +204,8 @@ def _answer_slices(job: Job, model: Any, tokenizer: Any, bar: tqdm) -> None:
             break  # the deadline
         elif error is not None:
             if torch.cuda.is_available():
-                with suppress(RuntimeError):  # after a fault of the device nothing works, which the rows then say
+                # after a fault of the device nothing works, which the rows then say
+                with suppress(RuntimeError):
                     torch.cuda.empty_cache()
             if len(rest) > 1:
                 queue[:0] = [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
@@ -190,17 +219,26 @@ def _answer_slices(job: Job, model: Any, tokenizer: Any, bar: tqdm) -> None:
                 break
 
 
-def _answer_slice(job: Job, model: Any, tokenizer: Any, positions: list[int], bar: tqdm) -> Exception | None:
+def _answer_slice(
+    job: Job, model: Any, tokenizer: Any, positions: list[int], bar: tqdm
+) -> Exception | None:
     """Answer rows until they are done, the plan changes, or something raises, which is returned."""
     settings = job.settings
     temperature = settings.temperature if job.plan.answers > 1 else 0.0
     meter = job.meters.setdefault(job.plan, Meter())
     results: Any = answer_prompts(
-        model, tokenizer, [job.prompts[i] for i in positions], style=job.settings.format.style,
-        sampling=Sampling(job.plan.answers, temperature, settings.top_p, job.seed), numbers=positions,
-        max_new_tokens=job.plan.new_tokens, deadline=job.deadline, batch_tokens=job.batch_tokens, meter=meter,
+        model,
+        tokenizer,
+        [job.prompts[i] for i in positions],
+        style=job.settings.format.style,
+        sampling=Sampling(job.plan.answers, temperature, settings.top_p, job.seed),
+        numbers=positions,
+        max_new_tokens=job.plan.new_tokens,
+        deadline=job.deadline,
+        batch_tokens=job.batch_tokens,
+        meter=meter,
         description=None,
-    )  # fmt: skip
+    )
     counted = meter.rows
     rows: list[tuple[int, list[Recovered]]] = []
     try:
@@ -231,7 +269,9 @@ def _record(job: Job, rows: list[tuple[int, list[Recovered]]], meter: Meter, bar
     try:
         append_journal(job.journal, rows, now - job.noted)
     except OSError as error:
-        job.say(f"{job.journal} can't be written ({error}): a restart would answer these rows again.")
+        job.say(
+            f"{job.journal} can't be written ({error}): a restart would answer these rows again."
+        )
     job.noted = now
     if now - job.written > job.write_seconds:
         job.save()
@@ -256,8 +296,11 @@ def _replan(job: Job) -> bool:
     if not enough:
         job.ending = OUT_OF_TIME
         share = left / max(seconds_needed(chosen, job.meters, lengths), 1e-9)
-        job.say(f"{why}: even answers of {chosen.new_tokens} tokens are too slow. About {max(0, 1 - share):.0%} of the "
-                  "rows to come, the longest, will keep the fallback.")  # fmt: skip
+        job.say(
+            f"{why}: even answers of {chosen.new_tokens} tokens are too slow. About "
+            f"{max(0, 1 - share):.0%} of the "
+            "rows to come, the longest, will keep the fallback."
+        )
     elif chosen.answers < job.plan.answers:
         job.say(f"{why}: from here a single answer a row instead of {job.plan.answers}.")
     else:
@@ -270,18 +313,26 @@ def _replan(job: Job) -> bool:
 
 
 def report(job: Job) -> pd.DataFrame:
-    """Check the file as it lies there, say how many rows are answered by what, and return what came of each, in the order
-    of test: id, answer, source (model or fallback), how (the parser's word, or why it is the fallback), stopped, tokens
-    (of all answers to the row). Raises SubmissionError for a file that must not be handed in."""
+    """Check the file as it lies there, say how many rows are answered by what, and return what came
+    of each, in the order
+    of test: id, answer, source (model or fallback), how (the parser's word, or why it is the
+    fallback), stopped, tokens (of all answers to the row). Raises SubmissionError for a file that
+    must not be handed in."""
     check_submission(job.test, job.settings.submission_csv)
     lines = []
     for position, text in enumerate(job.answers):
         found = job.found.get(position, [])
-        used = next((each for each in found if each.prompt is not None), found[0] if found else None)
+        used = next(
+            (each for each in found if each.prompt is not None), found[0] if found else None
+        )
         by_model = used is not None and position not in job.reasons
-        how = used.how if used and by_model else job.reasons.get(position, job.ending or OUT_OF_TIME)
+        how = (
+            used.how if used and by_model else job.reasons.get(position, job.ending or OUT_OF_TIME)
+        )
         tokens = sum(each.tokens for each in found)
-        lines.append((text, "model" if by_model else "fallback", how, used.stopped if used else "", tokens))
+        lines.append(
+            (text, "model" if by_model else "fallback", how, used.stopped if used else "", tokens)
+        )
     columns = ["answer", "source", "how", "stopped", "tokens"]
     table = pd.DataFrame(lines, columns=columns).astype({name: str for name in columns[:4]})
     table.insert(0, "id", job.test["id"].to_list())
@@ -292,7 +343,10 @@ def report(job: Job) -> pd.DataFrame:
 def summary(report: pd.DataFrame) -> str:
     """How many rows were answered by the model, and how many by the fallback and why."""
     by_model = report["source"] == "model"
-    reasons = ", ".join(f"{n} {reason}" for reason, n in report.loc[~by_model, "how"].value_counts().items())
-    return f"{len(report)} rows: {by_model.sum()} by the model, {(~by_model).sum()} by the fallback" + (
-        f" ({reasons})" if reasons else ""
+    reasons = ", ".join(
+        f"{n} {reason}" for reason, n in report.loc[~by_model, "how"].value_counts().items()
+    )
+    return (
+        f"{len(report)} rows: {by_model.sum()} by the model, {(~by_model).sum()} by the fallback"
+        + (f" ({reasons})" if reasons else "")
     )

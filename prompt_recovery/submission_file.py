@@ -1,4 +1,5 @@
-"""submission.csv and the journal of finished rows beside it, on the disk: written so that a kill leaves both whole."""
+"""submission.csv and the journal of finished rows beside it, on the disk: written so that a kill
+leaves both whole."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ class SubmissionError(ValueError):
     """A submission that must not be handed in, or settings that would make one."""
 
 
-# --- the file -----------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def clean_answer(text: str) -> str:
-    """The text in one line, without special tokens spelled out, control characters and halves of surrogate pairs; "" if
-    it says nothing, or what pandas reads as missing."""
+    """The text in one line, without special tokens spelled out, control characters and halves of
+    surrogate pairs; "" if it says nothing, or what pandas reads as missing."""
     text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)
-    text = "".join(char for char in text if unicodedata.category(char) not in ("Cs", "Cn") and char != "\ufeff")
+    text = "".join(
+        char for char in text if unicodedata.category(char) not in ("Cs", "Cn") and char != "\ufeff"
+    )
     while SPECIALS.search(text):  # what is left of <</s>s> is one again
         text = SPECIALS.sub("", text)
     text = " ".join(text.split())
@@ -42,8 +45,9 @@ def clean_answer(text: str) -> str:
 
 
 def write_submission(test: pd.DataFrame, answers: Sequence[str], path: str | Path) -> None:
-    """Write id, rewrite_prompt for the test rows in order: beside the target and moved over it, so that a reader never
-    sees half a file. Raises OSError (a full disk); what stood there before then stays."""
+    """Write id, rewrite_prompt for the test rows in order: beside the target and moved over it, so
+    that a reader never sees half a file. Raises OSError (a full disk); what stood there before then
+    stays."""
     frame = pd.DataFrame({"id": test["id"].to_list(), "rewrite_prompt": list(answers)}, dtype=str)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,26 +56,35 @@ def write_submission(test: pd.DataFrame, answers: Sequence[str], path: str | Pat
         _write(partial, frame.to_csv(index=False).encode(), os.O_TRUNC)
         os.replace(partial, target)
     except OSError:
-        with suppress(OSError):  # the room it takes is wanted, and the first error is the one to report
+        # the room it takes is wanted, and the first error is the one to report
+        with suppress(OSError):
             partial.unlink()
         raise
 
 
 def check_submission(test: pd.DataFrame, path: str | Path) -> None:
-    """Read the file back: the same ids in the same order, two columns, and answers that are neither blank nor longer than
-    the scorer reads, without special tokens or control characters. Raises SubmissionError otherwise."""
+    """Read the file back: the same ids in the same order, two columns, and answers that are neither
+    blank nor longer than the scorer reads, without special tokens or control characters. Raises
+    SubmissionError otherwise."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
         scored = pd.read_csv(path, dtype=str)  # by pandas' defaults, as a scorer reads it
     except (OSError, ValueError) as error:
         raise SubmissionError(f"{path} is no submission: {error}") from error
     if list(frame.columns) != ["id", "rewrite_prompt"]:
-        raise SubmissionError(f"{path} has the columns {list(frame.columns)}; it needs id, rewrite_prompt.")
+        raise SubmissionError(
+            f"{path} has the columns {list(frame.columns)}; it needs id, rewrite_prompt."
+        )
     if frame["id"].to_list() != test["id"].to_list():
-        raise SubmissionError(f"{path} does not have the ids of test.csv in its order; write it from test.csv again.")
+        raise SubmissionError(
+            f"{path} does not have the ids of test.csv in its order; write it from test.csv again."
+        )
     prompts = frame["rewrite_prompt"]
     for wrong, what in (
-        (prompts.str.strip() == "", "are blank, which fails the whole submission; set fallback_prompt"),
+        (
+            prompts.str.strip() == "",
+            "are blank, which fails the whole submission; set fallback_prompt",
+        ),
         (
             scored["rewrite_prompt"].isna(),
             "are read as missing by pandas, which fails the whole submission; set fallback_prompt",
@@ -100,13 +113,18 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         os.close(file)
 
 
-# --- the journal --------------------------------------------------------------------------------------------
+# --- the journal ----------------------------------------------------------------------------------
 
 
 def journal_path(
-    test: pd.DataFrame, submission_csv: str | Path, model_dir: Any, adapter_dir: Any, settings: dict[str, Any]
+    test: pd.DataFrame,
+    submission_csv: str | Path,
+    model_dir: Any,
+    adapter_dir: Any,
+    settings: dict[str, Any],
 ) -> Path:
-    """Where rows that this model, adapter and settings answered are kept; other ones have another name."""
+    """Where rows that this model, adapter and settings answered are kept; other ones have another
+    name."""
     named = [JOURNAL, test.astype(str).to_numpy().tolist(), sorted(settings.items())]
     content = hashlib.sha256(json.dumps(named).encode())
     base = [] if model_dir is None else sorted(Path(model_dir).glob("*.safetensors"))
@@ -121,7 +139,8 @@ def journal_path(
 
 
 def read_journal(path: Path) -> tuple[dict[int, list[Recovered]], float]:
-    """(answers by row position, seconds that earlier runs took). A line that was cut off by a kill is passed over."""
+    """(answers by row position, seconds that earlier runs took). A line that was cut off by a kill
+    is passed over."""
     found: dict[int, list[Recovered]] = {}
     seconds = 0.0
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
@@ -136,10 +155,12 @@ def read_journal(path: Path) -> tuple[dict[int, list[Recovered]], float]:
 
 
 def append_journal(path: Path, rows: Sequence[tuple[int, list[Recovered]]], seconds: float) -> None:
-    """Add finished rows and the seconds they took; they are on the disk when it returns. Raises OSError."""
+    """Add finished rows and the seconds they took; they are on the disk when it returns. Raises
+    OSError."""
     line = json.dumps({"seconds": round(seconds, 3), "rows": rows}).encode() + b"\n"
     if path.exists() and path.stat().st_size:
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
-            line = line if file.read() == b"\n" else b"\n" + line  # a killed run's last line may have no end
+            # a killed run's last line may have no end
+            line = line if file.read() == b"\n" else b"\n" + line
     _write(path, line, os.O_APPEND)

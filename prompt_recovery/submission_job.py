@@ -1,4 +1,5 @@
-"""A submission as it stands while it is answered: its rows, what was found for them, and what submission.csv holds."""
+"""A submission as it stands while it is answered: its rows, what was found for them, and what
+submission.csv holds."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Job:
     settings: SubmissionSettings
     room: int  # tokens of a prompt
     journal: Path
-    finish: Callable[[list[str]], str]  # the prompts found for a row -> its one answer, "" if they say nothing
+    # the prompts found for a row -> its one answer, "" if they say nothing
+    finish: Callable[[list[str]], str]
     answers: list[str]  # what submission.csv holds
     plans: list[RowPlan]  # the one that is followed, then lesser ones
     started: float
@@ -37,13 +39,16 @@ class Job:
     seed: int = 0
     found: dict[int, list[Recovered]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)  # of rows that were not answered
-    prompts: dict[int, list[int]] = field(default_factory=dict)  # token ids of the rows as the model is asked
+    # token ids of the rows as the model is asked
+    prompts: dict[int, list[int]] = field(default_factory=dict)
     meters: dict[RowPlan, Meter] = field(default_factory=dict)
-    ending: str = NO_MODEL  # why rows without a reason of their own have no answer; "" while all may get one
+    # why rows without a reason of their own have no answer; "" while all may get one
+    ending: str = NO_MODEL
     written: float = float("-inf")
     said: float = float("-inf")
     write_seconds: float = 10.0  # at least, between two writes of submission.csv
-    slice_rows: int = 512  # of one call of `answer_prompts`: many batches, since the last one of a call is a small one
+    # of one call of `answer_prompts`: many batches, since the last one of a call is a small one
+    slice_rows: int = 512
     batch_tokens: int | None = None  # see `generate`
 
     @property
@@ -77,7 +82,10 @@ class Job:
     def fail(self, position: int, error: Exception) -> None:
         memory = isinstance(error, torch.OutOfMemoryError)
         self.reasons[position] = "out of memory" if memory else f"raised {type(error).__name__}"
-        self.say(f"row {position} (id {self.test['id'].iloc[position]}) keeps the fallback: {str(error)[:300]}")
+        self.say(
+            f"row {position} (id {self.test['id'].iloc[position]}) keeps the fallback: "
+            f"{str(error)[:300]}"
+        )
 
     def longest_first(self) -> list[int]:
         return sorted(self.prompts, key=lambda i: (-len(self.prompts[i]), i))

@@ -1,4 +1,5 @@
-"""A table of texts from the files that people have: CSV in its dialects, JSON lines, Parquet, packed."""
+"""A table of texts from the files that people have: CSV in its dialects, JSON lines, Parquet,
+packed."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ TEXTS = ("id", "original_text", "rewritten_text", "rewrite_prompt")
 # what a file is that begins so, and what to do
 OTHERS = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file: run `git lfs pull`"),
-    (rb"[./]*\.git/annex/|/annex/objects/", "a git-annex pointer, not the file: run `git annex get`"),
+    (
+        rb"[./]*\.git/annex/|/annex/objects/",
+        "a git-annex pointer, not the file: run `git annex get`",
+    ),
     (rb"(?i)\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)", f"an HTML page: {GET_AGAIN}"),
     (rb"\s*<\?xml", f"an XML page: {GET_AGAIN}"),
     (rb"%PDF", "a PDF: give the rows as CSV"),
@@ -83,7 +87,8 @@ def read_table(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[
     for number, record in enumerate(rows, 1):
         if set(needed) <= {_name(value) for value in record}:
             raise DataError(
-                f"{path} has another header as row {number}, {record}: give files with other columns apart."
+                f"{path} has another header as row {number}, {record}: give files with other "
+                f"columns apart."
             )
     if notes:
         print(f"{path}: read as {', '.join(notes)}")
@@ -106,7 +111,9 @@ def _unpacked(path: Path, content: bytes, notes: list[str]) -> bytes:
                 names = [each.filename for each in archive.infolist() if not each.is_dir()]
                 if "xl/workbook.xml" in names:
                     raise DataError(f"{path} is an Excel workbook: {SAVE_AS}.")
-                names = [n for n in names if not n.startswith("__MACOSX/") and n[-9:] != ".DS_Store"]
+                names = [
+                    n for n in names if not n.startswith("__MACOSX/") and n[-9:] != ".DS_Store"
+                ]
                 if len(names) != 1:
                     raise DataError(
                         f"{path} is a zip with {len(names)} files in it ({', '.join(names[:5])}): "
@@ -118,8 +125,17 @@ def _unpacked(path: Path, content: bytes, notes: list[str]) -> bytes:
             if content.startswith(start):
                 notes.append(unpack.__module__.lstrip("_"))
                 return _unpacked(path, unpack(content), notes)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} is packed and can't be unpacked ({error}): {GET_AGAIN}.") from error
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        OSError,
+        RuntimeError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
+        raise DataError(
+            f"{path} is packed and can't be unpacked ({error}): {GET_AGAIN}."
+        ) from error
     return content
 
 
@@ -129,7 +145,8 @@ def _decoded(path: Path, content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path} is not UTF-8: byte {content[error.start]:#04x} in line {line}. Save it as 'CSV UTF-8'."
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} in line {line}. Save it as "
+            f"'CSV UTF-8'."
         ) from error
 
 
@@ -169,7 +186,8 @@ def _json(path: Path, text: str) -> tuple[list[str], list[list[str]]] | None:
             where = error if listed else f"line {place}: {error}"
             raise DataError(f"{path} is JSON, and broken ({where}); write it again.") from error
         raise DataError(
-            f"{path} is one JSON object: write an object a line (pandas: to_json(orient='records', lines=True))."
+            f"{path} is one JSON object: write an object a line (pandas: to_json(orient='records', "
+            f"lines=True))."
         ) from error
     wrong = [n for n, row in enumerate(rows, 1) if not isinstance(row, dict)]
     if wrong:
@@ -186,7 +204,9 @@ def _records(path: Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[li
             if isinstance(row.get(name), (list, dict)) and _name(name) in TEXTS:
                 raise DataError(f"{path}: {name} of row {number} is no text but {value[:60]}.")
             if re.search("[\ud800-\udfff]", value):
-                raise DataError(f"{path}: {name} of row {number} holds half a character (a surrogate).")
+                raise DataError(
+                    f"{path}: {name} of row {number} holds half a character (a surrogate)."
+                )
     return header, records
 
 
@@ -199,7 +219,9 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if nested else str(value)
 
 
-def _csv(path: Path, text: str, needed: Sequence[str], notes: list[str]) -> tuple[list[str], list[list[str]]]:
+def _csv(
+    path: Path, text: str, needed: Sequence[str], notes: list[str]
+) -> tuple[list[str], list[list[str]]]:
     named = re.match(r'"?sep=([,;|\t])"?\r?\n', text)  # a line that Excel writes and reads
     if named:
         text = text[named.end() :]
@@ -220,7 +242,9 @@ def _csv(path: Path, text: str, needed: Sequence[str], notes: list[str]) -> tupl
     return _parse(path, text, separator, spaced)
 
 
-def _parse(path: Path, text: str, separator: str, spaced: bool) -> tuple[list[str], list[list[str]]]:
+def _parse(
+    path: Path, text: str, separator: str, spaced: bool
+) -> tuple[list[str], list[list[str]]]:
     """Header and records of a CSV text. csv, not pandas: pandas pads short rows without a word."""
     old_limit = csv.field_size_limit(FIELD_LIMIT)
     try:

@@ -1,6 +1,8 @@
-"""What the model is asked and how it answers: the styles, each with its renderer and its parser side by side.
+"""What the model is asked and how it answers: the styles, each with its renderer and its parser
+side by side.
 
-Texts are raw strings without [INST] markers: tokenizer.py adds those as ids, so no user text can forge them.
+Texts are raw strings without [INST] markers: tokenizer.py adds those as ids, so no user text can
+forge them.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ STYLES = ("plain", "json", "reason_json")
 SYSTEM_PLACEMENTS = ("user", "before", "turn")
 
 _TASK = (
-    "You are given an original text and a text that an LLM rewrote from it. Recover the prompt that the LLM was given."
+    "You are given an original text and a text that an LLM rewrote from it. Recover the prompt that"
+    " the LLM was given."
 )
 SYSTEM_PROMPTS = {
     "plain": f"{_TASK} Answer with the prompt alone.",
     "json": f'{_TASK} Answer only with JSON: {{"prompt": "..."}}',
     "reason_json": (
-        f"{_TASK} First give the reason, what was changed from the original text, then the prompt as JSON, "
+        f"{_TASK} First give the reason, what was changed from the original text, then the prompt "
+        f"as JSON, "
         'in the form:\n1. <reason>\n2. {"prompt": "..."}'
     ),
 }
@@ -33,25 +37,28 @@ ACKNOWLEDGEMENT = "Understood."
 
 
 class TemplateError(ValueError):
-    """A style, placement or row that can't be rendered; the message names value, rule and remedy."""
+    """A style, placement or row that can't be rendered; the message names value, rule and
+    remedy."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """`before` stands before the first instruction ('' if none); turns are (user, assistant, or None)."""
+    """`before` stands before the first instruction ('' if none); turns are (user, assistant, or
+    None)."""
 
     before: str
     turns: tuple[tuple[str, str | None], ...]
 
 
 class Parsed(NamedTuple):
-    """A recovered prompt, stripped and never blank, or None (use the fallback), and how it was found."""
+    """A recovered prompt, stripped and never blank, or None (use the fallback), and how it was
+    found."""
 
     prompt: str | None
     how: str
 
 
-# --- rendering ----------------------------------------------------------------------------------------------
+# --- rendering ------------------------------------------------------------------------------------
 
 
 def _check_style(style: str) -> None:
@@ -74,23 +81,31 @@ def render_conversation(
 ) -> Conversation:
     """The conversation up to the open answer.
 
-    The system text (that of the style if None; none at all if "") stands in the first user message ("user"),
-    before the first instruction ("before"), or as a first exchange ("turn"). Examples are rows with the
-    columns of data.ROW_COLUMNS, and response for reason_json; each becomes an earlier complete turn.
+    The system text (that of the style if None; none at all if "") stands in the first user message
+    ("user"), before the first instruction ("before"), or as a first exchange ("turn"). Examples are
+    rows with the columns of data.ROW_COLUMNS, and response for reason_json; each becomes an earlier
+    complete turn.
     Raises TemplateError for an unknown style or placement, or an example that can't be rendered.
     """
     _check_style(style)
     if system_placement not in SYSTEM_PLACEMENTS:
         raise TemplateError(
-            f"system_placement={system_placement!r} is unknown: choose one of {', '.join(SYSTEM_PLACEMENTS)}."
+            f"system_placement={system_placement!r} is unknown: choose one of "
+            f"{', '.join(SYSTEM_PLACEMENTS)}."
         )
     if system is None:
         system = SYSTEM_PROMPTS[style]
     turns: list[tuple[str, str | None]] = []
     for example in examples:
-        missing = [name for name in ("original_text", "rewritten_text", "rewrite_prompt") if name not in example]
+        missing = [
+            name
+            for name in ("original_text", "rewritten_text", "rewrite_prompt")
+            if name not in example
+        ]
         if missing:
-            raise TemplateError(f"An example has no {', '.join(missing)}: give the columns of a training row.")
+            raise TemplateError(
+                f"An example has no {', '.join(missing)}: give the columns of a training row."
+            )
         answer = render_answer(example["rewrite_prompt"], style, example.get("response", ""))
         turns.append((render_user(example["original_text"], example["rewritten_text"]), answer))
     turns.append((render_user(original_text, rewritten_text), None))
@@ -107,13 +122,16 @@ def render_conversation(
 def render_answer(rewrite_prompt: str, style: str, response: str = "") -> str:
     """The answer that training teaches, without EOS; the prompt is stripped.
 
-    reason_json takes its reason from `response`, see `reason_of`. What is taught can be read back: see
-    `read_back`. Raises TemplateError for an unknown style, a blank prompt, or a response without a reason.
+    reason_json takes its reason from `response`, see `reason_of`. What is taught can be read back:
+    see `read_back`. Raises TemplateError for an unknown style, a blank prompt, or a response
+    without a reason.
     """
     _check_style(style)
     prompt = rewrite_prompt.strip()
     if not prompt:
-        raise TemplateError("rewrite_prompt is blank: an answer needs a prompt. Run data.clean_rows first.")
+        raise TemplateError(
+            "rewrite_prompt is blank: an answer needs a prompt. Run data.clean_rows first."
+        )
     if style == "plain":
         return prompt
     answer = json.dumps({"prompt": prompt}, ensure_ascii=False)
@@ -126,12 +144,14 @@ def render_answer(rewrite_prompt: str, style: str, response: str = "") -> str:
         if kept and read_back(text, style) == prompt:
             return text
     raise TemplateError(
-        f"response={response[:80]!r} holds braces that would be read as the answer: take them out of the reason."
+        f"response={response[:80]!r} holds braces that would be read as the answer: take them out "
+        f"of the reason."
     )
 
 
 def read_back(answer: str, style: str) -> str | None:
-    """The prompt that is found in an answer which a model wrote in full, where generation stops at the object."""
+    """The prompt that is found in an answer which a model wrote in full, where generation stops at
+    the object."""
     if style != "plain":
         ends = (match.end() for match in re.finditer("}", answer))
         answer = next((answer[:end] for end in ends if json_object_closed(answer[:end])), answer)
@@ -151,7 +171,9 @@ _LABEL = re.compile(
     rf"""|```|\{{\s*["'\u201c]?(?:{_KEY_WORDS})["'\u201d]?\s*:""",
     re.IGNORECASE,
 )
-_BEFORE_LABEL = re.compile(rf"(?:\s|\*\*|```\w*|\(?2[.):]|(?:{_KEY_WORDS}|json)\s*:)+$", re.IGNORECASE)
+_BEFORE_LABEL = re.compile(
+    rf"(?:\s|\*\*|```\w*|\(?2[.):]|(?:{_KEY_WORDS}|json)\s*:)+$", re.IGNORECASE
+)
 
 
 def _split_response(response: str) -> tuple[str, str]:
@@ -166,14 +188,19 @@ def _split_response(response: str) -> tuple[str, str]:
 
 
 def prompt_of(response: str) -> str | None:
-    """The prompt that the JSON of a labelled response names under any usual key; None where it has none."""
+    """The prompt that the JSON of a labelled response names under any usual key; None where it has
+    none."""
     for match in re.finditer(r"\{(?=\s*\")", _split_response(response)[1]):
         try:
             value, _ = json.JSONDecoder(strict=False).raw_decode(match.string, match.start())
         except (ValueError, RecursionError):
             continue
         for key, text in value.items():
-            if isinstance(text, str) and text.strip() and re.fullmatch(_KEY_WORDS, key, re.IGNORECASE):
+            if (
+                isinstance(text, str)
+                and text.strip()
+                and re.fullmatch(_KEY_WORDS, key, re.IGNORECASE)
+            ):
                 return text.strip()
     return None
 
@@ -181,8 +208,8 @@ def prompt_of(response: str) -> str | None:
 def reason_of(response: str, prompt: str = "") -> str:
     """The reason in a response: what stands before its prompt, without numbers and headings.
 
-    Sentences that hold the prompt itself are left out, if it is long enough to be more than a word of the
-    language. Raises TemplateError if nothing is left, or if the reason is a refusal.
+    Sentences that hold the prompt itself are left out, if it is long enough to be more than a word
+    of the language. Raises TemplateError if nothing is left, or if the reason is a refusal.
     """
     reason, _ = _split_response(response)
     while lead := _LEAD.match(reason):
@@ -191,18 +218,25 @@ def reason_of(response: str, prompt: str = "") -> str:
     if is_refusal(reason):
         raise TemplateError(f"response={response[:80]!r} is a refusal, no reason: drop the row.")
     wording = normalise(prompt)
-    if wording and wording in normalise(reason) and (len(wording) >= 10 or not wording.isascii() and len(wording) >= 4):
+    if (
+        wording
+        and wording in normalise(reason)
+        and (len(wording) >= 10 or not wording.isascii() and len(wording) >= 4)
+    ):
         sentences = re.split(r"(?<=[.!?\u3002])\s*(?=\s|[^\x00-\x7f])|\n", reason)
-        reason = " ".join(each.strip() for each in sentences if wording not in normalise(each)).strip()
+        reason = " ".join(
+            each.strip() for each in sentences if wording not in normalise(each)
+        ).strip()
     if not reason or wording and len(wording) >= 10 and wording in normalise(reason):
         raise TemplateError(
-            f"response={response[:80]!r} holds no reason before its prompt, and style 'reason_json' teaches one. "
+            f"response={response[:80]!r} holds no reason before its prompt, and style "
+            f"'reason_json' teaches one. "
             "Fill the response column, drop the row, or use style 'json'."
         )
     return reason
 
 
-# --- parsing ------------------------------------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------------------
 
 # Models also write the name of the column, or one like it.
 _KEYS = ("prompt", "rewrite_prompt")
@@ -218,19 +252,30 @@ _LINE_KEY = re.compile(
     r"^[ \t]*(?:\d[.)][ \t]*)?(?:the[ \t]+)?(?:rewrite[_ ])?prompt[ \t]*(?::|=|\bis:)[ \t]*",
     re.IGNORECASE | re.MULTILINE,
 )
-# A quote ends the value only where JSON could go on: so quotes nested without a backslash stay inside.
+# A quote ends the value only where JSON could go on: so quotes nested without a backslash stay
+# inside.
 _AFTER_VALUE = re.compile(
     r"""\s*,?\s*[}\]]|[ \t]*,?[ \t]*(?:\n|$)"""
     r"""|\s*,\s*["'\u201c\u2018]\w+["'\u201d\u2019]\s*:|\s*```""",
 )
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"', "'": "'"}
+_ESCAPES = {
+    "n": "\n",
+    "t": "\t",
+    "r": "\r",
+    "b": "\b",
+    "f": "\f",
+    "/": "/",
+    "\\": "\\",
+    '"': '"',
+    "'": "'",
+}
 
 
 def find_prompt(text: str, style: str, at_limit: bool = False) -> Parsed:
     """`parse_answer`, and what it finds is a prompt: words for nothing ("N/A", "-") are "nothing".
 
-    at_limit: the answer was cut at its greatest length. A phrase that it repeats until there is kept
-    once, and `how` says "repeated" too.
+    at_limit: the answer was cut at its greatest length. A phrase that it repeats until there is
+    kept once, and `how` says "repeated" too.
     """
     prompt, how = parse_answer(text, style)
     if prompt is not None and at_limit and (once := cut_repeated(prompt)) != prompt:
@@ -239,12 +284,13 @@ def find_prompt(text: str, style: str, at_limit: bool = False) -> Parsed:
 
 
 def parse_answer(text: str, style: str) -> Parsed:
-    """The prompt in what a model wrote, and how it was found; never raises for any text, never executes it.
+    """The prompt in what a model wrote, and how it was found; never raises for any text, never
+    executes it.
 
-    `how` is "plain", "json", "json in fence", "single quotes", "unclosed", "key scan", "text" or "nothing"
-    (prompt None). parse_answer(render_answer(x, style), style).prompt == x.strip() for every x that is not
-    blank; in a plain answer, which has no marks of its own, what stands around a prompt is taken off x too,
-    see `unwrap`. Raises TemplateError for an unknown style only.
+    `how` is "plain", "json", "json in fence", "single quotes", "unclosed", "key scan", "text" or
+    "nothing" (prompt None). parse_answer(render_answer(x, style), style).prompt == x.strip() for
+    every x that is not blank; in a plain answer, which has no marks of its own, what stands around
+    a prompt is taken off x too, see `unwrap`. Raises TemplateError for an unknown style only.
     """
     _check_style(style)
     if style == "plain":
@@ -262,7 +308,9 @@ def parse_answer(text: str, style: str) -> Parsed:
         if style == "reason_json":
             # The reason may quote an object of its own; the answer is the one numbered 2.
             numbered = [
-                found for found in objects if re.search(r"(?:^|\n)\s*2[.)]\s*(?:```\w*\s*)?$", text[: found[0]])
+                found
+                for found in objects
+                if re.search(r"(?:^|\n)\s*2[.)]\s*(?:```\w*\s*)?$", text[: found[0]])
             ]
             start, prompt = (numbered or objects)[0]
         fenced = re.search(r"```[ \t]*\w*\s*$", text[:start])
@@ -275,7 +323,8 @@ def parse_answer(text: str, style: str) -> Parsed:
 def _prompt_objects(text: str) -> Iterator[tuple[int, str]]:
     """(position, prompt) of every JSON object in text that has a prompt of text; strict JSON first.
 
-    Only if there is none, raw line ends inside strings are let pass. Strict comes first for the sake of
+    Only if there is none, raw line ends inside strings are let pass. Strict comes first for the
+    sake of
     reasons: a brace in a reason can't reach over the line end into the answer's own object.
     """
     found = False
@@ -301,17 +350,26 @@ def _prompt_objects(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _prompt_of(value: Any) -> str:
-    """The prompt of a decoded object, "" if it has none: the text under the key `prompt`, or under the
-    first key that ends so; a list of sentences is joined, an object with one text of words is that text."""
-    alike = [key for key in value if re.fullmatch(r"(?:[^\W_]+[ _-])*prompt", key.strip(), re.IGNORECASE)]
+    """The prompt of a decoded object, "" if it has none: the text under the key `prompt`, or under
+    the first key that ends so; a list of sentences is joined, an object with one text of words is
+    that text."""
+    alike = [
+        key for key in value if re.fullmatch(r"(?:[^\W_]+[ _-])*prompt", key.strip(), re.IGNORECASE)
+    ]
     key = next((key for key in (*_KEYS, *alike) if key in value), None)
     text = value[key] if key else ""
     if isinstance(text, str):
         return text.strip()
     parts = [text] if isinstance(text, dict) else text if isinstance(text, list) else []
-    texts = [_prompt_of(part) or _only_text(part) if isinstance(part, dict) else part for part in parts]
+    texts = [
+        _prompt_of(part) or _only_text(part) if isinstance(part, dict) else part for part in parts
+    ]
     whole = " ".join(part.strip() for part in texts if isinstance(part, str))
-    return whole if texts and all(isinstance(part, str) for part in texts) and len(whole.split()) > 1 else ""
+    return (
+        whole
+        if texts and all(isinstance(part, str) for part in texts) and len(whole.split()) > 1
+        else ""
+    )
 
 
 def _only_text(value: dict[str, Any]) -> str:
@@ -332,7 +390,9 @@ def _scan_key(text: str) -> Parsed:
             how = "unclosed"
         else:
             how = "single quotes" if quote == "'" else "key scan"
-    elif re.match(r"[\[{]|(?:null|true|false|none|-?\d[\d.eE+-]*)\s*(?:[,}\n]|$)", rest, re.IGNORECASE):
+    elif re.match(
+        r"[\[{]|(?:null|true|false|none|-?\d[\d.eE+-]*)\s*(?:[,}\n]|$)", rest, re.IGNORECASE
+    ):
         return Parsed(None, "nothing")  # a value, but not text
     else:
         value = re.split(r"[}\n]", rest, maxsplit=1)[0].rstrip().rstrip(",")
@@ -342,7 +402,8 @@ def _scan_key(text: str) -> Parsed:
 
 
 def _read_quoted(rest: str, closing: str) -> tuple[str, bool, str]:
-    """(value, whether its closing quote was found, what follows) of text that begins with a quote."""
+    """(value, whether its closing quote was found, what follows) of text that begins with a
+    quote."""
     out: list[str] = []
     i = 1
     while i < len(rest):
@@ -366,7 +427,8 @@ def _read_quoted(rest: str, closing: str) -> tuple[str, bool, str]:
 
 
 def _join_surrogates(text: str) -> str:
-    """Escapes give an emoji as two halves; put them together, and replace a half that stands alone."""
+    """Escapes give an emoji as two halves; put them together, and replace a half that stands
+    alone."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -383,7 +445,8 @@ def _from_text(text: str, style: str) -> Parsed:
             if second:
                 text = text[second.end() :]
             elif re.match(r"\s*1[.)]", text):
-                return Parsed(None, "nothing")  # only the reason was written, and a reason is no prompt
+                # only the reason was written, and a reason is no prompt
+                return Parsed(None, "nothing")
     text = text.strip()
     if len(text) >= 2 and _QUOTES.get(text[0]) == text[-1] and text[-1] not in text[1:-1]:
         text = text[1:-1].strip()
@@ -394,8 +457,8 @@ def _from_text(text: str, style: str) -> Parsed:
 def json_object_closed(text: str) -> bool:
     """Whether a top-level JSON object in text has closed, so that generation may stop.
 
-    Braces inside double-quoted strings don't count, nor a brace that no key follows. In an answer that begins with a
-    reason ("1."), only what follows "2." counts: the reason may quote an object.
+    Braces inside double-quoted strings don't count, nor a brace that no key follows. In an answer
+    that begins with a reason ("1."), only what follows "2." counts: the reason may quote an object.
     """
     if re.match(r"\s*1[.)]", text):
         text = (re.split(r"\n\s*2[.)]", text, maxsplit=1) + [""])[1]

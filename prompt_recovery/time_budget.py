@@ -1,4 +1,5 @@
-"""What the rows to come get in the time that is left: pure functions of what was measured so far."""
+"""What the rows to come get in the time that is left: pure functions of what was measured so
+far."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import NamedTuple
 from prompt_recovery.engine import Meter
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)  # of max_new_tokens, tried from the longest on
-SHORTEST = {"plain": 16, "json": 32, "reason_json": 128}  # tokens below which hardly any prompt fits into an answer
+# tokens below which hardly any prompt fits into an answer
+SHORTEST = {"plain": 16, "json": 32, "reason_json": 128}
 SAFETY = 1.1  # estimates of the time left were up to a tenth too low
 
 
@@ -20,7 +22,8 @@ class RowPlan(NamedTuple):
 
 
 def plans_from(plan: RowPlan, style: str) -> list[RowPlan]:
-    """The plan, then lesser ones: a single answer, then shorter ones down to the shortest of the style."""
+    """The plan, then lesser ones: a single answer, then shorter ones down to the shortest of the
+    style."""
     shortest = min(plan.new_tokens, SHORTEST[style])
     shorter = [int(plan.new_tokens * share) for share in SHARES]
     tokens = [plan.new_tokens, *(each for each in shorter if each > shortest), shortest]
@@ -28,13 +31,16 @@ def plans_from(plan: RowPlan, style: str) -> list[RowPlan]:
 
 
 def seconds_needed(plan: RowPlan, meters: Mapping[RowPlan, Meter], lengths: Sequence[int]) -> float:
-    """Seconds that prompts of these lengths in tokens take by this plan, from what reading a token and writing an answer
-    took so far; 0 before anything was measured.
+    """Seconds that prompts of these lengths in tokens take by this plan, from what reading a token
+    and writing an answer took so far; 0 before anything was measured.
 
-    meters: of the plans that were followed. Those with as many answers as this one say more than others.
+    meters: of the plans that were followed. Those with as many answers as this one say more than
+    others.
     """
     measured = {each: meter for each, meter in meters.items() if meter.batches}
-    same = {each: meter for each, meter in measured.items() if each.answers == plan.answers} or measured
+    same = {
+        each: meter for each, meter in measured.items() if each.answers == plan.answers
+    } or measured
     rows = sum(meter.rows for meter in same.values())
     if not rows:
         return 0.0
@@ -48,16 +54,24 @@ def seconds_needed(plan: RowPlan, meters: Mapping[RowPlan, Meter], lengths: Sequ
 
 
 def next_plan(
-    plans: Sequence[RowPlan], meters: Mapping[RowPlan, Meter], lengths: Sequence[int], seconds_left: float
+    plans: Sequence[RowPlan],
+    meters: Mapping[RowPlan, Meter],
+    lengths: Sequence[int],
+    seconds_left: float,
 ) -> tuple[RowPlan, bool]:
     """The plan for the rows to come, and whether it answers all of them in time.
 
-    plans: the one that is followed, then the lesser ones (of `plans_from`). lengths: tokens of the prompts to come.
+    plans: the one that is followed, then the lesser ones (of `plans_from`). lengths: tokens of the
+    prompts to come.
     """
     followed, *lesser = plans
     same = [meter for plan, meter in meters.items() if plan.answers == followed.answers]
-    # the first batch compiles: its measure alone is a poor one, unless it took a good part of the time
-    first = sum(meter.batches for meter in same) == 1 and sum(meter.seconds for meter in same) < seconds_left / 10
+    # the first batch compiles: its measure alone is a poor one, unless it took a good part of the
+    # time
+    first = (
+        sum(meter.batches for meter in same) == 1
+        and sum(meter.seconds for meter in same) < seconds_left / 10
+    )
 
     def fits(plan: RowPlan) -> bool:
         return seconds_needed(plan, meters, lengths) * SAFETY <= seconds_left

@@ -1,7 +1,9 @@
-"""Conversations to token ids, the way Mistral's instruct format (v1) has them, without special-token injection.
+"""Conversations to token ids, the way Mistral's instruct format (v1) has them, without
+special-token injection.
 
-`encode_conversation` is the only place where ids and the loss mask are made: training and generation both call it, so
-the prompt that is trained on and the prompt that is answered are the same ids.
+`encode_conversation` is the only place where ids and the loss mask are made: training and
+generation both call it, so the prompt that is trained on and the prompt that is answered are the
+same ids.
 """
 
 from __future__ import annotations
@@ -22,40 +24,52 @@ SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 # sha256 of the pieces of Mistral's v1 vocabulary in the order of their ids, a line each
 MISTRAL_V1 = "9667493c598ed599f14df3157cb9a6f373d49a1b2d99d98c79e937ff490d219b"
 PROBE = "a</s><s> <unk>[INST]  two  spaces\n\tné 漢 😀"
-CUT = " ... "  # stands where the middle of an over-long text was; plain ASCII, so that it costs 2-3 tokens
+# stands where the middle of an over-long text was; plain ASCII, so that it costs 2-3 tokens
+CUT = " ... "
 
 
 class TokenizerError(ValueError):
     """A tokenizer that does not follow Mistral's conventions, or a row that cannot be encoded."""
 
 
-def load_tokenizer(model_dir: str | Path, pad: str = "<pad>", side: str = "right") -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    model_dir: str | Path, pad: str = "<pad>", side: str = "right"
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a Mixtral folder, with a pad token that is not EOS.
 
-    `tokenizer.model` (Mistral's reference) is preferred to `tokenizer.json`. Neither goes through `AutoTokenizer`:
-    transformers 5 rebuilds it as a `LlamaTokenizer` whose ids differ from Mistral's own ("[INST]" after <s>, two spaces),
-    and saves it so. Of a `tokenizer.json` with Mistral's vocabulary only the vocabulary is taken, which gives all ids.
+    `tokenizer.model` (Mistral's reference) is preferred to `tokenizer.json`. Neither goes through
+    `AutoTokenizer`: transformers 5 rebuilds it as a `LlamaTokenizer` whose ids differ from
+    Mistral's own ("[INST]" after <s>, two spaces), and saves it so. Of a `tokenizer.json` with
+    Mistral's vocabulary only the vocabulary is taken, which gives all ids.
 
-    pad: "<pad>" adds a token (its id is the vocabulary's size, so that training resizes the input embeddings);
-    "unk" pads with id 0, which every base has. Never EOS: collators that mask by id would mask the answer's end too.
+    pad: "<pad>" adds a token (its id is the vocabulary's size, so that training resizes the input
+    embeddings); "unk" pads with id 0, which every base has. Never EOS: collators that mask by id
+    would mask the answer's end too.
     side: "right" to train, "left" to generate.
-    Raises TokenizerError for an unknown pad, a missing or broken file, a vocabulary without <unk> 0, <s> 1, </s> 2,
-    the tokenizers of Mistral's later models (v2, v3), and a tokenizer.json as transformers 5 saves other vocabularies.
+    Raises TokenizerError for an unknown pad, a missing or broken file, a vocabulary without <unk>
+    0, <s> 1, </s> 2, the tokenizers of Mistral's later models (v2, v3), and a tokenizer.json as
+    transformers 5 saves other vocabularies.
     """
     if pad not in PADS:
-        raise TokenizerError(f"pad is {pad!r}; it must be one of {PADS}. EOS would never be learned as a stop.")
+        raise TokenizerError(
+            f"pad is {pad!r}; it must be one of {PADS}. EOS would never be learned as a stop."
+        )
     folder = Path(model_dir)
     if (folder / "tokenizer.model").is_file():
         backend = _from_sentencepiece(folder / "tokenizer.model")
     elif (folder / "tokenizer.json").is_file():
         backend = _from_json(folder / "tokenizer.json")
     else:
-        raise TokenizerError(f"{folder} has neither tokenizer.model nor tokenizer.json; give the base model's folder.")
+        raise TokenizerError(
+            f"{folder} has neither tokenizer.model nor tokenizer.json; give the base model's "
+            f"folder."
+        )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=side, **SPECIALS)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()]
     if ids != [0, 1, 2]:
         raise TokenizerError(
-            f"{folder}: <unk>, <s>, </s> have the ids {ids}; Mistral's are 0, 1, 2. Use Mixtral's files."
+            f"{folder}: <unk>, <s>, </s> have the ids {ids}; Mistral's are 0, 1, 2. Use Mixtral's "
+            f"files."
         )
     if pad == "<pad>":
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -63,22 +77,29 @@ def load_tokenizer(model_dir: str | Path, pad: str = "<pad>", side: str = "right
         tokenizer.pad_token = SPECIALS["unk_token"]
     probe = encode_text(tokenizer, PROBE)
     if any(i < 3 for i in probe):
-        raise TokenizerError(f"{folder}: text such as </s> becomes a special token; use the folder's tokenizer.model.")
+        raise TokenizerError(
+            f"{folder}: text such as </s> becomes a special token; use the folder's "
+            f"tokenizer.model."
+        )
     if tokenizer.decode(probe) != PROBE:
         raise TokenizerError(
-            f"{folder}: {PROBE!r} comes back as {tokenizer.decode(probe)!r}: a broken tokenizer. Use"
+            f"{folder}: {PROBE!r} comes back as {tokenizer.decode(probe)!r}: a broken tokenizer. "
+            f"Use"
             " the files of the base model as the hub has them."
         )
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int, model_dir: str | Path) -> None:
-    """Raises TokenizerError where a tokenizer can't be that of a base with vocab_size embeddings: ids
-    beyond them, or a twentieth of them without a piece (bases are padded by less)."""
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, model_dir: str | Path
+) -> None:
+    """Raises TokenizerError where a tokenizer can't be that of a base with vocab_size embeddings:
+    ids beyond them, or a twentieth of them without a piece (bases are padded by less)."""
     size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
     if not 0.95 * vocab_size <= size <= vocab_size:
         raise TokenizerError(
-            f"{model_dir}: the tokenizer has {size} pieces, the model {vocab_size} embeddings: it is"
+            f"{model_dir}: the tokenizer has {size} pieces, the model {vocab_size} embeddings: it "
+            f"is"
             " another model's. Put this base's own tokenizer.model there."
         )
 
@@ -92,15 +113,21 @@ def _from_json(path: Path) -> Tokenizer:
         raise TokenizerError(
             f"{path} is no tokenizer.json of a BPE ({_cause(path, error)}): fetch it again."
         ) from error
-    _refuse_later_versions(path, {*vocab, *(each.get("content") for each in raw.get("added_tokens", []))})
+    _refuse_later_versions(
+        path, {*vocab, *(each.get("content") for each in raw.get("added_tokens", []))}
+    )
     if hashlib.sha256(pieces.encode()).hexdigest() == MISTRAL_V1:
         # what tokenizer.model says: pieces in the order of their scores, runs of spaces last
         hidden = {*SPECIALS.values(), *(f"<0x{byte:02X}>" for byte in range(256))}
-        scores = {piece: -1e9 if set(piece) == {"▁"} else float(-number) for piece, number in vocab.items()}
+        scores = {
+            piece: -1e9 if set(piece) == {"▁"} else float(-number)
+            for piece, number in vocab.items()
+        }
         return _bpe(vocab, scores, hidden)
     if "Prepend" not in normaliser:
         raise TokenizerError(
-            f"{path} puts no space before a text, as transformers 5 saves it, and gives other ids than"
+            f"{path} puts no space before a text, as transformers 5 saves it, and gives other ids "
+            f"than"
             " the model was trained with: put the base's tokenizer.model there."
         )
     try:
@@ -112,14 +139,17 @@ def _from_json(path: Path) -> Tokenizer:
 def _refuse_later_versions(path: Path, pieces: set[str]) -> None:
     if "[INST]" in pieces:
         raise TokenizerError(
-            f"{path} has a control token [INST]: it is Mistral's v2 or v3, of later models, and only"
+            f"{path} has a control token [INST]: it is Mistral's v2 or v3, of later models, and "
+            f"only"
             " v1 is written here (Mixtral-8x7B-Instruct-v0.1, Mistral-7B-Instruct-v0.1 and v0.2)."
         )
 
 
 def _cause(path: Path, error: Exception) -> str:
     pointer = path.read_bytes()[:40].startswith(b"version https://git-lfs")
-    return "a Git LFS pointer, not the file itself" if pointer else f"{type(error).__name__}: {error}"
+    return (
+        "a Git LFS pointer, not the file itself" if pointer else f"{type(error).__name__}: {error}"
+    )
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
@@ -128,31 +158,52 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     try:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise TokenizerError(f"{path} is no SentencePiece model ({_cause(path, error)}): fetch it again.") from error
+        raise TokenizerError(
+            f"{path} is no SentencePiece model ({_cause(path, error)}): fetch it again."
+        ) from error
     size = pieces.get_piece_size()
     vocab = {pieces.id_to_piece(i): i for i in range(size)}
     _refuse_later_versions(path, set(vocab))
-    hidden = {p for p, i in vocab.items() if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i)}
+    hidden = {
+        p
+        for p, i in vocab.items()
+        if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i)
+    }
     scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(size)}
     return _bpe(vocab, scores, hidden)
 
 
 def _bpe(vocab: dict[str, int], scores: dict[str, float], hidden: set[str]) -> Tokenizer:
-    # merges ordered by the pieces' scores: ordered by id (transformers' default) "▁▁" would win over "▁the"
+    # merges ordered by the pieces' scores: ordered by id (transformers' default) "▁▁" would win
+    # over "▁the"
     from transformers.tokenization_utils_base import generate_merges
 
     merges = generate_merges(vocab, scores, skip_tokens=hidden)
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return backend
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of a text as text: no BOS, and `</s>` or `<pad>` in it give ordinary pieces, never special ids."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+    """Ids of a text as text: no BOS, and `</s>` or `<pad>` in it give ordinary pieces, never
+    special ids."""
+    return (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if text
+        else []
+    )
 
 
 def encode_conversation(
@@ -160,8 +211,9 @@ def encode_conversation(
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation and which of them are supervised: the answer and its EOS, nothing else.
 
-    `<s>` before `[INST] user [/INST] assistant</s>` ... `[INST] user [/INST]`, then the answer and `</s>` if given.
-    Every bracketed piece is encoded on its own, as mistral-common's v1 does. Earlier answers are context, not targets.
+    `<s>` before `[INST] user [/INST] assistant</s>` ... `[INST] user [/INST]`, then the answer and
+    `</s>` if given. Every bracketed piece is encoded on its own, as mistral-common's v1 does.
+    Earlier answers are context, not targets.
     """
     ids = [tokenizer.bos_token_id] + encode_text(tokenizer, conversation.before)
     for user, assistant in conversation.turns:
@@ -187,14 +239,17 @@ def encode_row(
 ) -> tuple[list[int], list[bool]]:
     """Ids and loss mask of a row, at most max_tokens long.
 
-    Where they are longer, the middle of the original and of the rewritten text is cut out, in proportion to their
-    lengths (a short one keeps an eighth of the room); the instruction, the examples and the answer are never cut.
+    Where they are longer, the middle of the original and of the rewritten text is cut out, in
+    proportion to their lengths (a short one keeps an eighth of the room); the instruction, the
+    examples and the answer are never cut.
     Raises TokenizerError where those alone do not fit.
     """
     original, rewritten = str(row["original_text"]), str(row["rewritten_text"])
 
     def encode(first: str, second: str) -> tuple[list[int], list[bool]]:
-        conversation = render_conversation(first, second, format.style, format.system_placement, examples)
+        conversation = render_conversation(
+            first, second, format.style, format.system_placement, examples
+        )
         return encode_conversation(tokenizer, conversation, answer)
 
     ids, supervised = encode(original, rewritten)
@@ -202,9 +257,11 @@ def encode_row(
         return ids, supervised
     lengths = [len(encode_text(tokenizer, text)) for text in (original, rewritten)]
     room = max_tokens - (len(ids) - sum(lengths))
-    # pieces join differently once the text is cut, so the first guess can be some tokens off: shrink by the excess
+    # pieces join differently once the text is cut, so the first guess can be some tokens off:
+    # shrink by the excess
     while room > 0:
-        # a short text beside a huge one keeps up to an eighth of the room: in strict proportion it would vanish
+        # a short text beside a huge one keeps up to an eighth of the room: in strict proportion it
+        # would vanish
         first = max(room * lengths[0] // sum(lengths), min(lengths[0], room // 8))
         first = min(first, room - min(lengths[1], room // 8))
         share = (first, room - first)
@@ -216,16 +273,23 @@ def encode_row(
         room -= len(ids) - max_tokens
     fixed = len(encode("", "")[0])
     raise TokenizerError(
-        f"max_tokens is {max_tokens}, but instruction, examples and answer alone take {fixed} tokens and are never cut; "
+        f"max_tokens is {max_tokens}, but instruction, examples and answer alone take {fixed} "
+        f"tokens and are never cut; "
         f"raise max_tokens to {fixed + 64} or more, or give fewer examples."
     )
 
 
 def _cut_middle(tokenizer: PreTrainedTokenizerFast, text: str, keep: int) -> str:
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
     spans = encoded["offset_mapping"]
     if len(spans) <= keep:
         return text
     keep = max(0, keep - len(encode_text(tokenizer, CUT)))
     head, tail = keep - keep // 2, keep // 2
-    return text[: spans[head - 1][1] if head else 0] + CUT + text[spans[-tail][0] if tail else len(text) :]
+    return (
+        text[: spans[head - 1][1] if head else 0]
+        + CUT
+        + text[spans[-tail][0] if tail else len(text) :]
+    )

@@ -1,4 +1,5 @@
-"""transformers.Trainer for rows of unlike length: loss on label columns, fewer rows where memory ends, the score."""
+"""transformers.Trainer for rows of unlike length: loss on label columns, fewer rows where memory
+ends, the score."""
 
 from __future__ import annotations
 
@@ -23,12 +24,18 @@ from prompt_recovery.run_folder import last_checkpoint, remove_broken, rotate
 
 
 class LengthGroupedBatches(Sampler[int]):
-    """Shuffled indices in which neighbours have similar lengths; a function of (seed, epoch) alone, so that a resumed
-    run sees the same order (transformers' own sampler draws from the global generator). The `fill` indices after those
-    of `lengths` come last."""
+    """Shuffled indices in which neighbours have similar lengths; a function of (seed, epoch) alone,
+    so that a resumed run sees the same order (transformers' own sampler draws from the global
+    generator). The `fill` indices after those of `lengths` come last."""
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int, fill: int = 0) -> None:
-        self.lengths, self.batch, self.seed, self.fill, self.epoch = list(lengths), batch, seed, fill, 0
+        self.lengths, self.batch, self.seed, self.fill, self.epoch = (
+            list(lengths),
+            batch,
+            seed,
+            fill,
+            0,
+        )
 
     def __len__(self) -> int:
         return len(self.lengths) + self.fill
@@ -44,7 +51,8 @@ class LengthGroupedBatches(Sampler[int]):
 
 class RowTrainer(Trainer):
     score: Callable[[], float] | None = None
-    rows_in_order = 1  # rows of one optimiser step, all processes together: they are sorted among themselves
+    # rows of one optimiser step, all processes together: they are sorted among themselves
+    rows_in_order = 1
     fill = 0  # rows without a label at the end of the training set
     rows_at_a_time: int | None = None  # set when a micro-batch ran out of memory
     all_recomputed = False  # the same: every layer checkpointed, nothing kept
@@ -53,15 +61,21 @@ class RowTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy over the supervised tokens of the whole batch. lm_head runs on the columns in which some row
+        """Mean cross-entropy over the supervised tokens of the whole batch. lm_head runs on the
+        columns in which some row
         has a label: all of B8 x S512 would be 1 GiB of fp32 logits and their gradient."""
         labels = inputs["labels"]
-        # an array, which no hook moves: a tensor would go to the first card, and lm_head may be on the last
+        # an array, which no hook moves: a tensor would go to the first card, and lm_head may be on
+        # the last
         columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0].cpu().numpy()
-        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=columns)
+        outputs = model(
+            **{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=columns
+        )
         targets = labels[:, columns + 1].flatten()
         logits = outputs.logits.float().flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            logits, targets, ignore_index=IGNORED, reduction="sum"
+        )
         tokens = targets.ne(IGNORED).sum()
         if not model.training:
             self.evaluated += torch.stack((loss.detach(), tokens))
@@ -72,12 +86,19 @@ class RowTrainer(Trainer):
             loss = loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
-        """A forward and backward pass. Out of memory, the rows are halved and, at one row, every layer checkpointed; the
-        gradients so far are kept, and the sum over the parts is the same."""
+    def training_step(
+        self, model: Any, inputs: dict, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """A forward and backward pass. Out of memory, the rows are halved and, at one row, every
+        layer checkpointed; the gradients so far are kept, and the sum over the parts is the
+        same."""
         rows = len(inputs["labels"])
         if self.rows_at_a_time is None or rows <= self.rows_at_a_time:
-            grads = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
+            grads = [
+                (p, None if p.grad is None else p.grad.clone())
+                for p in model.parameters()
+                if p.requires_grad
+            ]
             try:
                 loss = super().training_step(model, inputs, num_items_in_batch)
                 self.step_loss = self.step_loss + loss
@@ -92,14 +113,17 @@ class RowTrainer(Trainer):
             torch.cuda.empty_cache()
         parts = min(rows, self.rows_at_a_time or rows)
         losses = [
-            self.training_step(model, {k: v[start : start + parts] for k, v in inputs.items()}, num_items_in_batch)
+            self.training_step(
+                model, {k: v[start : start + parts] for k, v in inputs.items()}, num_items_in_batch
+            )
             for start in range(0, rows, parts)
         ]
         return torch.stack(losses).sum()
 
     def _check_step(self) -> None:
-        """Raises TrainingError, in all processes, where the loss of the optimiser step is not finite: before the weights
-        are changed by it. Once a step, since the host waits for the device here."""
+        """Raises TrainingError, in all processes, where the loss of the optimiser step is not
+        finite: before the weights are changed by it. Once a step, since the host waits for the
+        device here."""
         loss, self.step_loss = torch.as_tensor(self.step_loss), 0.0
         if self.args.world_size > 1:
             loss = self.accelerator.reduce(loss)
@@ -110,26 +134,32 @@ class RowTrainer(Trainer):
         last = last_checkpoint(self.args.output_dir)
         kept = f"{last} is kept" if last else "no checkpoint was written yet"
         raise TrainingError(
-            f"{what}: training stops here. {kept}. Likely reasons: learning_rate {self.args.learning_rate:g} too high for "
-            "this base, numbers too large for fp16 (a card with bf16 has room for them), or damaged weights: does the base "
+            f"{what}: training stops here. {kept}. Likely reasons: learning_rate "
+            f"{self.args.learning_rate:g} too high for "
+            "this base, numbers too large for fp16 (a card with bf16 has room for them), or "
+            "damaged weights: does the base "
             "answer sensibly? Lower learning_rate and train again in another output_dir."
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch says "unexpected pos" where the disk is full
+        # torch says "unexpected pos" where the disk is full
+        except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             folder = Path(self.args.output_dir)
             remove_broken(folder)
             last = last_checkpoint(folder)
             going_on = (
-                f"resume=True goes on from {last.name}" if last else "then start again: no checkpoint is there yet"
+                f"resume=True goes on from {last.name}"
+                if last
+                else "then start again: no checkpoint is there yet"
             )
             raise TrainingError(
                 f"The checkpoint of step {self.state.global_step} could not be written to {folder} "
-                f"({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there): {error}. Make room or give another "
+                f"({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there): {error}. Make "
+                f"room or give another "
                 f"output_dir; {going_on}."
             ) from error
 
@@ -138,7 +168,8 @@ class RowTrainer(Trainer):
         count = base.config.get_text_config().num_hidden_layers
         if self.args.world_size > 1 or (rows == 1 and self.all_recomputed):
             raise TooLittleMemory(
-                f"Out of memory with {rows} rows at a time and no way left to use less: {error}. Lower max_tokens or, with "
+                f"Out of memory with {rows} rows at a time and no way left to use less: {error}. "
+                f"Lower max_tokens or, with "
                 "several processes, batch_size."
             ) from error
         if rows == 1:
@@ -146,25 +177,31 @@ class RowTrainer(Trainer):
             self.all_recomputed = True
         self.rows_at_a_time = max(1, rows // 2)
         recomputed = " and activations recomputed in every layer" if self.all_recomputed else ""
-        print(f"out of memory with {rows} rows at a time: going on with {self.rows_at_a_time}{recomputed}")
+        print(
+            f"out of memory with {rows} rows at a time: going on with "
+            f"{self.rows_at_a_time}{recomputed}"
+        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.evaluated = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
-        # a token's mean: Trainer's depends on which rows share a batch, and so on the number of processes
+        # a token's mean: Trainer's depends on which rows share a batch, and so on the number of
+        # processes
         loss, tokens = self.accelerator.reduce(self.evaluated).tolist()
         output.metrics["eval_loss"] = loss / tokens
         if not math.isfinite(loss):
             self._stop(f"The held-out loss at step {self.state.global_step} is {loss / tokens}")
         if self.score is not None:
-            # one score for all processes: if theirs differed in a last bit, one might stop and the others wait for it
+            # one score for all processes: if theirs differed in a last bit, one might stop and the
+            # others wait for it
             score = float(broadcast_object_list([self.score()])[0])
             output.metrics["eval_scs"] = score
             output.metrics["eval_choice"] = choice(score, output.metrics["eval_loss"])
         return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # the default would look the base up on the hub, to see whether embeddings must be saved: they must not
+        # the default would look the base up on the hub, to see whether embeddings must be saved:
+        # they must not
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -174,8 +211,8 @@ class RowTrainer(Trainer):
 
 
 def choice(score: float, loss: float) -> float:
-    """The value by which checkpoints are chosen, the higher the better: the score to six places, then the loss, which
-    weighs less than the last of these."""
+    """The value by which checkpoints are chosen, the higher the better: the score to six places,
+    then the loss, which weighs less than the last of these."""
     return round(score, 6) - 1e-7 * loss / (1 + loss)
 
 
@@ -200,6 +237,8 @@ def training_log(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
     """transformers' log history as one row a step:
     step, epoch, loss, eval_loss, eval_scs, learning_rate; NaN where not measured."""
     columns = ["step", "epoch", "loss", "eval_loss", "eval_scs", "learning_rate"]
-    frame = pd.DataFrame([{k: entry[k] for k in columns if k in entry} for entry in history], columns=columns)
+    frame = pd.DataFrame(
+        [{k: entry[k] for k in columns if k in entry} for entry in history], columns=columns
+    )
     frame = frame[frame["loss"].notna() | frame["eval_loss"].notna()]
     return frame.groupby("step", as_index=False).first().reindex(columns=columns)

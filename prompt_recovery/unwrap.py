@@ -1,4 +1,5 @@
-"""What models wrap around a prompt, taken off where it is unambiguous; and what is no prompt at all."""
+"""What models wrap around a prompt, taken off where it is unambiguous; and what is no prompt at
+all."""
 
 from __future__ import annotations
 
@@ -8,12 +9,28 @@ import unicodedata
 from pandas._libs.parsers import STR_NA_VALUES
 
 QUOTES = {
-    '"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u201d": "\u201d", "`": "`",
-    "\u00ab": "\u00bb", "\u201e": "\u201c", "\u300c": "\u300d", "\u300e": "\u300f", "**": "**", "__": "__", "*": "*",
-    "***": "***", "``": "``", "```": "```", "''": "''", '"""': '"""',
-}  # fmt: skip
+    '"': '"',
+    "'": "'",
+    "\u201c": "\u201d",
+    "\u2018": "\u2019",
+    "\u201d": "\u201d",
+    "`": "`",
+    "\u00ab": "\u00bb",
+    "\u201e": "\u201c",
+    "\u300c": "\u300d",
+    "\u300e": "\u300f",
+    "**": "**",
+    "__": "__",
+    "*": "*",
+    "***": "***",
+    "``": "``",
+    "```": "```",
+    "''": "''",
+    '"""': '"""',
+}
 SPECIALS = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]")
-# a scorer reads the file with pandas, for which these are missing; a model that means them found no prompt either
+# a scorer reads the file with pandas, for which these are missing; a model that means them found no
+# prompt either
 _EDGES = " \t\n.,:;!?\"'`*_-()[]{}<>#/"
 MISSING = {value.casefold().strip(_EDGES) for value in STR_NA_VALUES} | {
     "none found", "no prompt", "not available", "not applicable", "unknown", "undefined", "empty",
@@ -63,13 +80,15 @@ def reads_as_text(text: str) -> bool:
 
 def unwrap(text: str) -> str:
     """A plain answer without what stands around its prompt: a label ("**Prompt:** ...", "The prompt
-    was: ..."), quotes, bold type or a fence around the whole, markers of turns, and what a model goes
-    on to write behind it ("Original text:"). Each is taken off only where a text remains."""
+    was: ..."), quotes, bold type or a fence around the whole, markers of turns, and what a model
+    goes on to write behind it ("Original text:"). Each is taken off only where a text remains."""
     text = text.strip()
     if _TURN.match(text):
         return text
     while True:
-        inner = next((each for each in _without_one(text) if each != text and reads_as_text(each)), text)
+        inner = next(
+            (each for each in _without_one(text) if each != text and reads_as_text(each)), text
+        )
         if inner == text:
             return text
         text = inner
@@ -95,13 +114,21 @@ def _without_one(text: str) -> list[str]:
         ):  # closed before the colon, behind it, at the end
             closing = QUOTES.get(mark, mark)
             if label[0].count(closing) < 1 + (closing == mark):
-                rest = rest.removeprefix(closing) if rest.startswith(closing) else rest.removesuffix(closing)
+                rest = (
+                    rest.removeprefix(closing)
+                    if rest.startswith(closing)
+                    else rest.removesuffix(closing)
+                )
         found.append(rest)
     for opening in sorted(QUOTES, key=len, reverse=True):
         closing = QUOTES[opening]
         body = text.rstrip(".!") if text.rstrip(".!").endswith(closing) else text
         inner = body[len(opening) : -len(closing)]
-        if body.startswith(opening) and body.endswith(closing) and len(body) > len(opening) + len(closing):
+        if (
+            body.startswith(opening)
+            and body.endswith(closing)
+            and len(body) > len(opening) + len(closing)
+        ):
             if _closes_once(inner, opening, closing):
                 found.append(inner)
             break
@@ -116,12 +143,13 @@ def _closes_once(inner: str, opening: str, closing: str) -> bool:
 
 
 def cut_repeated(text: str) -> str:
-    """The text without the repetitions of the phrase in which it ends, three or more of them, the last
-    one perhaps not whole; once it stays. The text itself where it ends in none."""
+    """The text without the repetitions of the phrase in which it ends, three or more of them, the
+    last one perhaps not whole; once it stays. The text itself where it ends in none."""
     for period in range(1, (len(text) + 2) // 3 + 1):
         same = 0
         while same < len(text) - period and text[-1 - same] == text[-1 - same - period]:
             same += 1
-        if same >= max(2 * period - 2 * (period > 8), 8):  # a strip took the space, or the comma, behind the last
+        # a strip took the space, or the comma, behind the last
+        if same >= max(2 * period - 2 * (period > 8), 8):
             return text[: len(text) - same].rstrip(" \t\n,;:-\u2013\u2014")
     return text

@@ -55,19 +55,29 @@ def prepared(test, path, *, how="first", max_tokens=400, encoder=None, **options
     from prompt_recovery import submission
     from prompt_recovery.recipe import SubmissionSettings
 
-    of_job = {name: options.pop(name) for name in ("slice_rows", "batch_tokens", "write_seconds") if name in options}
+    of_job = {
+        name: options.pop(name)
+        for name in ("slice_rows", "batch_tokens", "write_seconds")
+        if name in options
+    }
     call = {name: options.pop(name) for name in ("seed", "started") if name in options}
     settings = SubmissionSettings(
-        submission_csv=path, combine=how, encoder_dir=None if encoder is None else "given", **options
+        submission_csv=path,
+        combine=how,
+        encoder_dir=None if encoder is None else "given",
+        **options,
     )
-    job = submission.prepare(test, settings, tiny_tokenizer(), encoder=encoder, max_tokens=max_tokens, **call)
+    job = submission.prepare(
+        test, settings, tiny_tokenizer(), encoder=encoder, max_tokens=max_tokens, **call
+    )
     for name, value in of_job.items():
         setattr(job, name, value)
     return job
 
 
 def answer_test(model, tokenizer, test, path, **options):
-    """A submission from its file to its report, the three steps of the notebook; model None answers nothing."""
+    """A submission from its file to its report, the three steps of the notebook; model None answers
+    nothing."""
     from prompt_recovery import submission
 
     job = prepared(test, path, **options)

@@ -1,7 +1,9 @@
-"""A stand-in for Kaggle's server: what the kaggle program asks it, answered from memory, with faults on demand.
+"""A stand-in for Kaggle's server: what the kaggle program asks it, answered from memory, with
+faults on demand.
 
-`python tests/kaggle_stand_in.py` starts one and prints the environment with which the real program talks to it and to
-nothing else (requests reach it as a proxy, in absolute form). Standard library only.
+`python tests/kaggle_stand_in.py` starts one and prints the environment with which the real program
+talks to it and to nothing else (requests reach it as a proxy, in absolute form). Standard library
+only.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 USER, KEY, SIGNATURE = "someone", "k-1f9d-never-print-this", "signature-never-print-this"
-Fault = Callable[["Handler"], bool]  # does something to the connection; True if it has answered (or will not)
+# does something to the connection; True if it has answered (or will not)
+Fault = Callable[["Handler"], bool]
 
 
 class ApiError(Exception):
@@ -35,7 +38,8 @@ class ApiError(Exception):
 
 
 class StandIn(ThreadingHTTPServer):
-    """The server and its state: `models[owner/model][variation]` and `datasets[owner/slug]` are lists of versions."""
+    """The server and its state: `models[owner/model][variation]` and `datasets[owner/slug]` are
+    lists of versions."""
 
     daemon_threads = True
 
@@ -43,7 +47,8 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.models: dict[str, dict[str, list[dict[str, bytes]]]] = {}
         self.datasets: dict[str, list[dict[str, bytes]]] = {}
-        self.public: set[str] = set()  # models and datasets; whatever is in self.makes_public becomes one on creation
+        # models and datasets; whatever is in self.makes_public becomes one on creation
+        self.public: set[str] = set()
         self.makes_public: set[str] = set()
         self.kernels: dict[str, list[dict[str, Any]]] = {}
         self.refused_sources: set[str] = set()
@@ -60,10 +65,13 @@ class StandIn(ThreadingHTTPServer):
         self.list_lag = 0.0  # seconds until a new version is listed
         self.born: dict[int, float] = {}
         self.lock = threading.RLock()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def environment(self, home: str) -> dict[str, str]:
-        """What makes the kaggle program talk to this server alone; NO_PROXY, ALL_PROXY, KAGGLE_API_TOKEN must be unset."""
+        """What makes the kaggle program talk to this server alone; NO_PROXY, ALL_PROXY,
+        KAGGLE_API_TOKEN must be unset."""
         return {
             "HOME": home,
             "KAGGLE_USERNAME": USER,
@@ -107,7 +115,13 @@ class StandIn(ThreadingHTTPServer):
 
     def GetModel(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._model(body)
-        return {"id": 1, "ref": name, "title": "a title", "isPrivate": name not in self.public, "description": "x"}
+        return {
+            "id": 1,
+            "ref": name,
+            "title": "a title",
+            "isPrivate": name not in self.public,
+            "description": "x",
+        }
 
     def CreateModel(self, body: dict[str, Any]) -> dict[str, Any]:
         self._mine(body["ownerSlug"])
@@ -135,9 +149,14 @@ class StandIn(ThreadingHTTPServer):
     def ListModelInstanceVersions(self, body: dict[str, Any]) -> dict[str, Any]:
         listed = self._listed(self._variation(body))
         start = int(body.get("pageToken") or 0)
-        rows = [{"versionNumber": n, "isPrivate": True} for n in range(1, listed + 1)][start : start + self.page_size]
+        rows = [{"versionNumber": n, "isPrivate": True} for n in range(1, listed + 1)][
+            start : start + self.page_size
+        ]
         more = start + self.page_size < listed
-        return {"versionList": {"versions": rows}, "nextPageToken": str(start + self.page_size) if more else ""}
+        return {
+            "versionList": {"versions": rows},
+            "nextPageToken": str(start + self.page_size) if more else "",
+        }
 
     def ListModelInstanceVersionFiles(self, body: dict[str, Any]) -> dict[str, Any]:
         files = self._version(self._variation(body), body)
@@ -153,11 +172,17 @@ class StandIn(ThreadingHTTPServer):
     def GetDatasetMetadata(self, body: dict[str, Any]) -> dict[str, Any]:
         self._dataset(body)
         private = f"{body['ownerSlug']}/{body['datasetSlug']}" not in self.public
-        return {"info": {"datasetId": 7, "isPrivate": private, "licenses": [{"name": "apache-2.0"}]}}
+        return {
+            "info": {"datasetId": 7, "isPrivate": private, "licenses": [{"name": "apache-2.0"}]}
+        }
 
     def ListDatasetFiles(self, body: dict[str, Any]) -> dict[str, Any]:
         files = self._version(self._dataset(body), body, "datasetVersionNumber")
-        return {"datasetFiles": [{"name": name, "totalBytes": len(data)} for name, data in files.items()]}
+        return {
+            "datasetFiles": [
+                {"name": name, "totalBytes": len(data)} for name, data in files.items()
+            ]
+        }
 
     def CreateDataset(self, body: dict[str, Any]) -> dict[str, Any]:
         name = f"{body['ownerSlug']}/{body['slug']}"
@@ -184,11 +209,18 @@ class StandIn(ThreadingHTTPServer):
         dropped = {}
         for kind in ("model", "dataset", "competition"):
             asked = body.get(f"{kind}DataSources", [])
-            dropped[f"invalid{kind.capitalize()}Sources"] = [one for one in asked if one in self.refused_sources]
+            dropped[f"invalid{kind.capitalize()}Sources"] = [
+                one for one in asked if one in self.refused_sources
+            ]
             body[f"{kind}DataSources"] = [one for one in asked if one not in self.refused_sources]
         versions.append(body)
         url = f"https://www.kaggle.com/code/{body['slug']}"
-        return {"ref": f"/code/{body['slug']}", "url": url, "versionNumber": len(versions), **dropped}
+        return {
+            "ref": f"/code/{body['slug']}",
+            "url": url,
+            "versionNumber": len(versions),
+            **dropped,
+        }
 
     def GetKernel(self, body: dict[str, Any]) -> dict[str, Any]:
         slug, _, number = body["kernelSlug"].partition("/")
@@ -197,12 +229,27 @@ class StandIn(ThreadingHTTPServer):
         if not versions or not 1 <= int(number or 1) <= len(versions):
             raise ApiError(404, "Not found")
         held = versions[int(number or len(versions)) - 1]
-        keys = ("language", "kernelType", "isPrivate", "enableGpu", "enableInternet", "machineShape")
+        keys = (
+            "language",
+            "kernelType",
+            "isPrivate",
+            "enableGpu",
+            "enableInternet",
+            "machineShape",
+        )
         sources = ("modelDataSources", "datasetDataSources", "competitionDataSources")
         about = {key: held.get(key) for key in keys} | {key: held[key] for key in sources}
         about["enableInternet"] = held.get("enableInternet", False)
-        blob = {"source": held["text"], "language": "python", "kernelType": "notebook", "slug": slug}
-        return {"metadata": {"ref": held["slug"], "title": held.get("newTitle"), **about}, "blob": blob}
+        blob = {
+            "source": held["text"],
+            "language": "python",
+            "kernelType": "notebook",
+            "slug": slug,
+        }
+        return {
+            "metadata": {"ref": held["slug"], "title": held.get("newTitle"), **about},
+            "blob": blob,
+        }
 
     def GetKernelSessionStatus(self, body: dict[str, Any]) -> dict[str, Any]:
         number = body.get("versionLabel", "").removeprefix("v")  # kaggle 2.2.4 sends none
@@ -222,14 +269,26 @@ class StandIn(ThreadingHTTPServer):
     def CreateCodeSubmission(self, body: dict[str, Any]) -> dict[str, Any]:
         ref, text = 100 + len(self.submissions), self.keeps(body["submissionDescription"])
         self.submissions.append(
-            {"ref": ref, "description": text, "fileName": body["fileName"], "version": body["kernelVersion"]}
+            {
+                "ref": ref,
+                "description": text,
+                "fileName": body["fileName"],
+                "version": body["kernelVersion"],
+            }
         )
         return {"message": "Successfully submitted", "ref": ref}
 
     def StartBlobUpload(self, body: dict[str, Any]) -> dict[str, Any]:
         token = f"blob{len(self.blobs)}"
-        self.blobs[token] = {"name": body["name"], "size": int(body.get("contentLength", 0)), "data": b""}
-        return {"token": token, "createUrl": f"http://localhost/upload/{token}?upload_id={SIGNATURE}"}
+        self.blobs[token] = {
+            "name": body["name"],
+            "size": int(body.get("contentLength", 0)),
+            "data": b"",
+        }
+        return {
+            "token": token,
+            "createUrl": f"http://localhost/upload/{token}?upload_id={SIGNATURE}",
+        }
 
     def _take(self, files: list[dict[str, Any]]) -> dict[str, bytes]:
         blobs = [self.blobs[file["token"]] for file in files]
@@ -241,7 +300,9 @@ class StandIn(ThreadingHTTPServer):
         now = time.monotonic()
         return sum(self.born.get(id(version), 0.0) + self.list_lag <= now for version in versions)
 
-    def _version(self, versions: list[dict[str, bytes]], body: dict[str, Any], key: str = "versionNumber") -> Any:
+    def _version(
+        self, versions: list[dict[str, bytes]], body: dict[str, Any], key: str = "versionNumber"
+    ) -> Any:
         number = int(body.get(key) or len(versions))
         if not 1 <= number <= len(versions):
             raise ApiError(404, "Not found")
@@ -293,7 +354,9 @@ class Handler(BaseHTTPRequestHandler):
         if not found:
             return self.json(404, {"code": 404, "message": "Not found"})
         name, variation, number, kind = found.groups()
-        versions = self.server.datasets[name] if kind == "zip" else self.server.models[name][variation]
+        versions = (
+            self.server.datasets[name] if kind == "zip" else self.server.models[name][variation]
+        )
         buffer = io.BytesIO()
         if kind == "zip":
             with zipfile.ZipFile(buffer, "w") as archive:
@@ -325,7 +388,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.blobs[self.path.rsplit("/", 1)[-1].partition("?")[0]]
 
     def store(self, span: str = "", limit: int | None = None) -> None:
-        """Take the body of an upload; no more than `limit` bytes of it, and then the connection breaks."""
+        """Take the body of an upload; no more than `limit` bytes of it, and then the connection
+        breaks."""
         blob = self.blob
         if "*" in span and blob.get("expired"):
             return self.reply(404)
@@ -413,7 +477,8 @@ def delay(seconds: float) -> Fault:
 
 
 def cut_after(size: int, dead: bool = False) -> Fault:
-    """Take so many bytes of an upload and break the connection; with `dead` the server dies then."""
+    """Take so many bytes of an upload and break the connection; with `dead` the server dies
+    then."""
 
     def fault(handler: Handler) -> bool:
         handler.server.dead = dead

@@ -51,10 +51,15 @@ def test_two_files_that_give_the_same_logits_on_the_unmodified_base(saved):
         with loaded.disable_adapter():
             assert not torch.allclose(loaded(ids).logits, logits, atol=1e-3)
     assert adapter.check_adapter(folder, TINY) == {
-        "base": "tiny-mixtral", "rank": 4, "alpha": 64, "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
-        "parameters": sum(t.numel() for t in tensors.values()), "bytes": (folder / WEIGHTS).stat().st_size,
-        "style": "json", "system_placement": "turn",
-    }  # fmt: skip
+        "base": "tiny-mixtral",
+        "rank": 4,
+        "alpha": 64,
+        "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj"],
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "bytes": (folder / WEIGHTS).stat().st_size,
+        "style": "json",
+        "system_placement": "turn",
+    }
 
 
 def edit_config(folder, **changes):
@@ -96,8 +101,14 @@ def miss_each_other(tensors):
 @pytest.mark.parametrize(
     "break_it, message",
     [
-        (lambda f: (f / WEIGHTS).unlink(), "must hold adapter_config.json and adapter_model.safetensors"),
-        (lambda f: (f / CONFIG).unlink(), "must hold adapter_config.json and adapter_model.safetensors"),
+        (
+            lambda f: (f / WEIGHTS).unlink(),
+            "must hold adapter_config.json and adapter_model.safetensors",
+        ),
+        (
+            lambda f: (f / CONFIG).unlink(),
+            "must hold adapter_config.json and adapter_model.safetensors",
+        ),
         (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "pickle"),
         (lambda f: (f / WEIGHTS).write_bytes(b"not safetensors"), "not a safetensors file"),
         (lambda f: (f / CONFIG).write_text("{"), "not a LoRA config"),
@@ -119,7 +130,9 @@ def test_broken_adapters_are_refused_by_name(copy, break_it, message):
         adapter.check_adapter(copy, TINY)
 
 
-@pytest.mark.parametrize("name", ["/home/me/mixtral", "~/mixtral", "out/models/mixtral", "C:\\mixtral"])
+@pytest.mark.parametrize(
+    "name", ["/home/me/mixtral", "~/mixtral", "out/models/mixtral", "C:\\mixtral"]
+)
 def test_a_local_path_as_the_base_s_name_is_not_published(copy, name):
     edit_config(copy, base_model_name_or_path=name)
     adapter.check_adapter(copy, TINY)
@@ -160,7 +173,8 @@ def test_model_folders_are_checked_first(tmp_path):
 
 
 def test_the_fingerprint_of_a_head_of_mixtrals_size_stays_inside():
-    head = torch.nn.Linear(4096, 32_000, bias=False, dtype=torch.float16)  # 262 MB: float32 can't count its weights
+    # 262 MB: float32 can't count its weights
+    head = torch.nn.Linear(4096, 32_000, bias=False, dtype=torch.float16)
     head.weight.data.view(-1)[-1] = 7.0
 
     class Base:

@@ -55,7 +55,9 @@ def greedy(model, prompts=PROMPTS):
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+            out = model.generate(
+                input_ids=ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+            )
         found.append(out[0, len(prompt) :].tolist())
     return found
 
@@ -106,7 +108,11 @@ def edit(folder, **changes):
 
 def rename(folder, change, **metadata):
     tensors = load_file(folder / WEIGHTS)
-    save_file({change(name): t for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"} | metadata)
+    save_file(
+        {change(name): t for name, t in tensors.items()},
+        folder / WEIGHTS,
+        {"format": "pt"} | metadata,
+    )
 
 
 # --- used as peft computes them -----------------------------------------------------------------
@@ -136,11 +142,15 @@ def test_each_kind_is_right_on_a_4_bit_base_or_refused(made, kind):
     """Right: as peft computes it on the same 4-bit base; to bf16's rounding when merged."""
     folder = made(kind)[0]
     if kind.startswith(("pissa", "olora")):
-        with pytest.raises(AdapterError, match="init_lora_weights='(pissa|olora).*path_initial_model"):
+        with pytest.raises(
+            AdapterError, match="init_lora_weights='(pissa|olora).*path_initial_model"
+        ):
             check_adapter(folder, TINY, four_bit=True)
         return
     check_adapter(folder, TINY, four_bit=True)
-    expected = logits(PeftModel.from_pretrained(loading.load_base(TINY, torch.bfloat16, True), folder).eval())
+    expected = logits(
+        PeftModel.from_pretrained(loading.load_base(TINY, torch.bfloat16, True), folder).eval()
+    )
     lora = load_adapter(loading.load_base(TINY, torch.bfloat16, True), folder, TINY)
     assert torch.equal(logits(lora), expected)
     with merging.merged(lora) as fast:  # a router may change its mind about a token
@@ -174,11 +184,15 @@ def old_experts(folder):
 
 def test_experts_of_transformers_4_are_peft_s_in_16_bits_and_refused_in_4(tmp_path):
     folder = old_experts(tmp_path / "a")
-    with pytest.raises(AdapterError, match=r"adapts the experts.*experts\.0\.w1.*w1, w2, w3 of transformers 4"):
+    with pytest.raises(
+        AdapterError, match=r"adapts the experts.*experts\.0\.w1.*w1, w2, w3 of transformers 4"
+    ):
         check_adapter(folder, TINY, four_bit=True)
     check_adapter(folder, TINY)
     expected = logits(PeftModel.from_pretrained(loading.load_base(TINY), folder).eval())
-    assert torch.allclose(logits(load_adapter(loading.load_base(TINY), folder, TINY)), expected, atol=1e-5)
+    assert torch.allclose(
+        logits(load_adapter(loading.load_base(TINY), folder, TINY)), expected, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("way", ["pissa", "olora", "loftq", "eva", "orthogonal"])
@@ -193,7 +207,9 @@ def test_an_ordinary_adapter_is_not_begun_anew_whatever_way_its_config_names(cop
 
 def test_what_began_at_random_from_the_base_is_refused_in_any_precision(tmp_path):
     train(tmp_path / "a", init_lora_weights="pissa_niter_16", size=0.001)
-    with pytest.raises(AdapterError, match="init_lora_weights='pissa_niter_16'.*path_initial_model"):
+    with pytest.raises(
+        AdapterError, match="init_lora_weights='pissa_niter_16'.*path_initial_model"
+    ):
         check_adapter(tmp_path / "a", TINY)
 
 
@@ -227,7 +243,11 @@ def test_a_raw_state_dict_of_any_kind_is_understood(made, tmp_path, kind):
     """Names as they are in the model, with the adapter's own in them."""
     lora = train(tmp_path / "adapter", **KINDS[kind])
     words = ("lora_", "modules_to_save")
-    state = {f"module.{n}": t.clone() for n, t in lora.state_dict().items() if any(word in n for word in words)}
+    state = {
+        f"module.{n}": t.clone()
+        for n, t in lora.state_dict().items()
+        if any(word in n for word in words)
+    }
     save_file(state, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
     check_adapter(tmp_path / "adapter", TINY)
     found = load_adapter(loading.load_base(TINY), tmp_path / "adapter", TINY)
@@ -236,9 +256,13 @@ def test_a_raw_state_dict_of_any_kind_is_understood(made, tmp_path, kind):
 
 def test_two_adapters_in_one_file_are_refused(copy):
     tensors = load_file(copy / WEIGHTS)
-    both = {n.replace("lora_A.", f"lora_A.{a}."): t.clone() for n, t in tensors.items() for a in "ab"}
+    both = {
+        n.replace("lora_A.", f"lora_A.{a}."): t.clone() for n, t in tensors.items() for a in "ab"
+    }
     save_file(both, copy / WEIGHTS)
-    with pytest.raises(AdapterError, match=r"several adapters .*lora_A\.a\.weight.*lora_A\.b\.weight"):
+    with pytest.raises(
+        AdapterError, match=r"several adapters .*lora_A\.a\.weight.*lora_A\.b\.weight"
+    ):
         check_adapter(copy, TINY)
 
 
@@ -250,17 +274,33 @@ def test_the_adapter_of_2024_that_this_design_comes_from_is_used_and_not_publish
     (folder / CONFIG).write_text(
         json.dumps(
             {
-                "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": path, "bias": "none",
-                "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-                "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
-                "loftq_config": {}, "lora_alpha": 64, "lora_dropout": 0.1, "megatron_config": None,
-                "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "r": 16,
-                "rank_pattern": {}, "revision": None,
-                "target_modules": ["q_proj", "v_proj", "o_proj", "k_proj"], "task_type": "CAUSAL_LM",
-                "use_dora": False, "use_rslora": False,
+                "alpha_pattern": {},
+                "auto_mapping": None,
+                "base_model_name_or_path": path,
+                "bias": "none",
+                "fan_in_fan_out": False,
+                "inference_mode": True,
+                "init_lora_weights": True,
+                "layer_replication": None,
+                "layers_pattern": None,
+                "layers_to_transform": None,
+                "loftq_config": {},
+                "lora_alpha": 64,
+                "lora_dropout": 0.1,
+                "megatron_config": None,
+                "megatron_core": "megatron.core",
+                "modules_to_save": None,
+                "peft_type": "LORA",
+                "r": 16,
+                "rank_pattern": {},
+                "revision": None,
+                "target_modules": ["q_proj", "v_proj", "o_proj", "k_proj"],
+                "task_type": "CAUSAL_LM",
+                "use_dora": False,
+                "use_rslora": False,
             }
         )
-    )  # fmt: skip
+    )
     assert inputs.usable_adapter(folder, TINY) == folder
     assert check_adapter(folder, TINY)["base"] == path
     assert torch.equal(logits(load_adapter(loading.load_base(TINY), folder, TINY)), logits(lora))
@@ -298,9 +338,16 @@ def test_files_beside_the_two_are_ignored_and_named_and_not_sent(copy, capsys):
     edit(copy, base_model_name_or_path="tiny-mixtral", unsloth_fixed=True)
     about = check_adapter(copy, TINY)
     assert about["ignored"] == [
-        "README.md", "adapter_model.bin", "chat_template.jinja", "checkpoint-10", "optimizer.pt",
-        "tokenizer.json", "trainer_state.json", "training_args.bin", "adapter_config.json: unsloth_fixed",
-    ]  # fmt: skip
+        "README.md",
+        "adapter_model.bin",
+        "chat_template.jinja",
+        "checkpoint-10",
+        "optimizer.pt",
+        "tokenizer.json",
+        "trainer_state.json",
+        "training_args.bin",
+        "adapter_config.json: unsloth_fixed",
+    ]
     load_adapter(loading.load_base(TINY), copy, TINY)
     capsys.readouterr()
     content, details = adapter_content(copy)
@@ -362,7 +409,11 @@ def test_embeddings_of_a_resized_vocabulary_are_ignored_where_they_are_the_base_
 def mistral(tmp_path_factory):
     """A dense model whose attention has the tiny Mixtral's shapes, as Mistral-7B has Mixtral's."""
     config = json.loads((TINY / "config.json").read_text())
-    kept = {name: config[name] for name in config if name not in ("architectures", "model_type", "dtype")}
+    kept = {
+        name: config[name]
+        for name in config
+        if name not in ("architectures", "model_type", "dtype")
+    }
     folder = tmp_path_factory.mktemp("mistral")
     AutoModelForCausalLM.from_config(MistralConfig(**kept)).save_pretrained(folder)
     return folder
@@ -380,7 +431,9 @@ def mistral(tmp_path_factory):
 )
 def test_an_adapter_that_names_mixtral_is_refused_on_a_mistral(copy, mistral, name):
     edit(copy, base_model_name_or_path=name)
-    with pytest.raises(AdapterError, match="names its base .*ixtral.*type mistral|MIXTRAL.*type mistral"):
+    with pytest.raises(
+        AdapterError, match="names its base .*ixtral.*type mistral|MIXTRAL.*type mistral"
+    ):
         check_adapter(copy, mistral)
     edit(copy, base_model_name_or_path="mistralai/Mistral-7B-Instruct-v0.2")
     check_adapter(copy, mistral)
@@ -434,7 +487,9 @@ def test_the_base_s_name_does_not_depend_on_where_it_is_mounted(tmp_path, path, 
 def test_a_resume_depends_on_the_base_s_weights_and_not_on_its_place_or_peft_s_version(copy):
     lora = load_adapter(loading.load_base(TINY), copy, TINY)
     config, key = lora.peft_config["default"], adapter.training_key(lora)
-    assert set(key["lora"]) == {"task_type", "peft_type", "target_modules", "r", "lora_alpha"} - {"peft_type"}
+    assert set(key["lora"]) == {"task_type", "peft_type", "target_modules", "r", "lora_alpha"} - {
+        "peft_type"
+    }
     config.peft_version, config.base_model_name_or_path = "9.9.9", "/elsewhere/1"
     config.an_option_of_tomorrow = None
     assert adapter.training_key(lora) == key
@@ -488,7 +543,9 @@ def test_what_peft_merged_already_is_not_merged_again(made):
         assert torch.equal(logits(same), expected)
 
 
-def test_a_merge_that_would_change_the_answers_leaves_them_to_the_adapter_and_says_so(made, monkeypatch, capsys):
+def test_a_merge_that_would_change_the_answers_leaves_them_to_the_adapter_and_says_so(
+    made, monkeypatch, capsys
+):
     folder, _, answers = made("plain")
     lora = load_adapter(loading.load_base(TINY), folder, TINY)
     plain = merging._merged_linear
@@ -500,7 +557,10 @@ def test_a_merge_that_would_change_the_answers_leaves_them_to_the_adapter_and_sa
 
     monkeypatch.setattr(merging, "_merged_linear", rough)
     assert ours(lora) == answers
-    assert "stays beside the weights, unmerged: merging the adapter moved the logits" in capsys.readouterr().out
+    assert (
+        "stays beside the weights, unmerged: merging the adapter moved the logits"
+        in capsys.readouterr().out
+    )
 
 
 def test_merged_weights_that_overflow_leave_the_adapter_unmerged(made, capsys):
@@ -509,7 +569,9 @@ def test_merged_weights_that_overflow_leave_the_adapter_unmerged(made, capsys):
     layer.lora_A["default"].weight.data.zero_()
     layer.lora_A["default"].weight.data[0, 0] = 300.0
     layer.lora_B["default"].weight.data[:, 0] = 300.0  # 90,000 times 4 is beyond fp16
-    with pytest.raises(merging.MergeError, match=r"layers\.4\.self_attn\.o_proj.*not finite in float16"):
+    with pytest.raises(
+        merging.MergeError, match=r"layers\.4\.self_attn\.o_proj.*not finite in float16"
+    ):
         merging._merged_linear("model.layers.4.self_attn.o_proj", layer, torch.float16)
     with ready(lora) as prepared:
         assert not prepared.plan.merged

@@ -1,4 +1,5 @@
-"""The compare notebook and what it calls: cells, one split, results that are kept, a table that is right."""
+"""The compare notebook and what it calls: cells, one split, results that are kept, a table that is
+right."""
 
 import os
 from dataclasses import replace
@@ -21,9 +22,9 @@ FEW = dict(max_steps=2, batch_size=2, gradient_accumulation=1, max_tokens=256, m
 @pytest.fixture
 def small_csv(tmp_path):
     path = tmp_path / "small.csv"
-    pd.read_csv(ROOT / "demo" / "rows.csv", dtype=str).groupby("rewrite_prompt").head(1).head(24).to_csv(
-        path, index=False
-    )
+    pd.read_csv(ROOT / "demo" / "rows.csv", dtype=str).groupby("rewrite_prompt").head(1).head(
+        24
+    ).to_csv(path, index=False)
     return path
 
 
@@ -34,7 +35,11 @@ def test_cells_are_every_combination_or_one_by_one():
     ]  # fmt: skip
     assert all(cell.epochs == 2 for cell in cells)
     assert c.make_cells([{"lora_r": 1}, {}])[1] == Cell()
-    for grid, message in [({"rank": [1]}, "rank is no setting"), ([{}, {}], "twice"), ([], "0 cells")]:
+    for grid, message in [
+        ({"rank": [1]}, "rank is no setting"),
+        ([{}, {}], "twice"),
+        ([], "0 cells"),
+    ]:
         with pytest.raises(c.ComparisonError, match=message):
             c.make_cells(grid)
 
@@ -46,13 +51,19 @@ def test_one_split_for_files_and_filters(tmp_path, small_csv):
     rows.drop(columns="id").head(12).to_csv(files[0], index=False)
     rows.drop(columns="id").tail(12).to_csv(files[1], index=False)
     cells = c.make_cells(
-        [{"train_csv": str(files[1])}, {"row_filter": "rewrite_prompt.str.len() < 40"}, {"train_rows": 5}]
+        [
+            {"train_csv": str(files[1])},
+            {"row_filter": "rewrite_prompt.str.len() < 40"},
+            {"train_rows": 5},
+        ]
     )
     train, held = c.read_split(cells, [str(file) for file in files], 0.25, 0)
     groups = splitting.prompt_groups([*train["rewrite_prompt"], *held["rewrite_prompt"]])
     assert len(held) and not set(groups[: len(train)]) & set(groups[len(train) :])
     second, short, five = (c.rows_of(cell, train) for cell in cells)
-    assert 0 < len(second) < len(train) and set(second["rewritten_text"]) <= set(rows["rewritten_text"].tail(12))
+    assert 0 < len(second) < len(train) and set(second["rewritten_text"]) <= set(
+        rows["rewritten_text"].tail(12)
+    )
     assert 0 < len(short) < len(train) and (short["rewrite_prompt"].str.len() < 40).all()
     assert len(five) == 5
     more = c.rows_of(replace(cells[2], train_rows=9), train)
@@ -84,7 +95,9 @@ def test_what_any_cell_can_not_do_is_refused_before_the_first_is_run(small_csv):
     lines = str(caught.value).splitlines()
     assert [line[:8] for line in lines] == [f"cell {n}: " for n in (1, 2, 3, 4, 5)]
     for line, what in zip(
-        lines, ("reason_json", "row_filter", "few_shot=64", "called query; there are", "max_tokens"), strict=True
+        lines,
+        ("reason_json", "row_filter", "few_shot=64", "called query; there are", "max_tokens"),
+        strict=True,
     ):
         assert what in line
     c.check_cells([cells[0], cells[6]], tok, train, held, TINY)
@@ -92,7 +105,9 @@ def test_what_any_cell_can_not_do_is_refused_before_the_first_is_run(small_csv):
 
 def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
     torch.manual_seed(0)
-    cells = c.make_cells([{"max_steps": 0}, {}, {"answers_per_row": 3}, {"combine": "join"}, {"lora_r": 1}], **FEW)
+    cells = c.make_cells(
+        [{"max_steps": 0}, {}, {"answers_per_row": 3}, {"combine": "join"}, {"lora_r": 1}], **FEW
+    )
     train, held = c.read_split(cells, small_csv, 0.2, 0)
     tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -101,8 +116,13 @@ def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
         return c.run_cell(cell, base, tok, rows, held, tmp_path, model_dir=TINY, **others)
 
     first = [run(cell) for cell in cells]
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path != small_csv}
-    assert len([path for path in files if path.name.startswith("answers-")]) == 4  # join needs no run of its own
+    files = {
+        path: path.stat().st_mtime_ns
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path != small_csv
+    }
+    # join needs no run of its own
+    assert len([path for path in files if path.name.startswith("answers-")]) == 4
     assert len({path.parent for path in files if path.name == "adapter_model.safetensors"}) == 2
     assert not list(tmp_path.rglob("checkpoint-*"))
     for again, before in zip([run(cell) for cell in cells], first, strict=True):
@@ -112,7 +132,9 @@ def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
     assert first[1]["answer"].to_list() == first[2].loc[first[2]["number"] == 0, "answer"].to_list()
     assert first[2].groupby("id").size().eq(3).all()
     after = base.state_dict()
-    assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
+    assert after.keys() == weights.keys() and all(
+        torch.equal(after[name], weights[name]) for name in weights
+    )
     changed = train.assign(rewritten_text=train["rewritten_text"] + "!")
     run(cells[1], changed)
     run(cells[0], changed)  # the base answers without training rows
@@ -146,7 +168,9 @@ def test_an_interrupted_cell_leaves_the_base_as_it_was(tmp_path, small_csv):
         c.run_cell(cells[0], base, tok, train, held, tmp_path / "other", model_dir=TINY)
 
 
-def test_kept_answers_are_of_the_same_base_tokenizer_and_templates(tmp_path, small_csv, monkeypatch):
+def test_kept_answers_are_of_the_same_base_tokenizer_and_templates(
+    tmp_path, small_csv, monkeypatch
+):
     cell = c.make_cells([{"max_steps": 0}], **FEW)[0]
     train, held = c.read_split([cell], small_csv, 0.2, 0)
     tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
@@ -166,7 +190,11 @@ def test_kept_answers_are_of_the_same_base_tokenizer_and_templates(tmp_path, sma
     numeric = files.read_csv(next(tmp_path.glob("answers-*.csv")), ("number", "tokens", "seconds"))
     files.write_csv(numeric.assign(answer="007", how="as\ris"), tmp_path / "numeric.csv")
     again = files.read_csv(tmp_path / "numeric.csv", ("number", "tokens", "seconds"))
-    assert set(again["answer"]) == {"007"} and set(again["how"]) == {"as\ris"} and again["tokens"].sum() > 0
+    assert (
+        set(again["answer"]) == {"007"}
+        and set(again["how"]) == {"as\ris"}
+        and again["tokens"].sum() > 0
+    )
 
 
 def test_a_prompt_too_long_for_a_cell_is_left_out_and_said(tmp_path, small_csv, capsys):
@@ -175,13 +203,16 @@ def test_a_prompt_too_long_for_a_cell_is_left_out_and_said(tmp_path, small_csv, 
     rows.to_csv(small_csv, index=False)
     cells = c.make_cells([{}], **FEW)
     train, held = c.read_split(cells, small_csv, 0.2, 0)
-    c.check_cells(cells, tokenizer.load_tokenizer(TINY, pad="unk"), pd.concat([train, held]), held, TINY)
+    c.check_cells(
+        cells, tokenizer.load_tokenizer(TINY, pad="unk"), pd.concat([train, held]), held, TINY
+    )
     assert "cell 0: 1 of 24 rows can't be taught and are left out" in capsys.readouterr().out
 
 
 def test_examples_stand_before_the_row_and_text_is_supervised(tmp_path, small_csv):
     cells = c.make_cells(
-        [{"max_steps": 0}, {"max_steps": 0, "few_shot": 2}, {"supervise": "text"}], **FEW | {"max_tokens": 900}
+        [{"max_steps": 0}, {"max_steps": 0, "few_shot": 2}, {"supervise": "text"}],
+        **FEW | {"max_tokens": 900},
     )
     train, held = c.read_split(cells, small_csv, 0.2, 0)
     tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
@@ -196,25 +227,51 @@ def test_table_is_by_hand(tmp_path):
     encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
     cells = c.make_cells([{}, {"answers_per_row": 2, "combine": "join"}])
     one = pd.DataFrame(
-        dict(adapter="", id=["a", "b"], number=0, answer=["Make it a poem", "x"], how=["plain", "fallback"],
-             stopped=["eos", "length"], tokens=[4, 8], seconds=6.0)
-    )  # fmt: skip
+        dict(
+            adapter="",
+            id=["a", "b"],
+            number=0,
+            answer=["Make it a poem", "x"],
+            how=["plain", "fallback"],
+            stopped=["eos", "length"],
+            tokens=[4, 8],
+            seconds=6.0,
+        )
+    )
     two = pd.DataFrame(
-        dict(adapter="adapter-1", id=["a", "a", "b", "b"], number=[0, 1, 0, 1], how="plain",
-             answer=["Write a poem", "poem", *["Make it formal"] * 2], stopped="eos", tokens=5, seconds=9.0)
-    )  # fmt: skip
+        dict(
+            adapter="adapter-1",
+            id=["a", "a", "b", "b"],
+            number=[0, 1, 0, 1],
+            how="plain",
+            answer=["Write a poem", "poem", *["Make it formal"] * 2],
+            stopped="eos",
+            tokens=5,
+            seconds=9.0,
+        )
+    )
     table = c.result_table(cells, [one, two], held, encoder, mean_prompt="Improve it")
     wrong = metric.sharpened_cosine(["x"], ["Make it formal"], encoder)[0]
     joined = metric.sharpened_cosine(
         ["Write a poem. poem", "Make it formal"], held["rewrite_prompt"].to_list(), encoder
     )
     assert table["scs"].to_list() == pytest.approx([(1 + wrong) / 2, joined.mean()])
-    assert table["scs_recovered"].to_list() == pytest.approx([0.5, joined.mean()])  # row b of the first cell: no prompt
+    # row b of the first cell: no prompt
+    assert table["scs_recovered"].to_list() == pytest.approx([0.5, joined.mean()])
     assert table["gain"].to_list() == pytest.approx([0, joined.mean() - (1 + wrong) / 2])
-    assert table["gain_low"][0] == table["gain_high"][0] == 0 and table["low"][1] <= table["scs"][1] <= table["high"][1]
+    assert (
+        table["gain_low"][0] == table["gain_high"][0] == 0
+        and table["low"][1] <= table["scs"][1] <= table["high"][1]
+    )
     assert table["exact_match"].to_list() == [0.5, 0.5] and table["parsed"].to_list() == [0.5, 1]
-    assert table["seconds_a_row"].to_list() == [3, 4.5] and table["tokens_a_row"].to_list() == [6, 10]
-    assert table["stopped_by_eos"].to_list() == [0.5, 1] and table["answers_per_row"].to_list() == ["1", "2"]
+    assert table["seconds_a_row"].to_list() == [3, 4.5] and table["tokens_a_row"].to_list() == [
+        6,
+        10,
+    ]
+    assert table["stopped_by_eos"].to_list() == [0.5, 1] and table["answers_per_row"].to_list() == [
+        "1",
+        "2",
+    ]
     behind = metric.sharpened_cosine(
         ["Make it a poem. Improve it", "x. Improve it"], held["rewrite_prompt"].to_list(), encoder
     )
@@ -222,9 +279,15 @@ def test_table_is_by_hand(tmp_path):
     # row a would do better with this mean prompt alone, row b, whose answers agree, would not
     picked = c.result_table(cells, [one, two], held, encoder, mean_prompt="Make it a poem")
     low = metric.sharpened_cosine(["Write a poem"], ["poem"], encoder)[0]
-    assert np.isnan(picked["threshold"][0]) and picked["threshold"][1] == pytest.approx((low + 1) / 2)
-    alone = metric.sharpened_cosine(["Make it a poem"] * 2, held["rewrite_prompt"].to_list(), encoder)
-    behind = metric.sharpened_cosine(["Make it formal. Make it a poem"], ["Make it formal"], encoder)[0]
+    assert np.isnan(picked["threshold"][0]) and picked["threshold"][1] == pytest.approx(
+        (low + 1) / 2
+    )
+    alone = metric.sharpened_cosine(
+        ["Make it a poem"] * 2, held["rewrite_prompt"].to_list(), encoder
+    )
+    behind = metric.sharpened_cosine(
+        ["Make it formal. Make it a poem"], ["Make it formal"], encoder
+    )[0]
     assert picked["scs_mean_alone"].to_list() == pytest.approx([alone.mean()] * 2)
     assert picked["scs_with_threshold"][1] == pytest.approx((1 + behind) / 2)
     assert table["adapter"].to_list() == ["", "adapter-1"]
@@ -239,15 +302,23 @@ def test_table_is_by_hand(tmp_path):
 
 def test_the_notebook_runs_and_goes_on_where_it_was(tmp_path, small_csv):
     parameters = dict(
-        model_dir=str(TINY), train_csv=str(small_csv), output_dir=str(tmp_path / "out"), shared=FEW, eval_fraction=0.2,
+        model_dir=str(TINY),
+        train_csv=str(small_csv),
+        output_dir=str(tmp_path / "out"),
+        shared=FEW,
+        eval_fraction=0.2,
         grid={"style": ["plain", "json"]},
-    )  # fmt: skip
+    )
 
     def run():
         papermill.execute_notebook(
-            ROOT / "notebooks" / "compare.ipynb", tmp_path / "compare.ipynb", parameters=parameters, cwd=ROOT,
-            kernel_name="python3", progress_bar=False,
-        )  # fmt: skip
+            ROOT / "notebooks" / "compare.ipynb",
+            tmp_path / "compare.ipynb",
+            parameters=parameters,
+            cwd=ROOT,
+            kernel_name="python3",
+            progress_bar=False,
+        )
         return pd.read_csv(tmp_path / "out" / "comparison.csv")
 
     table = run()
@@ -259,18 +330,34 @@ def test_the_notebook_runs_and_goes_on_where_it_was(tmp_path, small_csv):
     for path in kept:
         os.utime(path, (1, 1))
     pd.testing.assert_frame_equal(run(), table)
-    assert all(path.stat().st_mtime == 1 for path in kept) and len([*(tmp_path / "out").glob("answers-*.csv")]) == 2
+    assert (
+        all(path.stat().st_mtime == 1 for path in kept)
+        and len([*(tmp_path / "out").glob("answers-*.csv")]) == 2
+    )
 
 
 def test_the_language_model_s_curves_average_seeds_row_by_row():
     import llm  # demo/llm.py
 
     cells = llm.curve_cells(["rows", "rank"], 120, 30)
-    assert list(cells) == ["all 120 rows, rank 16, plain", "25 rows", "50 rows", "100 rows", "rank 1", "rank 4"]
+    assert list(cells) == [
+        "all 120 rows, rank 16, plain",
+        "25 rows",
+        "50 rows",
+        "100 rows",
+        "rank 1",
+        "rank 4",
+    ]
     assert all(cell["max_steps"] == 30 for cell in cells.values())
-    c.make_cells(list(llm.curve_cells(llm.CURVES, 250, 30).values()), **llm.SETTINGS)  # names and values that exist
-    encoder, truths = metric.load_encoder(metric.minilm_dir(), device="cpu"), ["Make it a poem", "Make it formal"]
-    table = llm.score_lines({"one": [truths], "two": [truths, ["x", "Make it formal"]]}, truths, encoder)
+    # names and values that exist
+    c.make_cells(list(llm.curve_cells(llm.CURVES, 250, 30).values()), **llm.SETTINGS)
+    encoder, truths = (
+        metric.load_encoder(metric.minilm_dir(), device="cpu"),
+        ["Make it a poem", "Make it formal"],
+    )
+    table = llm.score_lines(
+        {"one": [truths], "two": [truths, ["x", "Make it formal"]]}, truths, encoder
+    )
     wrong = metric.sharpened_cosine(["x"], truths[:1], encoder)[0]
     assert table["scs"].to_list() == pytest.approx([1, ((1 + wrong) / 2 + 1) / 2])
     assert table["exact_match"].to_list() == [1, 0.75] and table["gain_high"][1] == pytest.approx(0)

@@ -1,4 +1,5 @@
-"""Rows: what is read, what is refused and in which words, what is dropped, and a split without leaks."""
+"""Rows: what is read, what is refused and in which words, what is dropped, and a split without
+leaks."""
 
 import pandas as pd
 import pytest
@@ -26,7 +27,15 @@ def table(rows):
     """Rows of (original, rewritten, prompt) as read_rows gives them."""
     return pd.DataFrame(
         [(f"r{i}", *row, "", f"t.csv:{i + 1}", "t.csv") for i, row in enumerate(rows)],
-        columns=["id", "original_text", "rewritten_text", "rewrite_prompt", "response", "source", "file"],
+        columns=[
+            "id",
+            "original_text",
+            "rewritten_text",
+            "rewrite_prompt",
+            "response",
+            "source",
+            "file",
+        ],
         dtype=str,
     )
 
@@ -73,35 +82,62 @@ def test_several_files_with_made_ids_and_responses(tmp_path):
     plain = "original_text,rewritten_text,rewrite_prompt\na,b,c\nd,e,f\n"
     first = write(tmp_path / "rows.csv", plain)
     second = write(tmp_path / "more" / "rows.csv", plain)
-    third = write(tmp_path / "r.csv", "response,rewrite_prompt,rewritten_text,original_text,id\nwhy,p,r,o,7\n")
+    third = write(
+        tmp_path / "r.csv", "response,rewrite_prompt,rewritten_text,original_text,id\nwhy,p,r,o,7\n"
+    )
     rows = read_rows([first, second, third])
     assert rows["id"].tolist() == ["rows-1", "rows-2", "rows-2-1", "rows-2-2", "7"]
     assert rows.iloc[4].to_dict() == {
-        "id": "7", "original_text": "o", "rewritten_text": "r", "rewrite_prompt": "p", "response": "why",
-        "source": "r.csv:1", "file": str(third),
-    }  # fmt: skip
+        "id": "7",
+        "original_text": "o",
+        "rewritten_text": "r",
+        "rewrite_prompt": "p",
+        "response": "why",
+        "source": "r.csv:1",
+        "file": str(third),
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "encoding", "words"),
     [
-        ("id,original_text\n1,a\n", "utf-8", ["bad.csv", "no column rewritten_text, rewrite_prompt", "'id'"]),
+        (
+            "id,original_text\n1,a\n",
+            "utf-8",
+            ["bad.csv", "no column rewritten_text, rewrite_prompt", "'id'"],
+        ),
         ("original_text;rewritten_text;prompt\na;b;c\n", "utf-8", ["separated by commas"]),
         ("", "utf-8", ["bad.csv", "empty"]),
         ("\n\n", "utf-8", ["bad.csv", "empty"]),
         (HEADER, "utf-8", ["bad.csv", "no rows"]),
-        (HEADER + "1,a,b,ok\n2,caf\u00e9,b,c\n", "latin-1", ["bad.csv", "not UTF-8", "0xe9", "line 3"]),
+        (
+            HEADER + "1,a,b,ok\n2,caf\u00e9,b,c\n",
+            "latin-1",
+            ["bad.csv", "not UTF-8", "0xe9", "line 3"],
+        ),
         (HEADER + "1,a,b,c\n", "utf-16", ["not UTF-8"]),
         (
             HEADER + "1,a,b,c\n2,a,b\n3,a,b,c,d\n",
             "utf-8",
             ["4 columns", "row 2 (line 3) has 3", "row 3 (line 4) has 5"],
         ),
-        (HEADER + '1,"a\nb",b,c\n2,"open,b,c\n3,a,b,c\n', "utf-8", ["malformed at row 2", "line 4"]),
+        (
+            HEADER + '1,"a\nb",b,c\n2,"open,b,c\n3,a,b,c\n',
+            "utf-8",
+            ["malformed at row 2", "line 4"],
+        ),
         (HEADER + '1,"a" b,b,c\n', "utf-8", ["malformed at row 1"]),
-        (HEADER + "7,a,b,c\n8,a,b,c\n7,d,e,f\n", "utf-8", ["column id", "'7' in bad.csv:1, bad.csv:3"]),
+        (
+            HEADER + "7,a,b,c\n8,a,b,c\n7,d,e,f\n",
+            "utf-8",
+            ["column id", "'7' in bad.csv:1, bad.csv:3"],
+        ),
         (HEADER + "7,a,b,c\n ,a,b,c\n", "utf-8", ["column id is blank", "bad.csv:2"]),
-        (HEADER.replace("id,", "original_text,") + "7,a,b,c\n", "utf-8", ["original_text more than once"]),
+        (
+            HEADER.replace("id,", "original_text,") + "7,a,b,c\n",
+            "utf-8",
+            ["original_text more than once"],
+        ),
     ],
 )
 def test_unusable_files_are_named(tmp_path, text, encoding, words):
@@ -126,9 +162,14 @@ def test_missing_files_and_ids_across_files(tmp_path):
 
 
 def test_test_file_keeps_every_row_and_id(tmp_path):
-    path = write(tmp_path / "test.csv", "\ufeffid,original_text,rewritten_text,x\n007,,\n".replace(",,\n", ",,,1\n"))
+    path = write(
+        tmp_path / "test.csv",
+        "\ufeffid,original_text,rewritten_text,x\n007,,\n".replace(",,\n", ",,,1\n"),
+    )
     assert read_test(path).values.tolist() == [["007", "", ""]]
-    rows = read_test(write(tmp_path / "t.csv", "rewritten_text,id,original_text\nb,1,a\nb,01,a\n ,1.0,\n"))
+    rows = read_test(
+        write(tmp_path / "t.csv", "rewritten_text,id,original_text\nb,1,a\nb,01,a\n ,1.0,\n")
+    )
     assert list(rows.columns) == ["id", "original_text", "rewritten_text"]
     assert rows.values.tolist() == [["1", "a", "b"], ["01", "a", "b"], ["1.0", "", " "]]
     empty = read_test(write(tmp_path / "e.csv", "id,original_text,rewritten_text\n"))
@@ -262,7 +303,10 @@ def test_nothing_left_is_an_empty_table_not_a_crash():
 
 
 def test_normalise():
-    assert normalise("  Make it\n\u201cRHYME\u201d\u2014don\u2019t stop!! ") == "make it rhyme dont stop"
+    assert (
+        normalise("  Make it\n\u201cRHYME\u201d\u2014don\u2019t stop!! ")
+        == "make it rhyme dont stop"
+    )
     assert normalise("\uff2d\uff41\uff4b\uff45") == "make"  # full-width letters
     assert normalise("?!") != normalise("!")
 
@@ -270,11 +314,17 @@ def test_normalise():
 def test_ids_that_stand_in_several_files_are_prefixed(tmp_path, capsys):
     (tmp_path / "more").mkdir()
     text = HEADER + "".join(f"{n},a{n},b,c\n" for n in range(3))
-    files = [write(tmp_path / "a.csv", text), write(tmp_path / "b.csv", text), write(tmp_path / "more" / "a.csv", text)]
+    files = [
+        write(tmp_path / "a.csv", text),
+        write(tmp_path / "b.csv", text),
+        write(tmp_path / "more" / "a.csv", text),
+    ]
     rows = read_rows(files)
     assert rows["id"].tolist() == [f"{stem}-{n}" for stem in ("a", "b", "a-2") for n in range(3)]
     assert "each has its file's name before it, as in 'a-0'" in capsys.readouterr().out
     assert read_rows(files[0])["id"].tolist() == ["0", "1", "2"]
     write(files[1], text + "2,x,y,z\n")
-    with pytest.raises(DataError, match=r"b.csv: column id has 1 values more than once \(file:row\): '2'"):
+    with pytest.raises(
+        DataError, match=r"b.csv: column id has 1 values more than once \(file:row\): '2'"
+    ):
         read_rows(files)

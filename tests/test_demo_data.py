@@ -26,7 +26,9 @@ def read(name: str) -> list[dict[str, str]]:
 def test_the_script_makes_the_committed_bytes(tmp_path: Path) -> None:
     make_rows.main(tmp_path)
     for name in ("rows.csv", "test.csv", "test_truths.csv"):
-        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), f"{name}: run python demo/make_rows.py"
+        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), (
+            f"{name}: run python demo/make_rows.py"
+        )
 
 
 def test_size_and_columns() -> None:
@@ -54,8 +56,13 @@ def test_families_and_their_wordings() -> None:
     assert all(len(train) >= 5 and len(held_out) >= 2 for train, held_out in FAMILIES.values())
     wordings = [w for train, held_out in FAMILIES.values() for w in train + held_out]
     assert len({normalise(w) for w in wordings}) == len(wordings)
-    used = {(family_of(prompt), prompt) for prompt in {row["rewrite_prompt"] for row in read("rows.csv")}}
-    assert used == {(family, wording) for family, (train, _) in FAMILIES.items() for wording in train}
+    used = {
+        (family_of(prompt), prompt)
+        for prompt in {row["rewrite_prompt"] for row in read("rows.csv")}
+    }
+    assert used == {
+        (family, wording) for family, (train, _) in FAMILIES.items() for wording in train
+    }
 
 
 def test_held_out_wordings_are_only_in_the_test_file() -> None:
@@ -84,7 +91,8 @@ def test_family_of(prompt: str, family: str | None) -> None:
 
 
 def test_rewrites_change_the_text_in_their_own_way() -> None:
-    """One story through every style gives as many different texts, and the telling marks are there."""
+    """One story through every style gives as many different texts, and the telling marks are
+    there."""
     marks = {
         "pirate": "th'",
         "questions": "?",
@@ -100,7 +108,9 @@ def test_rewrites_change_the_text_in_their_own_way() -> None:
     }
     for seed in range(20):
         story = make_rows.draw_story(random.Random(seed))
-        texts = {family: rewrite(story, random.Random(seed)) for family, rewrite in REWRITES.items()}
+        texts = {
+            family: rewrite(story, random.Random(seed)) for family, rewrite in REWRITES.items()
+        }
         assert len(set(texts.values())) == len(REWRITES)
         for family, mark in marks.items():
             assert mark in texts[family], (family, texts[family])
@@ -110,7 +120,7 @@ def test_rewrites_change_the_text_in_their_own_way() -> None:
         assert len(texts["one_sentence"].split()) < len(original.split())
 
 
-# ------------------------------------------------------------------------- what the model learned from
+# ---------------------------------------------------------------------- what the model learned from
 def test_pretraining_never_shows_the_inverse_task() -> None:
     """No document answers with a prompt where a text was given, and no held-out wording occurs."""
     import pretrain
@@ -124,8 +134,8 @@ def test_pretraining_never_shows_the_inverse_task() -> None:
         assert not any(wording in whole for wording in HELD_OUT), document
         if not any(wording in normalise(document.answer) for wording in TRAIN):
             continue
-        # the answer holds a prompt: then the user gave a prompt, and besides it only a short request to
-        # repeat or rephrase it; that the request is no text of ours is the next test
+        # the answer holds a prompt: then the user gave a prompt, and besides it only a short
+        # request to repeat or rephrase it; that the request is no text of ours is the next test
         assert document.kind in ("rephrase", "repeat"), document
         request, given = document.user.split("\n\n")
         assert normalise(given) in TRAIN and len(request.split()) <= 16, document
@@ -134,7 +144,8 @@ def test_pretraining_never_shows_the_inverse_task() -> None:
 
 
 def test_pretraining_requests_are_fixed_sentences() -> None:
-    """What stands above the prompt in "repeat" and "rephrase" is one of a few sentences, never a story."""
+    """What stands above the prompt in "repeat" and "rephrase" is one of a few sentences, never a
+    story."""
     import pretrain
 
     rng = random.Random(1)
@@ -142,7 +153,7 @@ def test_pretraining_requests_are_fixed_sentences() -> None:
         assert len({draw(rng).user.split("\n\n")[0] for _ in range(300)}) == 3
 
 
-# ---------------------------------------------------------------------------------- the model's folder
+# ------------------------------------------------------------------------------- the model's folder
 MODEL = DEMO / "tiny-mixtral"
 
 
@@ -169,7 +180,13 @@ def test_model_folder_is_small_and_a_mixtral() -> None:
 
 
 def test_special_ids(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]) == [0, 1, 2, 3, 258]
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]) == [
+        0,
+        1,
+        2,
+        3,
+        258,
+    ]
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.pad_token is None and len(tokenizer) == 2400
     assert set(tokenizer.get_added_vocab()) == {"<unk>", "<s>", "</s>"}

@@ -1,4 +1,5 @@
-"""Which kernels run where: what is asked for, what is refused and said, launch parameters at their borders, sm_75."""
+"""Which kernels run where: what is asked for, what is refused and said, launch parameters at their
+borders, sm_75."""
 
 import copy
 import os
@@ -19,7 +20,8 @@ H100, T4 = Card(90, 227 * KIB), Card(75, 64 * KIB)
 
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch):
-    """Nothing is chosen, failed or checked yet, and the state from before is there again afterwards."""
+    """Nothing is chosen, failed or checked yet, and the state from before is there again
+    afterwards."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kept = [dispatch._chosen, dispatch._failed, dispatch._cards, check._checked]
@@ -40,7 +42,7 @@ def gpu():
     return GPU
 
 
-# --- the choice ---------------------------------------------------------------------------------------------
+# --- the choice -----------------------------------------------------------------------------------
 
 
 def test_an_unknown_word_is_refused_with_the_words_there_are(monkeypatch):
@@ -142,14 +144,14 @@ def test_a_choice_for_a_while_leaves_the_one_before(gpu):
     assert dispatch.uses_triton(gpu)
 
 
-# --- the check of the kernels -------------------------------------------------------------------------------
+# --- the check of the kernels ---------------------------------------------------------------------
 
 
 @pytest.fixture
 def seeming(monkeypatch):
-    """A 4-bit model on the CPU, where Triton seems to run: few(out) makes of the right output for few rows that of its
-    kernel, dequantised(out) of the weights those that its kernel writes, matrix(out) of the product with one matrix that of
-    its kernel."""
+    """A 4-bit model on the CPU, where Triton seems to run: few(out) makes of the right output for
+    few rows that of its kernel, dequantised(out) of the weights those that its kernel writes,
+    matrix(out) of the product with one matrix that of its kernel."""
     pytest.importorskip("triton")
     from prompt_recovery.engine.kernels import experts_decode
 
@@ -213,7 +215,10 @@ def fails(out):
         (dict(few=lambda out: out * 1.001), r"off by 1\.0e-03, at most 4\.8e-07"),
         (dict(few=lambda out: out * float("nan")), "off by nan, at most"),
         (dict(few=fails), r"RuntimeError: ptxas fatal\)"),
-        (dict(few=lambda out: out, matrix=lambda out: out * 1.001), r"off by 1\.0e-03, at most 4\.8e-07"),
+        (
+            dict(few=lambda out: out, matrix=lambda out: out * 1.001),
+            r"off by 1\.0e-03, at most 4\.8e-07",
+        ),
         (dict(few=lambda out: out, matrix=fails), r"RuntimeError: ptxas fatal\)"),
         (dict(dequantised=lambda out: out.mul_(1.01)), r"off by \S+, at most"),
         (dict(dequantised=lambda out: out[-1].zero_()), r"off by \S+, at most"),
@@ -244,7 +249,9 @@ def test_wrong_kernels_are_refused(seeming, capsys, wrong, why):
 )
 def test_wrong_attention_is_refused_where_it_is_ours(seeming, capsys, monkeypatch, error, why):
     model, _ = seeming(lambda out: out, lambda out: out)
-    monkeypatch.setattr(check, "_attention_error", error if error is not fails else lambda *_: fails(None))
+    monkeypatch.setattr(
+        check, "_attention_error", error if error is not fails else lambda *_: fails(None)
+    )
     check.check_kernels(model)  # on a card that is not lowered
     assert CPU not in dispatch._failed
     check._checked.clear()
@@ -254,7 +261,7 @@ def test_wrong_attention_is_refused_where_it_is_ours(seeming, capsys, monkeypatc
     assert CPU in dispatch._failed and re.search(why, capsys.readouterr().out)
 
 
-# --- launch parameters --------------------------------------------------------------------------------------
+# --- launch parameters ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -325,10 +332,11 @@ def test_tiles_have_8_16_or_32_rows_and_on_a_lowered_card_never_32():
             assert config.blocks in (1, 2, 4) and (config.stages == 1 or not card.lowered)
 
 
-# --- sm_75 --------------------------------------------------------------------------------------------------
+# --- sm_75 ----------------------------------------------------------------------------------------
 
-# PTX ISA: of m16n8k16, a0 and a1 hold columns 0 to 7 of the rows 0 to 7 and 8 to 15, a2 and a3 columns 8 to 15 likewise;
-# b0 holds rows 0 to 7, b1 rows 8 to 15. m16n8k8 takes two registers of a and one of b.
+# PTX ISA: of m16n8k16, a0 and a1 hold columns 0 to 7 of the rows 0 to 7 and 8 to 15, a2 and a3
+# columns 8 to 15 likewise; b0 holds rows 0 to 7, b1 rows 8 to 15. m16n8k8 takes two registers of a
+# and one of b.
 WHOLE = """\
 \tld.shared.b32 %r5, [%r9];
 \tmma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { %f1, %f2, %f3, %f4 }, { %r1, %r2, %r3, %r4 }, \

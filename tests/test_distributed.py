@@ -19,16 +19,34 @@ from prompt_recovery import adapter, metric, trainer, training
 from prompt_recovery.engine import memory
 from prompt_recovery.recipe import Recipe
 
-# without a GPU `--cpu` starts one process, whatever --num_processes says; `--multi_gpu` starts as many as it is told
-LAUNCH = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-          "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+# without a GPU `--cpu` starts one process, whatever --num_processes says; `--multi_gpu` starts as
+# many as it is told
+LAUNCH = [
+    "accelerate",
+    "launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+    "0",
+]
 
 
 def script(folder, **parameters):
-    """The train notebook as README says to make a script of it: papermill puts the parameters in, jupytext writes .py."""
+    """The train notebook as README says to make a script of it: papermill puts the parameters in,
+    jupytext writes .py."""
     folder.mkdir()
     papermill.execute_notebook(
-        ROOT / "notebooks" / "train.ipynb", folder / "train.ipynb", parameters=parameters, prepare_only=True
+        ROOT / "notebooks" / "train.ipynb",
+        folder / "train.ipynb",
+        parameters=parameters,
+        prepare_only=True,
     )
     path = folder / "train.py"
     jupytext.write(jupytext.read(folder / "train.ipynb"), path, fmt="py:percent")
@@ -36,17 +54,32 @@ def script(folder, **parameters):
 
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    # neither the 15 rows to train on nor the 2 held out can be shared out evenly: the epoch's last step has 3 rows, not 4
+    # neither the 15 rows to train on nor the 2 held out can be shared out evenly: the epoch's last
+    # step has 3 rows, not 4
     rows = pd.read_csv(ROOT / "demo" / "rows.csv", dtype=str).sample(17, random_state=1)
     rows.to_csv(tmp_path / "rows.csv", index=False)
     shared = dict(
-        model_dir=str(TINY), train_csv=str(tmp_path / "rows.csv"), encoder_dir=str(metric.minilm_dir()), max_steps=4,
-        learning_rate=1e-4, lora_dropout=0.0, batch_size=2, gradient_accumulation=2, max_tokens=160, four_bit=True,
-    )  # fmt: skip
+        model_dir=str(TINY),
+        train_csv=str(tmp_path / "rows.csv"),
+        encoder_dir=str(metric.minilm_dir()),
+        max_steps=4,
+        learning_rate=1e-4,
+        lora_dropout=0.0,
+        batch_size=2,
+        gradient_accumulation=2,
+        max_tokens=160,
+        four_bit=True,
+    )
     two = script(tmp_path / "a", output_dir=str(tmp_path / "two"), **shared)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *LAUNCH[1:], str(two)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(ROOT)
@@ -67,7 +100,8 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     # two processes have trained, the first one has written, and nothing half-written is left
     saved = sorted((both / "checkpoints").glob("checkpoint-*"))
     assert saved and all(
-        {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in folder.iterdir()} for folder in saved
+        {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in folder.iterdir()}
+        for folder in saved
     )
     names = [
         "adapter",
@@ -81,9 +115,14 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     ]
     for folder in (one, both):
         assert sorted(path.name for path in folder.iterdir()) == names
-        assert all((folder / name).read_bytes().endswith(b"IEND\xaeB`\x82") for name in ("lengths.png", "loss.png"))
+        assert all(
+            (folder / name).read_bytes().endswith(b"IEND\xaeB`\x82")
+            for name in ("lengths.png", "loss.png")
+        )
     adapter.check_adapter(both / "adapter", TINY)
-    held_out, also = (json.loads((folder / "evaluation.json").read_text()) for folder in (one, both))
+    held_out, also = (
+        json.loads((folder / "evaluation.json").read_text()) for folder in (one, both)
+    )
     assert held_out["n"] == also["n"] == len(pd.read_csv(both / "predictions.csv")) > 0
     assert done.stdout.count("rows at a time") == 1 and "2 rows at a time x 1" in done.stdout
     assert done.stdout.count("together") == 1  # the summary of the 4-bit model
@@ -109,4 +148,8 @@ def test_rows_without_labels_stand_last_and_once():
     for epoch in range(3):
         sampler.set_epoch(epoch)
         order = list(sampler)
-        assert len(sampler) == len(order) == 8 and order[5:] == [5, 6, 7] and sorted(order[:5]) == list(range(5))
+        assert (
+            len(sampler) == len(order) == 8
+            and order[5:] == [5, 6, 7]
+            and sorted(order[:5]) == list(range(5))
+        )

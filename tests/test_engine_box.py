@@ -1,4 +1,5 @@
-"""The engine is a box: outside code uses the names it offers, it uses nothing outside, and the wheel holds it whole."""
+"""The engine is a box: outside code uses the names it offers, it uses nothing outside, and the
+wheel holds it whole."""
 
 import ast
 import json
@@ -19,7 +20,8 @@ BOX = "prompt_recovery.engine"
 
 
 def imported(tree, package):
-    """(module, name or None, name it is bound to) of every import in a file of the package, inside functions as well."""
+    """(module, name or None, name it is bound to) of every import in a file of the package, inside
+    functions as well."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -79,10 +81,16 @@ def package_of(path):
         ("from prompt_recovery import engineering", set()),
         ("from prompt_recovery.engine import forward", {f"{BOX}.forward"}),
         ("from prompt_recovery.engine import *", {f"{BOX}.*"}),
-        ("def f():\n    from prompt_recovery.engine.storage import weights", {f"{BOX}.storage.weights"}),
+        (
+            "def f():\n    from prompt_recovery.engine.storage import weights",
+            {f"{BOX}.storage.weights"},
+        ),
         ("import prompt_recovery.engine.kernels.dispatch as d", {f"{BOX}.kernels.dispatch"}),
         ("from .engine import storage", {f"{BOX}.storage"}),
-        ("from . import engine as box\nbox.storage.weights()", {"box.storage", "box.storage.weights"}),
+        (
+            "from . import engine as box\nbox.storage.weights()",
+            {"box.storage", "box.storage.weights"},
+        ),
         ("import prompt_recovery.engine\nprompt_recovery.engine.storage", {f"{BOX}.storage"}),
     ],
 )
@@ -94,7 +102,10 @@ def test_a_look_into_the_box_is_seen_and_use_of_its_names_is_none(source, found)
     ("source", "found"),
     [
         ("import torch\nfrom prompt_recovery.engine.kernels import dispatch", set()),
-        ("from prompt_recovery import engine\nfrom . import dispatch\nfrom .. import storage", set()),
+        (
+            "from prompt_recovery import engine\nfrom . import dispatch\nfrom .. import storage",
+            set(),
+        ),
         ("from prompt_recovery import tokenizer", {"prompt_recovery.tokenizer"}),
         ("import prompt_recovery", {"prompt_recovery"}),
         ("import prompt_recovery.data as d", {"prompt_recovery.data"}),
@@ -125,7 +136,9 @@ def test_nothing_outside_the_engine_uses_more_of_it_than_it_offers():
 def test_the_engine_uses_nothing_outside_of_itself():
     files = sorted(INSIDE.rglob("*.py"))
     assert len(files) > 12 and {"forward.py", "sm75.py", "__init__.py"} <= {p.name for p in files}
-    found = {path.name: reaches_out_of_the_box(path.read_text(), package_of(path)) for path in files}
+    found = {
+        path.name: reaches_out_of_the_box(path.read_text(), package_of(path)) for path in files
+    }
     assert {name: reached for name, reached in found.items() if reached} == {}
 
 
@@ -141,7 +154,8 @@ print(json.dumps([importlib.import_module(name).__file__ for name in names]))
 
 
 def test_the_wheel_holds_every_module_and_imports_without_the_repository(tmp_path):
-    """-I and -S: no PYTHONPATH, no working folder, and no .pth file, by which the repository is installed here."""
+    """-I and -S: no PYTHONPATH, no working folder, and no .pth file, by which the repository is
+    installed here."""
     unpacked, elsewhere = tmp_path / "unpacked", tmp_path / "elsewhere"
     with zipfile.ZipFile(wheels.build_library(tmp_path)) as wheel:
         wheel.extractall(unpacked)
@@ -160,7 +174,16 @@ def test_the_wheel_holds_every_module_and_imports_without_the_repository(tmp_pat
         modules += ["engine.kernels.experts_decode", "engine.kernels.decode_step"]
     paths = sysconfig.get_paths()
     passed = json.dumps(sorted({paths["purelib"], paths["platlib"]}))
-    command = [sys.executable, "-I", "-S", "-c", IMPORTS, str(unpacked), passed, json.dumps(modules)]
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        IMPORTS,
+        str(unpacked),
+        passed,
+        json.dumps(modules),
+    ]
     done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     files = [Path(name) for name in json.loads(done.stdout.splitlines()[-1])]

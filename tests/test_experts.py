@@ -1,4 +1,5 @@
-"""4-bit experts by their effects: what a folder becomes, what is refused, and that outputs and gradients are right."""
+"""4-bit experts by their effects: what a folder becomes, what is refused, and that outputs and
+gradients are right."""
 
 import copy
 import gc
@@ -26,28 +27,51 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from prompt_recovery import adapter
-from prompt_recovery.engine import ModelError, Nf4Error, checkpointing, forward, loading, quantiser, storage
+from prompt_recovery.engine import (
+    ModelError,
+    Nf4Error,
+    checkpointing,
+    forward,
+    loading,
+    quantiser,
+    storage,
+)
 from prompt_recovery.recipe import Recipe
 
 COMMON = dict(
-    vocab_size=320, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    initializer_range=0.1, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.1,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 # an expert's gate_up has 384 blocks of 64: the second block of the double quantisation is not full
-MIXTRAL = COMMON | dict(intermediate_size=96, head_dim=32, num_local_experts=4, num_experts_per_tok=2)
+MIXTRAL = COMMON | dict(
+    intermediate_size=96, head_dim=32, num_local_experts=4, num_experts_per_tok=2
+)
 IDS = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(0))
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
 def write(folder, config, dtype=torch.bfloat16):
-    """A model with random weights as the hub has it: shards, and for Mixtral the hub's names of the experts."""
+    """A model with random weights as the hub has it: shards, and for Mixtral the hub's names of the
+    experts."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder, max_shard_size="200KB")
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(
+        folder, max_shard_size="200KB"
+    )
     return folder
 
 
 def checkpoint(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def rewrite(folder, tensors):
@@ -78,27 +102,49 @@ def distance(found, expected):
 
 
 # the 16 values of QLoRA's appendix E
-NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
 
 
 def by_bitsandbytes(matrix):
-    """There and back again: bitsandbytes' 4-bit bytes and 8-bit scales, and the values by the formula."""
+    """There and back again: bitsandbytes' 4-bit bytes and 8-bit scales, and the values by the
+    formula."""
     packed, state = bnb_functional.quantize_4bit(
         matrix.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
     )
-    absmax = state.state2.code[state.absmax.long()] * state.state2.absmax.repeat_interleave(256)[: len(state.absmax)]
+    absmax = (
+        state.state2.code[state.absmax.long()]
+        * state.state2.absmax.repeat_interleave(256)[: len(state.absmax)]
+    )
     nibbles = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), -1).long()
     values = NF4[nibbles].view(-1, 64) * (absmax + state.offset)[:, None]
     return packed, state.absmax, values.view(matrix.shape).to(matrix.dtype)
 
 
 def dequantised(folder):
-    """The model in fp32, computed by transformers, with every matrix that becomes 4-bit put through bitsandbytes."""
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    """The model in fp32, computed by transformers, with every matrix that becomes 4-bit put through
+    bitsandbytes."""
+    whole = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
     with torch.no_grad():
         for key, parameter in whole.named_parameters():
             if ".experts." in key:
@@ -108,7 +154,7 @@ def dequantised(folder):
     return whole
 
 
-# --- loading ------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -121,21 +167,28 @@ def test_a_hub_folder_becomes_what_bitsandbytes_makes_of_every_matrix(dtype, tmp
     for number, layer in enumerate(base.model.layers):
         for expert in range(4):
             w1, w2, w3 = (
-                tensors.pop(f"model.layers.{number}.block_sparse_moe.experts.{expert}.w{n}.weight") for n in (1, 2, 3)
+                tensors.pop(f"model.layers.{number}.block_sparse_moe.experts.{expert}.w{n}.weight")
+                for n in (1, 2, 3)
             )
             for projection, matrix in (("gate_up_proj", torch.cat((w1, w3))), ("down_proj", w2)):
                 packed, absmax, values = by_bitsandbytes(matrix)
-                pieces = {piece: getattr(layer.mlp.experts, f"{projection}_{piece}") for piece in storage.PIECES}
+                pieces = {
+                    piece: getattr(layer.mlp.experts, f"{projection}_{piece}")
+                    for piece in storage.PIECES
+                }
                 assert torch.equal(pieces["packed"][expert].flatten(), packed.flatten())
                 assert torch.equal(pieces["absmax"][expert], absmax)
                 assert torch.equal(storage.dequantise(pieces, dtype)[expert], values)
-                assert torch.equal(storage.expert_weights(layer.mlp.experts, dtype)(projection, expert), values)
+                assert torch.equal(
+                    storage.expert_weights(layer.mlp.experts, dtype)(projection, expert), values
+                )
         for name in Recipe.target_modules:
             weight = getattr(layer.self_attn, name).weight
             values = bnb_functional.dequantize_4bit(weight.data, weight.quant_state)
             assert weight.quant_state.nested and weight.quant_state.blocksize == 64
             assert torch.equal(
-                values, by_bitsandbytes(tensors.pop(f"model.layers.{number}.self_attn.{name}.weight"))[2]
+                values,
+                by_bitsandbytes(tensors.pop(f"model.layers.{number}.self_attn.{name}.weight"))[2],
             )
     state = base.state_dict()
     assert {name.rsplit(".", 2)[-2] for name in tensors} == {
@@ -148,7 +201,10 @@ def test_a_hub_folder_becomes_what_bitsandbytes_makes_of_every_matrix(dtype, tmp
 
 
 def test_the_dtype_asked_for_does_not_change_the_4_bit_values(hub):
-    states = [loading.load_base(hub, dtype, four_bit=True).state_dict() for dtype in (torch.bfloat16, torch.float32)]
+    states = [
+        loading.load_base(hub, dtype, four_bit=True).state_dict()
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
     assert states[0].keys() == states[1].keys()
     packed = [name for name in states[0] if "experts." in name]
     assert len(packed) == 3 * 2 * 4
@@ -158,9 +214,14 @@ def test_the_dtype_asked_for_does_not_change_the_4_bit_values(hub):
 
 def test_casting_the_model_leaves_the_4_bit_values(hub):
     base = loading.load_base(hub, torch.bfloat16, four_bit=True)
-    before = {name: value.clone() for name, value in base.model.layers[0].mlp.experts.state_dict().items()}
+    before = {
+        name: value.clone() for name, value in base.model.layers[0].mlp.experts.state_dict().items()
+    }
     base.to(torch.float16)
-    assert all(torch.equal(value, before[k]) for k, value in base.model.layers[0].mlp.experts.state_dict().items())
+    assert all(
+        torch.equal(value, before[k])
+        for k, value in base.model.layers[0].mlp.experts.state_dict().items()
+    )
     assert base.lm_head.weight.dtype == torch.float16
 
 
@@ -168,16 +229,32 @@ def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypat
     """What is alive whenever a projection is quantised, whatever the number of layers."""
     peaks = {}
     for layers in (1, 3):
-        folder = write(tmp_path / str(layers), MixtralConfig(**MIXTRAL | dict(num_hidden_layers=layers)))
+        folder = write(
+            tmp_path / str(layers), MixtralConfig(**MIXTRAL | dict(num_hidden_layers=layers))
+        )
         seen = []
 
         def watched(weight, device, seen=seen):
             pieces = storage.quantise(weight, device)
-            alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta]
+            alive = [
+                t
+                for t in gc.get_objects()
+                if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta
+            ]
             # experts' matrices: [rows, columns] as read, [experts, rows, columns] merged
-            matrices = {t.untyped_storage().data_ptr(): t for t in alive if t.dtype == torch.bfloat16 and t.dim() > 1}
+            matrices = {
+                t.untyped_storage().data_ptr(): t
+                for t in alive
+                if t.dtype == torch.bfloat16 and t.dim() > 1
+            }
             shapes = {(96, 128), (128, 96), (192, 128)}
-            seen.append(sum(t.untyped_storage().nbytes() for t in matrices.values() if tuple(t.shape[-2:]) in shapes))
+            seen.append(
+                sum(
+                    t.untyped_storage().nbytes()
+                    for t in matrices.values()
+                    if tuple(t.shape[-2:]) in shapes
+                )
+            )
             return pieces
 
         monkeypatch.setattr(quantiser, "quantise", watched)
@@ -185,17 +262,21 @@ def test_one_layer_at_a_time_is_held_in_16_bit_while_loading(tmp_path, monkeypat
         assert len(seen) == 2 * layers
         peaks[layers] = max(seen)
     gate_up = 4 * 192 * 128 * 2
-    assert peaks[1] == peaks[3] == gate_up  # a layer's experts are gate_up and half as much for down
+    # a layer's experts are gate_up and half as much for down
+    assert peaks[1] == peaks[3] == gate_up
 
 
 def test_experts_put_together_by_the_cpu_are_the_same(hub, monkeypatch):
-    """As on small GPUs: from the host's memory, a matrix at a time to the device that the map names."""
+    """As on small GPUs: from the host's memory, a matrix at a time to the device that the map
+    names."""
     config = quantiser.Nf4Config(merge_on_cpu=True)
     quantiser.register()
     places = []
     quantise = quantiser.quantise
     monkeypatch.setattr(
-        quantiser, "quantise", lambda weight, device: places.append((weight.device, device)) or quantise(weight, device)
+        quantiser,
+        "quantise",
+        lambda weight, device: places.append((weight.device, device)) or quantise(weight, device),
     )
     forced = []
     update = quantiser.Nf4Quantizer.update_weight_conversions
@@ -213,7 +294,9 @@ def test_experts_put_together_by_the_cpu_are_the_same(hub, monkeypatch):
     assert set(places) == {(torch.device("cpu"), torch.device("cpu"))}
     expected = loading.load_base(hub, torch.bfloat16, four_bit=True).state_dict()
     found = model.state_dict()
-    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert set(found) == set(expected) and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
     assert "merge_on_cpu" not in model.config.quantization_config.to_dict()
 
 
@@ -223,14 +306,21 @@ def test_summary_adds_up(hub, capsys):
     whole = AutoModelForCausalLM.from_config(MixtralConfig(**MIXTRAL))
     parts = {(part.part, part.precision): part for part in quantiser.summary(base)}
     assert {name: precision for name, precision in parts} == {
-        "experts": "nf4", "attention": "nf4", "router": "bfloat16", "norms": "bfloat16", "embeddings": "bfloat16",
+        "experts": "nf4",
+        "attention": "nf4",
+        "router": "bfloat16",
+        "norms": "bfloat16",
+        "embeddings": "bfloat16",
         "lm_head": "bfloat16",
-    }  # fmt: skip
+    }
     assert sum(part.parameters for part in parts.values()) == whole.num_parameters()
     assert parts["experts", "nf4"].parameters == 3 * 4 * 3 * 96 * 128
     # 4 bits a weight, 8 a block of 64, 32 for each block of 256 blocks and each expert's offset
     blocks, nested = 3 * 4 * (384 + 192), 3 * 4 * (2 + 1)
-    assert parts["experts", "nf4"].gib * 2**30 == 3 * 4 * 3 * 96 * 128 / 2 + blocks + 4 * nested + 4 * 3 * 4 * 2
+    assert (
+        parts["experts", "nf4"].gib * 2**30
+        == 3 * 4 * 3 * 96 * 128 / 2 + blocks + 4 * nested + 4 * 3 * 4 * 2
+    )
     assert parts["lm_head", "bfloat16"].gib * 2**30 == 320 * 128 * 2
     assert "experts" in printed and "together" in printed and "nf4" in printed
     lora = adapter.add_lora(base, base="m", r=4)
@@ -247,7 +337,9 @@ def test_what_bitsandbytes_alone_leaves_in_16_bit_is_a_hard_error(hub):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         ),
     )  # fmt: skip
-    assert {part.precision for part in quantiser.summary(stock) if part.part == "experts"} == {"bfloat16"}
+    assert {part.precision for part in quantiser.summary(stock) if part.part == "experts"} == {
+        "bfloat16"
+    }
     with pytest.raises(Nf4Error, match=r"layers\.0\.mlp\.experts\.gate_up_proj.*four_bit=False"):
         quantiser.check_quantised(stock)
 
@@ -256,9 +348,13 @@ def test_a_layer_left_in_16_bit_is_a_hard_error(hub, monkeypatch):
     """A later version of transformers might skip more than the head and the routers."""
     stock = quantiser.Nf4Quantizer.get_modules_to_not_convert
     monkeypatch.setattr(
-        quantiser.Nf4Quantizer, "get_modules_to_not_convert", staticmethod(lambda *a, **k: [*stock(*a, **k), "o_proj"])
+        quantiser.Nf4Quantizer,
+        "get_modules_to_not_convert",
+        staticmethod(lambda *a, **k: [*stock(*a, **k), "o_proj"]),
     )
-    with pytest.raises(Nf4Error, match=r"layers\.0\.self_attn\.o_proj\.weight, .*layers\.2\.self_attn\.o_proj"):
+    with pytest.raises(
+        Nf4Error, match=r"layers\.0\.self_attn\.o_proj\.weight, .*layers\.2\.self_attn\.o_proj"
+    ):
         loading.load_base(hub, torch.bfloat16, four_bit=True)
 
 
@@ -275,13 +371,17 @@ def test_a_layer_left_in_16_bit_is_a_hard_error(hub, monkeypatch):
 def test_a_folder_that_lacks_tensors_is_refused(hub, tmp_path, missing):
     """transformers fills them with random numbers and goes on."""
     folder = shutil.copytree(hub, tmp_path / "m")
-    rewrite(folder, {name: tensor for name, tensor in checkpoint(hub).items() if missing not in name})
+    rewrite(
+        folder, {name: tensor for name, tensor in checkpoint(hub).items() if missing not in name}
+    )
     for four_bit in (True, False):
-        with pytest.raises((ModelError, Nf4Error, RuntimeError), match="lacks|conversion|mismatched"):
+        with pytest.raises(
+            (ModelError, Nf4Error, RuntimeError), match="lacks|conversion|mismatched"
+        ):
             loading.load_base(folder, torch.bfloat16, four_bit=four_bit)
 
 
-# --- saving and loading again -------------------------------------------------------------------------------
+# --- saving and loading again ---------------------------------------------------------------------
 
 
 def test_a_saved_folder_gives_the_same_logits_and_is_not_quantised_again(hub, saved, monkeypatch):
@@ -303,9 +403,13 @@ def test_a_saved_folder_gives_the_same_logits_and_is_not_quantised_again(hub, sa
 
 
 def test_a_saved_folder_is_small_and_can_be_saved_once_more(saved, hub, tmp_path):
-    again = loading.save_quantised(loading.load_base(saved, torch.bfloat16, four_bit=True), saved, tmp_path / "twice")
+    again = loading.save_quantised(
+        loading.load_base(saved, torch.bfloat16, four_bit=True), saved, tmp_path / "twice"
+    )
     first, second = checkpoint(saved), checkpoint(again)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
     found = quantiser.summary(loading.load_base(saved, torch.bfloat16, four_bit=True))
     assert found == quantiser.summary(loading.load_base(hub, torch.bfloat16, four_bit=True))
     assert (again / "config.json").is_file() and not list(tmp_path.glob("*.partial"))
@@ -326,7 +430,8 @@ def edit_config(folder, **quantisation):
 @pytest.mark.parametrize(
     "quantisation",
     [
-        dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4"),  # transformers 4.57's
+        # transformers 4.57's
+        dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         dict(_load_in_4bit=True, load_in_4bit=True),
         dict(quant_method="gptq", bits=4),
         dict(quant_method=quantiser.METHOD, layout="nf4-per-expert-0"),
@@ -337,7 +442,9 @@ def edit_config(folder, **quantisation):
 def test_another_4_bit_layout_is_refused_with_the_remedy(hub, tmp_path, quantisation, four_bit):
     folder = shutil.copytree(hub, tmp_path / "m")
     edit_config(folder, **quantisation)
-    with pytest.raises(Nf4Error, match=r"quantised already.*[Gg]ive the folder of the 16-bit model"):
+    with pytest.raises(
+        Nf4Error, match=r"quantised already.*[Gg]ive the folder of the 16-bit model"
+    ):
         loading.load_base(folder, four_bit=four_bit)
 
 
@@ -358,14 +465,19 @@ def test_a_damaged_4_bit_folder_is_refused(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "q")
     rewrite(
         folder,
-        {name: t for name, t in checkpoint(saved).items() if not name.endswith("1.mlp.experts.down_proj_packed")},
+        {
+            name: t
+            for name, t in checkpoint(saved).items()
+            if not name.endswith("1.mlp.experts.down_proj_packed")
+        },
     )
     with pytest.raises((ModelError, Nf4Error), match=r"layers\.1\.mlp\.experts\.down_proj_packed"):
         loading.load_base(folder, torch.bfloat16, four_bit=True)
 
 
 def test_answers_leave_the_attention_weights_as_they_are(hub, tmp_path, monkeypatch):
-    """On a CPU with AVX-512 BF16 bitsandbytes repacks a linear layer's weights the first time it answers."""
+    """On a CPU with AVX-512 BF16 bitsandbytes repacks a linear layer's weights the first time it
+    answers."""
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
     base = loading.load_base(hub, torch.bfloat16, four_bit=True)
     before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -374,20 +486,30 @@ def test_answers_leave_the_attention_weights_as_they_are(hub, tmp_path, monkeypa
     loading.save_quantised(base, hub, tmp_path / "q")
 
 
-# --- other architectures ------------------------------------------------------------------------------------
+# --- other architectures --------------------------------------------------------------------------
 
 OTHERS = {
     "qwen2_moe": Qwen2MoeConfig(  # a shared expert with a gate, biases
-        **COMMON, intermediate_size=64, moe_intermediate_size=96, shared_expert_intermediate_size=64, num_experts=6,
-        num_experts_per_tok=2, mlp_only_layers=[1],
+        **COMMON,
+        intermediate_size=64,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=64,
+        num_experts=6,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
     ),
     "qwen3_moe": Qwen3MoeConfig(  # norms of q and k, tied embeddings
-        **COMMON, intermediate_size=64, moe_intermediate_size=96, head_dim=32, num_experts=6, num_experts_per_tok=3,
+        **COMMON,
+        intermediate_size=64,
+        moe_intermediate_size=96,
+        head_dim=32,
+        num_experts=6,
+        num_experts_per_tok=3,
         tie_word_embeddings=True,
     ),
     "llama": LlamaConfig(**COMMON, intermediate_size=192, tie_word_embeddings=True),
     "mistral": MistralConfig(**COMMON, intermediate_size=192),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -401,16 +523,22 @@ def test_other_moe_and_dense_models(name, tmp_path):
     assert ("experts", "float32") not in parts and ("other layers", "float32") not in parts
     assert sum(parts.values()) == sixteen.num_parameters()
     assert distance(logits(base), logits(sixteen)) < 1e-4
-    again = loading.load_base(loading.save_quantised(base, folder, tmp_path / "q"), torch.float32, four_bit=True)
+    again = loading.load_base(
+        loading.save_quantised(base, folder, tmp_path / "q"), torch.float32, four_bit=True
+    )
     assert torch.equal(logits(again), logits(base))
     # gradients reach an adapter below the experts
     lora = adapter.add_lora(again, base="m", r=4, dropout=0.0)
     lora(IDS, labels=IDS).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in lora.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for p in lora.parameters() if p.requires_grad
+    )
 
 
 def test_experts_of_another_form_are_refused_before_they_load(tmp_path):
-    config = GptOssConfig(**COMMON, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, head_dim=32)
+    config = GptOssConfig(
+        **COMMON, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2, head_dim=32
+    )
     with pytest.raises(ModelError, match="model_type 'gpt_oss', with which nothing here is tested"):
         loading.load_base(write(tmp_path / "oss", config), four_bit=True)
     with torch.device("meta"):
@@ -422,13 +550,15 @@ def test_experts_of_another_form_are_refused_before_they_load(tmp_path):
         loading.load_base(write(tmp_path / "odd", odd), four_bit=True)
 
 
-# --- computing ----------------------------------------------------------------------------------------------
+# --- computing ------------------------------------------------------------------------------------
 
 
 def make_experts(hidden=64, width=96, count=8, seed=0, act="silu"):
     """A layer's experts in 4 bits, and their dequantised weights in fp32."""
     torch.manual_seed(seed)
-    config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=count, hidden_act=act)
+    config = MixtralConfig(
+        hidden_size=hidden, intermediate_size=width, num_local_experts=count, hidden_act=act
+    )
     config._experts_implementation = quantiser.METHOD
     quantiser.register()
     layer = MixtralExperts(config)
@@ -438,7 +568,9 @@ def make_experts(hidden=64, width=96, count=8, seed=0, act="silu"):
         matrices = torch.randn(shape) / shape[-1] ** 0.5
         delattr(layer, projection)
         for piece, tensor in storage.quantise(matrices).items():
-            layer.register_parameter(f"{projection}_{piece}", torch.nn.Parameter(tensor, requires_grad=False))
+            layer.register_parameter(
+                f"{projection}_{piece}", torch.nn.Parameter(tensor, requires_grad=False)
+            )
         weights[projection] = torch.stack([by_bitsandbytes(matrix)[2] for matrix in matrices])
     return layer, weights
 
@@ -446,7 +578,9 @@ def make_experts(hidden=64, width=96, count=8, seed=0, act="silu"):
 def reference(weights, x, index, chosen, act=torch.nn.functional.silu):
     """Token by token in fp32, as the paper has it, grouped only by (token's choice, expert)."""
     out = torch.zeros_like(x)
-    for expert, (gate_up, down) in enumerate(zip(weights["gate_up_proj"], weights["down_proj"], strict=True)):
+    for expert, (gate_up, down) in enumerate(
+        zip(weights["gate_up_proj"], weights["down_proj"], strict=True)
+    ):
         token, choice = (index == expert).nonzero(as_tuple=True)
         gate, up = (x[token] @ gate_up.t()).chunk(2, dim=-1)
         out = out.index_add(0, token, chosen[token, choice, None] * ((act(gate) * up) @ down.t()))
@@ -485,7 +619,9 @@ def test_one_expert_at_a_time_trains_as_all_at_once():
         out = forward.experts_forward(layer, x, index, chosen)
         out.square().sum().backward()
         results.append((out, x.grad, chosen.grad))
-        (held,) = {buffer.room.numel() for buffer in storage.workspace(layer).buffers.values()} - {8 * 96 * 64}
+        (held,) = {buffer.room.numel() for buffer in storage.workspace(layer).buffers.values()} - {
+            8 * 96 * 64
+        }
         assert held == (1 if one_at_a_time else 8) * 2 * 96 * 64
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -509,7 +645,10 @@ def test_output_and_gradients_are_those_of_the_dequantised_weights(case, dtype):
     tokens, allowed, top_k = ROUTINGS[case]
     layer, weights = make_experts()
     index, chosen = random_routing(tokens, 8, top_k, allowed)
-    x, grad = (torch.randn(tokens, 64, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 2))
+    x, grad = (
+        torch.randn(tokens, 64, generator=torch.Generator().manual_seed(n)).to(dtype)
+        for n in (1, 2)
+    )
     results = []
     for ours in (True, False):
         inputs = x.clone() if ours else x.float()
@@ -524,9 +663,12 @@ def test_output_and_gradients_are_those_of_the_dequantised_weights(case, dtype):
         assert found.isfinite().all()
         if tokens:
             assert distance(found, expected) < BOUND[dtype], name
-    with torch.no_grad():  # an expert's weights at a time; the CPU's GEMM rounds by the strides of what it is given
+    # an expert's weights at a time; the CPU's GEMM rounds by the strides of what it is given
+    with torch.no_grad():
         answer = layer(x, index, chosen.to(dtype))
-    assert answer.shape == x.shape and (not tokens or distance(answer, results[0][0]) < torch.finfo(dtype).eps)
+    assert answer.shape == x.shape and (
+        not tokens or distance(answer, results[0][0]) < torch.finfo(dtype).eps
+    )
 
 
 def test_other_activations(monkeypatch):
@@ -575,7 +717,8 @@ def test_the_way_for_little_memory_gives_the_same(dtype):
     with torch.no_grad():
         single = layer(x, index, chosen.to(dtype))
     (room,) = [buffer.room for buffer in storage.workspace(layer).buffers.values()]
-    assert room.numel() == 2 * layer.gate_up_proj_packed[0].numel()  # of one projection of one expert
+    # of one projection of one expert
+    assert room.numel() == 2 * layer.gate_up_proj_packed[0].numel()
     assert torch.equal(single, whole)
     expected = reference(weights, x.float(), index, chosen.to(dtype).float())
     assert distance(whole, expected) < BOUND[dtype]
@@ -643,16 +786,22 @@ def test_dequantising_is_the_formula_for_rows_of_any_length(columns, dtype):
     assert torch.equal(found, expected)
     assert 0.01 < distance(found, weight) < 0.2
     out = torch.full_like(expected, torch.nan)
-    assert storage.dequantise(storage.quantise(weight), dtype, out) is out and torch.equal(out, expected)
+    assert storage.dequantise(storage.quantise(weight), dtype, out) is out and torch.equal(
+        out, expected
+    )
 
 
-def test_a_linear_layer_that_bitsandbytes_computes_wrongly_is_refused_by_name(tmp_path, monkeypatch):
+def test_a_linear_layer_that_bitsandbytes_computes_wrongly_is_refused_by_name(
+    tmp_path, monkeypatch
+):
     """On a CPU without AVX512 it is right; either way nothing wrong is computed."""
     folder = write(tmp_path / "m", LlamaConfig(**COMMON, intermediate_size=96))
     try:
         base = loading.load_base(folder, torch.float32, four_bit=True)
     except Nf4Error as error:
-        assert re.search(r"down_proj has rows of 96 weights, no multiple of 64.*four_bit=False", str(error))
+        assert re.search(
+            r"down_proj has rows of 96 weights, no multiple of 64.*four_bit=False", str(error)
+        )
     else:
         assert distance(logits(base), logits(dequantised(folder))) < 1e-4
     wrong = bnb_functional.dequantize_4bit
@@ -661,11 +810,13 @@ def test_a_linear_layer_that_bitsandbytes_computes_wrongly_is_refused_by_name(tm
         loading.load_base(folder, torch.float32, four_bit=True)
 
 
-# --- adapters and checkpointing on the whole model ----------------------------------------------------------
+# --- adapters and checkpointing on the whole model ------------------------------------------------
 
 
 def trainable(hub, dtype=torch.float32, seed=0):
-    lora = adapter.add_lora(loading.load_base(hub, dtype, four_bit=True), base="m", r=4, dropout=0.0, seed=seed)
+    lora = adapter.add_lora(
+        loading.load_base(hub, dtype, four_bit=True), base="m", r=4, dropout=0.0, seed=seed
+    )
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
@@ -677,7 +828,9 @@ def gradients(lora):
     lora.zero_grad()
     loss = lora(IDS, labels=IDS).loss
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in lora.named_parameters() if p.requires_grad}
+    return loss.item(), {
+        name: p.grad.clone() for name, p in lora.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -704,9 +857,11 @@ def test_checkpointing_changes_no_gradient_and_shares_a_dequantisation(hub, monk
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss, grads = gradients(lora)
         losses.add(loss)
-        # gate and up once in the forward pass and once more where they are recomputed; down never again
+        # gate and up once in the forward pass and once more where they are recomputed; down never
+        # again
         assert calls["gate_up"] == 3 + checkpointed - kept and calls["down"] == 3
-        # two projections a layer forward; backward starts with the last layer's still there and shares with recomputation
+        # two projections a layer forward; backward starts with the last layer's still there and
+        # shares with recomputation
         assert calls["dequantise"] == 6 + 4
         plain = plain or grads
         assert all(torch.equal(grads[name], plain[name]) for name in plain), (checkpointed, kept)
@@ -715,9 +870,12 @@ def test_checkpointing_changes_no_gradient_and_shares_a_dequantisation(hub, monk
 
 
 def test_kept_rows_are_those_of_their_own_forward(hub):
-    """Two forward passes before the first backward, and one without: each call of a layer keeps its rows for itself."""
+    """Two forward passes before the first backward, and one without: each call of a layer keeps its
+    rows for itself."""
     lora = trainable(hub)
-    batches = [torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+    batches = [
+        torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(n)) for n in (1, 2)
+    ]
 
     def loss(ids):
         return lora(input_ids=ids, labels=ids).loss
@@ -731,7 +889,9 @@ def test_kept_rows_are_those_of_their_own_forward(hub):
     checkpointing.apply_plan(lora, checkpointing.TrainingPlan(1, 1, 3, 3))
     first, second, _ = loss(batches[0]), loss(batches[1]), loss(batches[1])
     found = [gradient_of(first), gradient_of(second)]
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(found, expected, strict=True) for name in a)
+    assert all(
+        torch.equal(a[name], b[name]) for a, b in zip(found, expected, strict=True) for name in a
+    )
 
 
 def test_nothing_the_size_of_the_weights_is_kept_for_the_backward_pass(hub):
@@ -799,7 +959,9 @@ def test_an_adapter_trained_on_4_bits_fits_the_16_bit_base(hub, tmp_path):
     with lora.disable_adapter():
         four_alone = logits(lora)
     sixteen_alone = logits(loading.load_base(hub, torch.float32, four_bit=False))
-    sixteen = PeftModel.from_pretrained(loading.load_base(hub, torch.float32, four_bit=False), str(folder)).eval()
+    sixteen = PeftModel.from_pretrained(
+        loading.load_base(hub, torch.float32, four_bit=False), str(folder)
+    ).eval()
     assert distance(four, four_alone) > 0.2  # the adapter does something
     quantisation = distance(four_alone, sixteen_alone)
     assert 0 < quantisation < 0.5
@@ -810,6 +972,8 @@ def test_generation_gives_what_the_dequantised_model_gives(hub):
     """Prefill and decode steps with a cache, through transformers' own generate."""
     base = loading.load_base(hub, torch.float32, four_bit=True)
     sixteen = dequantised(hub)
-    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(IDS))
+    options = dict(
+        max_new_tokens=12, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(IDS)
+    )
     sixteen.generation_config = base.generation_config
     assert torch.equal(base.generate(IDS, **options), sixteen.generate(IDS, **options))

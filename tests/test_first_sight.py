@@ -23,7 +23,7 @@ def test_a_kernel_of_the_demo_says_nothing_of_its_own(tmp_path, monkeypatch, cap
     monkeypatch.setattr(run_demo, "ROOT", tmp_path)
     monkeypatch.setattr(run_demo, "OUTPUT", tmp_path / "out")
     setting = (
-        'from IPython import get_ipython\nif shell := get_ipython():\n'
+        "from IPython import get_ipython\nif shell := get_ipython():\n"
         '    shell.InteractiveTB.set_mode("Minimal")'
     )
     nbformat.write(notebook(setting, "print('a result')"), tmp_path / "notebooks" / "a.ipynb")
@@ -52,9 +52,14 @@ def test_a_bench_s_configuration_that_does_not_fit_is_a_line(monkeypatch, capsys
     spec.loader.exec_module(bench)
 
     def too_large():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a ...")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a ..."
+        )
 
-    assert bench.fits("B64", too_large) is None and bench.fits("B8", lambda: (1.0, 2.0)) == (1.0, 2.0)
+    assert bench.fits("B64", too_large) is None and bench.fits("B8", lambda: (1.0, 2.0)) == (
+        1.0,
+        2.0,
+    )
     (line,) = bench.rows_of_table
     assert line[0].strip() == "B64"
     assert line[1] == "does not fit: CUDA out of memory. Tried to allocate 9.00 GiB"

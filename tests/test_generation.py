@@ -1,5 +1,5 @@
-"""Answers by their effects: those of transformers' own `generate`, for any batch; what sampling, stopping, running out
-of memory or time and merging do to them."""
+"""Answers by their effects: those of transformers' own `generate`, for any batch; what sampling,
+stopping, running out of memory or time and merging do to them."""
 
 import random
 from itertools import pairwise
@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from prompt_recovery import adapter
-from prompt_recovery.engine import MergeError, Meter, Sampling, batching, decoding, generation, loading, merged
+from prompt_recovery.engine import (
+    MergeError,
+    Meter,
+    Sampling,
+    batching,
+    decoding,
+    generation,
+    loading,
+    merged,
+)
 from prompt_recovery.engine.batching import make_batches, spread_order
 from prompt_recovery.engine.parts import in_parts
 from prompt_recovery.templates import json_object_closed
@@ -30,7 +39,9 @@ def tok():
 @pytest.fixture(scope="module")
 def prompts(tok):
     texts = [*NASTY, "", "short", "A letter to Rosa. " * 12]
-    return [encode_row(tok, {"original_text": t, "rewritten_text": t}, max_tokens=400)[0] for t in texts]
+    return [
+        encode_row(tok, {"original_text": t, "rewritten_text": t}, max_tokens=400)[0] for t in texts
+    ]
 
 
 def with_lora(base, seed=0, size=0.1):
@@ -67,10 +78,19 @@ class Ids:
 
 def random_model(config, **options):
     torch.manual_seed(0)
-    options = dict(
-        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.3,
-    ) | options  # fmt: skip
+    options = (
+        dict(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=8192,
+            initializer_range=0.3,
+        )
+        | options
+    )
     return AutoModelForCausalLM.from_config(config(**options)).eval()
 
 
@@ -85,7 +105,10 @@ def random_prompts(lengths, seed=0, shared=0):
     """Prompts of random ids that begin alike."""
     draw = random.Random(seed)
     prefix = [1] + [draw.randrange(3, 97) for _ in range(shared)]
-    return [(prefix + [draw.randrange(3, 97) for _ in range(length)])[: max(1, length)] for length in lengths]
+    return [
+        (prefix + [draw.randrange(3, 97) for _ in range(length)])[: max(1, length)]
+        for length in lengths
+    ]
 
 
 def closes(tok):
@@ -100,11 +123,23 @@ def read(tok, answer):
 
 def run(base, tok, prompts, max_new_tokens=NEW, stop_at_object=False, **options):
     """`generate` as (position, texts), with the fields of Sampling among the options."""
-    fields = {"answers_per_row": "answers", "temperature": "temperature", "top_p": "top_p", "seed": "seed"}
-    sampling = Sampling(**{field: options.pop(name) for name, field in fields.items() if name in options})
+    fields = {
+        "answers_per_row": "answers",
+        "temperature": "temperature",
+        "top_p": "top_p",
+        "seed": "seed",
+    }
+    sampling = Sampling(
+        **{field: options.pop(name) for name, field in fields.items() if name in options}
+    )
     options |= dict(stop=closes(tok)) if stop_at_object else {}
     for position, found in generation.generate(
-        base, prompts, eos=tok.eos_token_id, max_new_tokens=max_new_tokens, sampling=sampling, **options
+        base,
+        prompts,
+        eos=tok.eos_token_id,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        **options,
     ):
         yield position, [read(tok, answer) for answer in found]
 
@@ -123,14 +158,19 @@ def stock(base, prompt, max_new_tokens=NEW, eos=2):
     """The ids of transformers' own greedy answer, up to and with EOS."""
     ids = torch.tensor([prompt])
     out = base.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-        pad_token_id=0, eos_token_id=eos,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=eos,
+    )
     return out[0, len(prompt) :].tolist()
 
 
 class Forwards:
-    """Inside the with block, (rows, columns) of the ids of each forward pass; `before` is called with them."""
+    """Inside the with block, (rows, columns) of the ids of each forward pass; `before` is called
+    with them."""
 
     def __init__(self, base, before=lambda rows, columns: None):
         self.shapes, self.before, self.module = [], before, base.get_input_embeddings()
@@ -147,7 +187,7 @@ class Forwards:
         self.hook.remove()
 
 
-# --- greedy -------------------------------------------------------------------------------------------------
+# --- greedy ---------------------------------------------------------------------------------------
 
 
 def test_greedy_answers_are_transformers_own_for_any_batch(lora, tok, prompts):
@@ -155,13 +195,22 @@ def test_greedy_answers_are_transformers_own_for_any_batch(lora, tok, prompts):
     for prompt, answer in zip(prompts, found, strict=True):
         ids = stock(lora, prompt)
         ended = ids[-1] == 2
-        assert answer == (tok.decode(ids[: len(ids) - ended]), len(ids), "eos" if ended else "length")
-    for options in (dict(batch_tokens=1), dict(batch_tokens=900, share_prefix=False), dict(answers_per_row=2)):
+        assert answer == (
+            tok.decode(ids[: len(ids) - ended]),
+            len(ids),
+            "eos" if ended else "length",
+        )
+    for options in (
+        dict(batch_tokens=1),
+        dict(batch_tokens=900, share_prefix=False),
+        dict(answers_per_row=2),
+    ):
         assert first(answers(lora, tok, prompts, **options)) == found, options
     base = lora.get_base_model()
     with lora.disable_adapter():
         plain = [tok.decode(ids) for ids in (stock(base, prompt) for prompt in prompts)]
-    assert sum(a != b.text for a, b in zip(plain, found, strict=True)) > len(prompts) / 2  # the LoRA matters
+    # the LoRA matters
+    assert sum(a != b.text for a, b in zip(plain, found, strict=True)) > len(prompts) / 2
 
 
 CASES = [  # lengths, tokens the prompts begin with alike, max_new_tokens, how EOS is chosen
@@ -181,13 +230,19 @@ def test_any_length_and_any_batch(small, lengths, shared, new, eos):
     prompts = random_prompts(lengths, seed=len(lengths), shared=shared)
     some = range(0, len(prompts), 1 + len(prompts) // 20)
     free = [stock(small, prompts[n], new, eos=-1) for n in some]
-    counts = np.bincount([ids[0] if eos == "at once" else token for ids in free for token in ids], minlength=97)
+    counts = np.bincount(
+        [ids[0] if eos == "at once" else token for ids in free for token in ids], minlength=97
+    )
     stop = -1 if eos == "never" else int(counts.argmax())
     ended = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in free]
     if eos != "never":
         assert len(set(map(len, ended))) > 1 and (1 in map(len, ended) or eos == "often")
     want = [
-        (" ".join(map(str, ids[: len(ids) - (ids[-1] == stop)])), len(ids), "eos" if ids[-1] == stop else "length")
+        (
+            " ".join(map(str, ids[: len(ids) - (ids[-1] == stop)])),
+            len(ids),
+            "eos" if ids[-1] == stop else "length",
+        )
         for ids in ended
     ]
     for options in (dict(), dict(batch_tokens=4000, share_prefix=False)):
@@ -225,18 +280,31 @@ def test_long_prefills_go_in_parts(small):
     prompts = random_prompts([100] * 5, shared=9)
     with in_parts(small) as parts, Forwards(small) as shapes:
         decoder = decoding.Decoder(
-            parts, prompts[0][:10], rows=5, cells=5 * 128, max_new_tokens=2, eos=-1, pad=0, piece=200
+            parts,
+            prompts[0][:10],
+            rows=5,
+            cells=5 * 128,
+            max_new_tokens=2,
+            eos=-1,
+            pad=0,
+            piece=200,
         )
         found = decoder.answer(prompts, [[None]] * 5)
     assert shapes == [(1, 10), (2, 90), (2, 90), (1, 90), (5, 1)]
-    assert [each[0] for each in found] == [(stock(small, prompt, 2, eos=-1), False) for prompt in prompts]
+    assert [each[0] for each in found] == [
+        (stock(small, prompt, 2, eos=-1), False) for prompt in prompts
+    ]
 
 
 def test_finished_rows_leave_the_batch(small):
     prompts = random_prompts([10] * 20, shared=3)
-    free = [[*map(int, answer.text.split())] for answer in first(answers(small, Ids(), prompts, 64))]
+    free = [
+        [*map(int, answer.text.split())] for answer in first(answers(small, Ids(), prompts, 64))
+    ]
     # the token that ends most rows, but not all
-    ends = {token: [ids.index(token) if token in ids else 99 for ids in free] for token in range(97)}
+    ends = {
+        token: [ids.index(token) if token in ids else 99 for ids in free] for token in range(97)
+    }
     stop = min(ends, key=lambda token: abs(np.mean([end < 40 for end in ends[token]]) - 0.8))
     with Forwards(small) as shapes:
         found = first(answers(small, Ids(stop), prompts, 64))
@@ -246,30 +314,37 @@ def test_finished_rows_leave_the_batch(small):
     assert [answer.tokens for answer in found] == [min(64, end + 1) for end in ends[stop]]
 
 
-# --- sampling -----------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def test_samples_follow_seed_row_and_number_and_not_the_batch(lora, tok, prompts):
     prompts = prompts[:7]
     options = dict(temperature=1.5, top_p=0.95, answers_per_row=3)
     found = answers(lora, tok, prompts, seed=1, **options)
-    assert found == answers(lora, tok, prompts, seed=1, batch_tokens=1500, share_prefix=False, **options)
+    assert found == answers(
+        lora, tok, prompts, seed=1, batch_tokens=1500, share_prefix=False, **options
+    )
     part = [5, 2, 6]
     assert [found[n] for n in part] == answers(
         lora, tok, [prompts[n] for n in part], seed=1, numbers=part, batch_tokens=1, **options
     )
     other = answers(lora, tok, prompts, seed=2, **options)
-    assert first(other) == first(found) == first(answers(lora, tok, prompts))  # the first answer is greedy
+    # the first answer is greedy
+    assert first(other) == first(found) == first(answers(lora, tok, prompts))
     for a, b in zip(found, other, strict=True):
         assert len({*a[1:], *b[1:]}) > 2
     drawn = first(answers(lora, tok, prompts, temperature=1.5))
     assert drawn != first(found) and drawn == first(answers(lora, tok, prompts, temperature=1.5))
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (1.0, 0.0), (3.0, 1.0)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (1.0, 0.0), (3.0, 1.0)]
+)
 def test_draws_have_transformers_distribution(temperature, top_p):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
-    expected = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits)).softmax(-1)
+    expected = TopPLogitsWarper(top_p)(
+        None, TemperatureLogitsWarper(temperature)(None, logits)
+    ).softmax(-1)
     grid = 20_000
     draws = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
     for row, probabilities in zip(logits, expected, strict=True):
@@ -279,7 +354,7 @@ def test_draws_have_transformers_distribution(temperature, top_p):
         assert not found[probabilities == 0].any()
 
 
-# --- stopping -----------------------------------------------------------------------------------------------
+# --- stopping -------------------------------------------------------------------------------------
 
 
 class Braces(Ids):
@@ -295,7 +370,13 @@ def test_answers_stop_where_their_object_closes(small, monkeypatch):
     want = []
     for ids in (stock(small, prompt, 30, eos=-1) for prompt in prompts):
         closed = next((n + 1 for n, token in enumerate(ids) if token % 7 == 0), None)
-        want.append(Text(braces.decode(ids[:closed]).rstrip(" "), closed or 30, "stop" if closed else "length"))
+        want.append(
+            Text(
+                braces.decode(ids[:closed]).rstrip(" "),
+                closed or 30,
+                "stop" if closed else "length",
+            )
+        )
     assert len({answer.tokens for answer in want}) > 5
     steps = []
     for check in (1, 3, 8, 100):
@@ -323,7 +404,7 @@ def test_json_answers_are_cut_at_the_closing_brace(tok):
     assert cut([2], closes(tok)) == ("", 1, "eos")
 
 
-# --- batches, memory and time -------------------------------------------------------------------------------
+# --- batches, memory and time ---------------------------------------------------------------------
 
 
 def test_batches_hold_the_budget_and_every_row_once():
@@ -381,7 +462,8 @@ def test_out_of_memory_while_decoding_keeps_what_is_finished(small):
 
 
 class Clock:
-    """A clock that only the model's work moves on: by what a forward pass, its rows and its tokens cost."""
+    """A clock that only the model's work moves on: by what a forward pass, its rows and its tokens
+    cost."""
 
     def __init__(self, monkeypatch, token, row, step):
         self.now, self.costs = 0.0, (token, row, step)
@@ -398,7 +480,9 @@ class Clock:
 
 @pytest.mark.parametrize("costs", [(1e-3, 0, 0.05), (1e-4, 0.02, 0.0), (1e-3, 0.004, 0.02)])
 def test_the_time_left_is_right_within_a_fifth_after_a_tenth(small, monkeypatch, costs):
-    lengths = np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 200), 5, 600).astype(int).tolist()
+    lengths = (
+        np.clip(np.random.default_rng(0).lognormal(4.5, 0.8, 200), 5, 600).astype(int).tolist()
+    )
     clock, meter, seen = Clock(monkeypatch, *costs), Meter(), []
     with Forwards(small, clock.work):
         for _ in run(small, Ids(), random_prompts(lengths), 8, batch_tokens=1500, meter=meter):
@@ -420,7 +504,7 @@ def test_no_batch_ends_after_the_deadline(small, monkeypatch):
     assert 0 < len(found) < 40 and 26 < clock.now <= 30.5
 
 
-# --- merging ------------------------------------------------------------------------------------------------
+# --- merging --------------------------------------------------------------------------------------
 
 
 def logits(base):
@@ -457,7 +541,8 @@ def test_merging_keeps_the_logits_and_is_undone_tensor_for_tensor(dtype, four_bi
 
 
 def test_a_merge_that_changes_the_logits_is_refused_and_undone():
-    lora = with_lora(loading.load_base(TINY)).train()  # dropout: what it computes is not what the weights say
+    # dropout: what it computes is not what the weights say
+    lora = with_lora(loading.load_base(TINY)).train()
     modules = dict(lora.named_modules())
     with pytest.raises(MergeError, match="moved the logits by"), merged(lora):
         pytest.fail("it must not be used")

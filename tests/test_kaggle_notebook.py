@@ -93,7 +93,10 @@ def written(tmp_path, change):
     [
         (lambda n: n["metadata"].pop("kernelspec"), "names no kernel"),
         (lambda n: n["metadata"]["kernelspec"].pop("name"), "names no kernel"),
-        (lambda n: n["metadata"]["kernelspec"].update(name="my-venv"), "names the kernel 'my-venv'"),
+        (
+            lambda n: n["metadata"]["kernelspec"].update(name="my-venv"),
+            "names the kernel 'my-venv'",
+        ),
         (lambda n: n["metadata"]["kernelspec"].update(name="ir", language="R"), "the kernel 'ir'"),
         (lambda n: n.update(cells=[]), "holds no code"),
         (lambda n: n.update(cells=n["cells"][:1]), "holds no code"),
@@ -108,7 +111,14 @@ def test_a_notebook_whose_run_would_fail_is_not_pushed(case, tmp_path, change, m
 
 
 def test_files_that_are_no_notebooks_are_not_pushed(case, tmp_path):  # noqa: F811
-    texts = ["", "[]", "null", "<html>", "%% not json", "<<<<<<< HEAD\n{}\n=======\n{}\n>>>>>>> x\n"]
+    texts = [
+        "",
+        "[]",
+        "null",
+        "<html>",
+        "%% not json",
+        "<<<<<<< HEAD\n{}\n=======\n{}\n>>>>>>> x\n",
+    ]
     for text in texts:
         (tmp_path / "mine.ipynb").write_text(text)
         code, _, err = push(case, file=tmp_path / "mine.ipynb")
@@ -247,7 +257,11 @@ def test_texts_that_begin_with_a_dash_arrive(case, text, each_program):  # noqa:
     case.standing(1)
     case.write(2)
     code, _, err = case.publish("--notes", text, "--verify", "list")
-    sent = [body["body"]["versionNotes"] for name, body in case.server.requests if name == "CreateModelInstanceVersion"]
+    sent = [
+        body["body"]["versionNotes"]
+        for name, body in case.server.requests
+        if name == "CreateModelInstanceVersion"
+    ]
     assert code == 0 and sent == [text], err
 
 

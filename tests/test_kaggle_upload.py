@@ -1,4 +1,5 @@
-"""The real kaggle program against a stand-in server: what stands on the server after each fault, and after a re-run."""
+"""The real kaggle program against a stand-in server: what stands on the server after each fault,
+and after a re-run."""
 
 import base64
 import csv
@@ -41,8 +42,15 @@ WEIGHTS = "adapter_model.safetensors"
 def write_adapter(folder: Path, seed: int) -> dict[str, bytes]:
     """A small adapter whose weights have the same size for every seed; its files' bytes by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base", "r": 4}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8, "target_modules": ["q_proj"]}))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "org/base",
+        "r": 4,
+    }
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"lora_alpha": 8, "target_modules": ["q_proj"]})
+    )
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(4, 5000, generator=generator), torch.randn(5000, 4, generator=generator)
     names = [f"base_model.model.q_proj.lora_{x}.weight" for x in "AB"]
@@ -70,7 +78,16 @@ class Case:
 
     def publish(self, *more: str, timeout: float = 30, to: str = HANDLE) -> tuple[int, str, str]:
         csv_path = self.tmp / "versions.csv"
-        options = ["--to", to, "--notes", "some notes", "--versions", csv_path, "--timeout", timeout]
+        options = [
+            "--to",
+            to,
+            "--notes",
+            "some notes",
+            "--versions",
+            csv_path,
+            "--timeout",
+            timeout,
+        ]
         return self.run("adapter", self.folder, *options, *more)
 
     def standing(self, seed: int) -> dict[str, bytes]:
@@ -111,9 +128,14 @@ def case(tmp_path, capsys, monkeypatch):
     case.server.server_close()
     # whatever happened: no credential is printed or stored, no signed address printed
     assert SIGNATURE not in case.said
-    assert not list((tmp_path / "tmp").iterdir()), "upload sessions are shared with other uses of the program"
+    assert not list((tmp_path / "tmp").iterdir()), (
+        "upload sessions are shared with other uses of the program"
+    )
     secrets = (KEY.encode(), base64.b64encode(f"{USER}:{KEY}".encode()))
-    for text in [case.said.encode(), *(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())]:
+    for text in [
+        case.said.encode(),
+        *(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()),
+    ]:
         assert not any(secret in text for secret in secrets)
 
 
@@ -121,7 +143,18 @@ def case(tmp_path, capsys, monkeypatch):
 def newer_program(tmp_path_factory):
     """A folder with kaggle 2.2.5, or a skip where pip cannot get it."""
     folder = tmp_path_factory.mktemp("kaggle-2.2.5")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "--retries", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(folder),
+        "--retries",
+        "0",
+    ]
     packages = ["kaggle==2.2.5", "kagglesdk==0.1.38"]
     run = subprocess.run([*command, *packages], capture_output=True, text=True, env=OUTSIDE)
     if run.returncode:
@@ -146,19 +179,36 @@ def test_first_next_unchanged(case, each_program):
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/1"
     assert case.versions == [first] and not case.server.public
-    assert [request["isPrivate"] for name, request in case.server.requests if name == "CreateModel"] == [True]
+    assert [
+        request["isPrivate"] for name, request in case.server.requests if name == "CreateModel"
+    ] == [True]
     assert "no notes for a first version" in out
     second = case.write(2)
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/2" and case.versions == [first, second]
     assert "evaluation.json is of other weights than these" in out
-    sent = [body["body"]["versionNotes"] for name, body in case.server.requests if name == "CreateModelInstanceVersion"]
+    sent = [
+        body["body"]["versionNotes"]
+        for name, body in case.server.requests
+        if name == "CreateModelInstanceVersion"
+    ]
     assert sent == ["some notes"]
     code, out, _ = case.publish()
-    assert code == 0 and "Unchanged" in out and out.splitlines()[-1] == f"{HANDLE}/2" and len(case.versions) == 2
-    (case.tmp / "versions.csv").rename(case.tmp / "kept.csv")  # another machine: it compares the bytes
+    assert (
+        code == 0
+        and "Unchanged" in out
+        and out.splitlines()[-1] == f"{HANDLE}/2"
+        and len(case.versions) == 2
+    )
+    # another machine: it compares the bytes
+    (case.tmp / "versions.csv").rename(case.tmp / "kept.csv")
     code, out, _ = case.publish()
-    assert code == 0 and "Unchanged" in out and len(case.versions) == 2 and case.recorded() == [(HANDLE, "2")]
+    assert (
+        code == 0
+        and "Unchanged" in out
+        and len(case.versions) == 2
+        and case.recorded() == [(HANDLE, "2")]
+    )
     with (case.tmp / "kept.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["version"], row["base"], row["rank"]) for row in rows] == [
@@ -171,7 +221,9 @@ def test_first_next_unchanged(case, each_program):
     # the second adapter lies beside the first one's evaluation
     assert [rows[1][name] for name in ("style", "rows_hash", "scores")] == ["plain", "", ""]
     assert [row["notes"] for row in rows] == ["some notes"] * 2
-    assert [path.name for path in (case.folder.parent / ".kaggle_upload").iterdir() if path.is_dir()] == []
+    assert [
+        path.name for path in (case.folder.parent / ".kaggle_upload").iterdir() if path.is_dir()
+    ] == []
 
 
 def test_lost_reply_makes_a_duplicate_that_is_named(case):
@@ -188,7 +240,8 @@ def test_lost_reply_makes_a_duplicate_that_is_named(case):
 
 
 def test_lost_reply_to_the_first_version(case):
-    """The repeated creation gets "exists already" and exit code 0 or 1; the version stands all the same."""
+    """The repeated creation gets "exists already" and exit code 0 or 1; the version stands all the
+    same."""
     files = case.write(1)
     case.server.fail("CreateModel", lost_reply)
     case.server.fail("CreateModelInstance", lost_reply)
@@ -197,7 +250,8 @@ def test_lost_reply_to_the_first_version(case):
 
 
 def test_refused_upload(case, each_program, monkeypatch):
-    """2.2.4 would go on, register the version without the file and exit with 0; it is stopped before that.
+    """2.2.4 would go on, register the version without the file and exit with 0; it is stopped
+    before that.
 
     Here the program is a process of its own, as in use.
     """
@@ -207,7 +261,8 @@ def test_refused_upload(case, each_program, monkeypatch):
     case.server.fail("StartBlobUpload", delay(0), delay(1))  # time enough to be stopped
     code, out, err = case.publish()
     assert code == 1 and "The upload of " in err and case.versions == [] and not case.recorded()
-    case.server.fail("PROBE", status(403))  # a refused session stays refused; the next run must not try it again
+    # a refused session stays refused; the next run must not try it again
+    case.server.fail("PROBE", status(403))
     code, out, _ = case.publish()
     assert code == 0 and case.versions == [files] and out.splitlines()[-1] == f"{HANDLE}/1"
 
@@ -218,7 +273,12 @@ def test_lost_file_of_a_version_that_was_made(case, monkeypatch):
     monkeypatch.setattr(cli, "_kill", lambda child: child.wait())
     case.server.fail("PUT", status(403))
     code, _, err = case.publish()
-    assert code == 1 and f"{HANDLE}/1 holds no " in err and "Delete" in err and len(case.versions[0]) == 1
+    assert (
+        code == 1
+        and f"{HANDLE}/1 holds no " in err
+        and "Delete" in err
+        and len(case.versions[0]) == 1
+    )
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/2" and case.versions[1] == files
     assert case.recorded() == [(HANDLE, "2")]
@@ -228,7 +288,11 @@ def test_lost_file_of_a_version_that_was_made(case, monkeypatch):
     ("verify", "change", "message"),
     [
         ("list", lambda data: data[:-1], "holds other files or sizes"),
-        ("download", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "holds other bytes of the same size"),
+        (
+            "download",
+            lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+            "holds other bytes of the same size",
+        ),
     ],
 )
 def test_bytes_changed_on_the_way(case, monkeypatch, verify, change, message):
@@ -286,15 +350,30 @@ def test_version_that_is_never_listed(case, monkeypatch):
     case.server.list_lag = 3600
     monkeypatch.setattr(publish, "LISTING", 0.5)
     code, _, err = case.publish()
-    assert code == 1 and "lists no such version" in err and case.versions == [files] and not case.recorded()
+    assert (
+        code == 1
+        and "lists no such version" in err
+        and case.versions == [files]
+        and not case.recorded()
+    )
     case.server.list_lag = 0
     code, out, _ = case.publish("--force")
-    assert code == 0 and "earlier run" in out and out.splitlines()[-1] == f"{HANDLE}/1" and case.versions == [files]
+    assert (
+        code == 0
+        and "earlier run" in out
+        and out.splitlines()[-1] == f"{HANDLE}/1"
+        and case.versions == [files]
+    )
 
 
 def test_slow_server(case):
     files = case.write(1)
-    for method in ("GetModel", "StartBlobUpload", "CreateModelInstance", "ListModelInstanceVersionFiles"):
+    for method in (
+        "GetModel",
+        "StartBlobUpload",
+        "CreateModelInstance",
+        "ListModelInstanceVersionFiles",
+    ):
         case.server.fail(method, delay(0.7))
     code, out, _ = case.publish()
     assert code == 0 and out.splitlines()[-1] == f"{HANDLE}/1" and case.versions == [files]
@@ -343,7 +422,8 @@ def test_stale_session_with_other_bytes_of_the_same_size_and_time(case, tmp_path
         case.write(old)
         stamp = (case.folder / WEIGHTS).stat()
         (case.folder / "adapter_config.json").touch()
-        case.server.fail("CreateModelInstanceVersion", status(500))  # all is uploaded, the version is not made
+        # all is uploaded, the version is not made
+        case.server.fail("CreateModelInstanceVersion", status(500))
         send()
         changed = case.write(new)[WEIGHTS]
         os.utime(case.folder / WEIGHTS, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
@@ -352,15 +432,28 @@ def test_stale_session_with_other_bytes_of_the_same_size_and_time(case, tmp_path
 
     temp = tmp_path / "shared-tmp"
     temp.mkdir()
-    command = ("models", "variations", "versions", "create", HANDLE, "-p", str(case.folder), "-n", "x")
+    command = (
+        "models",
+        "variations",
+        "versions",
+        "create",
+        HANDLE,
+        "-p",
+        str(case.folder),
+        "-n",
+        "x",
+    )
     new = interrupt_then_change(lambda: cli.run(*command, timeout=20, temp=temp), 1, 2)
-    assert len(case.versions) == 2 and case.versions[1][WEIGHTS] != new, "the stand-in does not show the trap"
+    assert len(case.versions) == 2 and case.versions[1][WEIGHTS] != new, (
+        "the stand-in does not show the trap"
+    )
     new = interrupt_then_change(case.publish, 3, 4)
     assert len(case.versions) == 3 and case.versions[2][WEIGHTS] == new
 
 
 def test_expired_sessions(case, each_program):
-    """2.2.4 gives up on a file whose session has expired, each time anew; the session is dropped for the next run."""
+    """2.2.4 gives up on a file whose session has expired, each time anew; the session is dropped
+    for the next run."""
     files = case.write(1)
     case.server.fail("CreateModelInstance", status(500))
     assert case.publish()[0] == 1
@@ -372,7 +465,8 @@ def test_expired_sessions(case, each_program):
 
 
 def test_signed_addresses_are_not_shown():
-    """Python's network errors name the address, and whoever knows a signed one may write the file."""
+    """Python's network errors name the address, and whoever knows a signed one may write the
+    file."""
     text = (
         "Max retries exceeded with url: /b/o?upload_id=s3cret&X-Goog-Signature=s3%2Fcret=="
         " (Caused by X) what? yes"
@@ -382,7 +476,8 @@ def test_signed_addresses_are_not_shown():
 
 
 def test_who_owns_what(case, monkeypatch):
-    """Somebody else's model, a public one, one that Kaggle makes public, no login: nothing is sent."""
+    """Somebody else's model, a public one, one that Kaggle makes public, no login: nothing is
+    sent."""
     case.write(1)
     code, _, err = case.publish(to="other/recovery/transformers/r4")
     assert code == 1 and "somebody else" in err
@@ -415,7 +510,8 @@ def test_one_s_own_missing_model_is_made_where_kaggle_says_403_and_is_made_publi
 
 
 def test_two_publishes_at_once(case, tmp_path):
-    """Two machines with different adapters make the model at once: each gets a version of its own and says which."""
+    """Two machines with different adapters make the model at once: each gets a version of its own
+    and says which."""
     case.server.fail("CreateModel", delay(1))
     case.server.fail("CreateModelInstance", delay(1))
     codes, contents = [], {}
@@ -426,7 +522,9 @@ def test_two_publishes_at_once(case, tmp_path):
         options = ["--notes", name, "--versions", str(record), "--timeout", "30"]
         codes.append(main(["adapter", str(folder), "--to", HANDLE, *options]))
 
-    threads = [threading.Thread(target=machine, args=(name, seed)) for seed, name in enumerate("ab")]
+    threads = [
+        threading.Thread(target=machine, args=(name, seed)) for seed, name in enumerate("ab")
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

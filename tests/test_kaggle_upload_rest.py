@@ -1,4 +1,5 @@
-"""Base, wheels, notebook and submission against the stand-in server; what is checked before anything is sent."""
+"""Base, wheels, notebook and submission against the stand-in server; what is checked before
+anything is sent."""
 
 import json
 import re
@@ -27,16 +28,24 @@ NOTEBOOK = ROOT / "notebooks" / "submission.ipynb"
 
 @pytest.fixture
 def base(tmp_path):
-    """A folder as save_pretrained leaves it: two shards, index, configs, tokenizer, and a file that is not sent."""
+    """A folder as save_pretrained leaves it: two shards, index, configs, tokenizer, and a file that
+    is not sent."""
     folder = tmp_path / "base"
     folder.mkdir()
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for number, name in enumerate(names):
-        save_file({f"w{number}": torch.randn(40_000, generator=torch.Generator().manual_seed(number))}, folder / name)
+        save_file(
+            {f"w{number}": torch.randn(40_000, generator=torch.Generator().manual_seed(number))},
+            folder / name,
+        )
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {f"w{number}": name for number, name in enumerate(names)}})
     )
-    quantised = {"quant_method": "prompt_recovery_nf4", "layout": "nf4-per-expert-1", "base": "org/base"}
+    quantised = {
+        "quant_method": "prompt_recovery_nf4",
+        "layout": "nf4-per-expert-1",
+        "base": "org/base",
+    }
     config = {"architectures": ["MixtralForCausalLM"], "quantization_config": quantised}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.model").write_bytes(b"pieces")
@@ -82,15 +91,28 @@ def test_base_goes_on_where_it_was_cut(case, base, monkeypatch):  # noqa: F811
     ("damage", "message"),
     [
         (lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "lacks ['model-00002"),
-        (lambda d: shutil.copy(d / "model-00001-of-00002.safetensors", d / "model.safetensors"), "has besides"),
         (
-            lambda d: (d / "model-00001-of-00002.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0notjson!"),
+            lambda d: shutil.copy(d / "model-00001-of-00002.safetensors", d / "model.safetensors"),
+            "has besides",
+        ),
+        (
+            lambda d: (d / "model-00001-of-00002.safetensors").write_bytes(
+                b"\x08\0\0\0\0\0\0\0notjson!"
+            ),
             "not a whole safetensors",
         ),
-        (lambda d: (d / "model-00001-of-00002.safetensors").open("ab").write(b"x"), "not a whole safetensors"),
+        (
+            lambda d: (d / "model-00001-of-00002.safetensors").open("ab").write(b"x"),
+            "not a whole safetensors",
+        ),
         (lambda d: (d / "tokenizer.model").unlink(), "neither tokenizer.json"),
         (lambda d: (d / "config.json").write_text('{"model_type": "mixtral"}'), "not in 4 bits"),
-        (lambda d: (d / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}'), "gptq"),
+        (
+            lambda d: (d / "config.json").write_text(
+                '{"quantization_config": {"quant_method": "gptq"}}'
+            ),
+            "gptq",
+        ),
         (lambda d: (d / "config.json").write_text("{"), "error"),
         (lambda d: (d / "config.json").unlink(), "config.json"),
         (lambda d: (d / "access_token").write_text("x"), "may hold credentials"),
@@ -104,7 +126,8 @@ def test_base_that_is_not_whole_is_refused(case, base, damage, message):  # noqa
 
 
 def test_dataset_first_next_unchanged_lost(case, tmp_path):  # noqa: F811
-    """What `wheels` does once the wheels are collected: the same path as for models, on a dataset."""
+    """What `wheels` does once the wheels are collected: the same path as for models, on a
+    dataset."""
 
     def publish(text: bytes, verify: str = "list") -> int:
         wheel = tmp_path / "source" / "a-1-py3-none-any.whl"
@@ -113,11 +136,16 @@ def test_dataset_first_next_unchanged_lost(case, tmp_path):  # noqa: F811
         handle = wheels_handle()
         remote, metadata = RemoteDataset(handle, 30), stage.dataset_metadata(handle)
         content = stage.read([wheel])
-        return Publish(remote, content, metadata, "n", tmp_path / "work", tmp_path / "v.csv", verify).run()
+        return Publish(
+            remote, content, metadata, "n", tmp_path / "work", tmp_path / "v.csv", verify
+        ).run()
 
     name = "a-1-py3-none-any.whl"
     assert publish(b"one") == 1 and publish(b"two", "download") == 2 and publish(b"two") == 2
-    assert case.server.datasets == {DATASET: [{name: b"one"}, {name: b"two"}]} and not case.server.public
+    assert (
+        case.server.datasets == {DATASET: [{name: b"one"}, {name: b"two"}]}
+        and not case.server.public
+    )
     case.server.fail("CreateDatasetVersion", lost_reply)
     assert publish(b"six") == 3 and case.server.datasets[DATASET][2:] == [{name: b"six"}] * 2
     case.server.fail("CreateDatasetVersion", status(500))
@@ -137,7 +165,8 @@ def wheels_handle():
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """A copy of what the wheel is built from (the repository may be edited meanwhile); pip is given its way out."""
+    """A copy of what the wheel is built from (the repository may be edited meanwhile); pip is given
+    its way out."""
     folder = tmp_path / "repository"
     shutil.copytree(ROOT / "prompt_recovery", folder / "prompt_recovery")
     for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
@@ -145,7 +174,9 @@ def sources(tmp_path, monkeypatch):
     monkeypatch.setattr(wheels, "ROOT", folder)
     real = wheels._pip
     proxies = {name: OUTSIDE.get(name, "") for name in ("http_proxy", "https_proxy", "HOME")}
-    monkeypatch.setattr(wheels, "_pip", lambda *words, env=None: real(*words, env=proxies | (env or {})))
+    monkeypatch.setattr(
+        wheels, "_pip", lambda *words, env=None: real(*words, env=proxies | (env or {}))
+    )
     return folder
 
 
@@ -192,7 +223,9 @@ def test_damaged_wheel_and_the_list(tmp_path, monkeypatch):
     assert {"transformers", "peft", "bitsandbytes", "tokenizers", "sentencepiece"} <= {
         pin.split("==")[0] for pin in pins
     }
-    assert all("==" in pin for pin in pins) and not any(pin.startswith(("torch", "nvidia")) for pin in pins)
+    assert all("==" in pin for pin in pins) and not any(
+        pin.startswith(("torch", "nvidia")) for pin in pins
+    )
     assert all(pin in lines for pin in pins if pin.split("==")[0] in "transformers peft accelerate")
     for line, message in (("unpinned", "does not pin"), ("torch", "Kaggle's own")):
         (tmp_path / "wheels.txt").write_text(line)
@@ -218,16 +251,40 @@ def test_wheels_are_collected_with_ours(case, sources, tmp_path, monkeypatch):  
 
 
 def push(case, *more, file=NOTEBOOK):  # noqa: F811
-    sources = ["--adapter", f"{HANDLE}/3", "--base", f"{BASE}/1", "--wheels", DATASET, "--competition", "llm-prompts"]
-    return case.run("notebook", "--to", f"{USER}/recover-prompts", *sources, "--file", file, "--timeout", "30", *more)
+    sources = [
+        "--adapter",
+        f"{HANDLE}/3",
+        "--base",
+        f"{BASE}/1",
+        "--wheels",
+        DATASET,
+        "--competition",
+        "llm-prompts",
+    ]
+    return case.run(
+        "notebook",
+        "--to",
+        f"{USER}/recover-prompts",
+        *sources,
+        "--file",
+        file,
+        "--timeout",
+        "30",
+        *more,
+    )
 
 
 def test_sources_in_the_template_stay(case, tmp_path, monkeypatch):  # noqa: F811
     template = json.loads((ROOT / "kaggle_upload" / "kernel-metadata.json").read_text())
-    (tmp_path / "kernel-metadata.json").write_text(json.dumps(template | {"dataset_sources": [f"{USER}/encoder"]}))
+    (tmp_path / "kernel-metadata.json").write_text(
+        json.dumps(template | {"dataset_sources": [f"{USER}/encoder"]})
+    )
     monkeypatch.setattr(stage, "HERE", tmp_path)
     assert push(case)[0] == 0
-    assert case.server.kernels[f"{USER}/recover-prompts"][0]["datasetDataSources"] == [DATASET, f"{USER}/encoder"]
+    assert case.server.kernels[f"{USER}/recover-prompts"][0]["datasetDataSources"] == [
+        DATASET,
+        f"{USER}/encoder",
+    ]
 
 
 def test_notebook_is_pushed_pinned_and_read_back(case, tmp_path):  # noqa: F811
@@ -236,13 +293,23 @@ def test_notebook_is_pushed_pinned_and_read_back(case, tmp_path):  # noqa: F811
     code, out, _ = push(case)
     assert code == 0 and out.splitlines()[-1] == f"{USER}/recover-prompts/1"
     held = case.server.kernels[f"{USER}/recover-prompts"][0]
-    assert held["isPrivate"] is True and held["enableInternet"] is False and held["machineShape"] == "NvidiaTeslaT4"
+    assert (
+        held["isPrivate"] is True
+        and held["enableInternet"] is False
+        and held["machineShape"] == "NvidiaTeslaT4"
+    )
     assert held["modelDataSources"] == [f"{HANDLE}/3", f"{BASE}/1"]
-    assert held["datasetDataSources"] == [DATASET] and held["competitionDataSources"] == ["llm-prompts"]
+    assert held["datasetDataSources"] == [DATASET] and held["competitionDataSources"] == [
+        "llm-prompts"
+    ]
     assert "kaggle_upload" not in held["text"] and len(json.loads(held["text"])["cells"]) > 5
     case.server.refused_sources = {f"{HANDLE}/3", "llm-prompts"}
     code, _, err = push(case)
-    assert code == 1 and f"model {HANDLE}/3 was not attached" in err and "competition llm-prompts was not" in err
+    assert (
+        code == 1
+        and f"model {HANDLE}/3 was not attached" in err
+        and "competition llm-prompts was not" in err
+    )
     assert f"{USER}/recover-prompts/2 was pushed" in err and BASE not in err
     for fault in (status(403, "Permission denied"), error_200("Notebook not found"), lost_reply):
         case.server.fail("SaveKernel", fault)
@@ -269,15 +336,29 @@ def test_notebook_that_is_refused(case, wrong, message):  # noqa: F811
 
 
 def submit(case, *more):  # noqa: F811
-    options = ["--notebook", f"{USER}/recover-prompts/2", "--competition", "llm-prompts", "--timeout", "30"]
+    options = [
+        "--notebook",
+        f"{USER}/recover-prompts/2",
+        "--competition",
+        "llm-prompts",
+        "--timeout",
+        "30",
+    ]
     return case.run("submit", *options, "--message", "adapter 3", *more)
 
 
 def test_submit(case):  # noqa: F811
     assert submit(case, "--dry-run")[0] == 0 and case.server.requests == []
     code, out, _ = submit(case)
-    assert code == 0 and out.startswith("5 submissions to llm-prompts remain") and "submission 100" in out
-    assert case.server.submissions[0]["version"] == 2 and case.server.submissions[0]["fileName"] == "submission.csv"
+    assert (
+        code == 0
+        and out.startswith("5 submissions to llm-prompts remain")
+        and "submission 100" in out
+    )
+    assert (
+        case.server.submissions[0]["version"] == 2
+        and case.server.submissions[0]["fileName"] == "submission.csv"
+    )
     for fault in (status(404, "Not found"), status(500)):
         case.server.fail("CreateCodeSubmission", fault)
         code, _, err = submit(case)
@@ -291,7 +372,11 @@ def test_submit(case):  # noqa: F811
         assert code == 1 and state in err
     case.server.allowed_submissions = 0
     code, _, err = submit(case)
-    assert code == 1 and "No submission to llm-prompts remains" in err and len(case.server.submissions) == 2
+    assert (
+        code == 1
+        and "No submission to llm-prompts remains" in err
+        and len(case.server.submissions) == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,17 +423,22 @@ def test_templates_pass_the_program_s_html_cleaner(case):  # noqa: F811
     assert case.publish("--verify", "list")[0] == 0
     sent = dict(case.server.requests)
     wanted = json.loads((stage.HERE / "model-metadata.json").read_text())["description"]
-    assert sent["CreateModel"]["description"] == wanted and sent["CreateModel"]["title"] == "recovery"
+    assert (
+        sent["CreateModel"]["description"] == wanted and sent["CreateModel"]["title"] == "recovery"
+    )
     body, template = (
         sent["CreateModelInstance"]["body"],
         json.loads((stage.HERE / "model-instance-metadata.json").read_text()),
     )
     assert body["usage"] == template["usage"] and body["overview"] == template["overview"]
-    assert body["licenseName"] == "Apache 2.0" and body["framework"] == "MODEL_FRAMEWORK_TRANSFORMERS"
+    assert (
+        body["licenseName"] == "Apache 2.0" and body["framework"] == "MODEL_FRAMEWORK_TRANSFORMERS"
+    )
 
 
 def test_adapter_with_library(case, sources, tmp_path):  # noqa: F811
-    """The wheel travels along, built without a trace in the repository; the same sources again are unchanged content."""
+    """The wheel travels along, built without a trace in the repository; the same sources again are
+    unchanged content."""
     before, files = sorted(sources.rglob("*")), case.write(1)
     code, out, _ = case.publish("--with-library")
     assert code == 0 and len(case.versions[0]) == 3 and sorted(sources.rglob("*")) == before
@@ -364,12 +454,17 @@ def test_adapter_with_library(case, sources, tmp_path):  # noqa: F811
 
 
 def test_command_line():
-    run = subprocess.run([sys.executable, "-m", "kaggle_upload", "--help"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "kaggle_upload", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0 and all(
         name in run.stdout for name in ("adapter", "base", "wheels", "notebook", "submit")
     )
     run = subprocess.run(
-        [sys.executable, "-m", "kaggle_upload", "adapter", "x"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "kaggle_upload", "adapter", "x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 2 and "--to" in run.stderr
 

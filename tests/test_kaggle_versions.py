@@ -56,7 +56,9 @@ def test_each_form_is_read_and_loses_nothing(case, form):  # noqa: F811
     one, two = rows(path)
     assert [one["handle"], one["version"], two["version"]] == [HANDLE, "1", "2"]
     assert json.loads(one["scores"]) == {"n": 3, "scs_after": 0.5} and one["style"] == "plain"
-    assert one["notes"] == "" and two["notes"] == "some notes" and one.get("remark", "mine") == "mine"
+    assert (
+        one["notes"] == "" and two["notes"] == "some notes" and one.get("remark", "mine") == "mine"
+    )
     assert "another form" in out and path.read_text().startswith("handle,version,sha256")
     code, out, _ = case.publish("--verify", "list")
     assert code == 0 and "Unchanged" in out and "another form" not in out and len(rows(path)) == 2

@@ -20,14 +20,18 @@ from kaggle_upload.handles import UploadError
 
 IMAGE = ROOT / "tests" / "kaggle_image.txt"
 # in every Kaggle image, of versions that the list does not have
-UNLISTED = set("filelock fsspec matplotlib packaging psutil pyyaml scikit-learn scipy tensorboard tqdm".split())
+UNLISTED = set(
+    "filelock fsspec matplotlib packaging psutil pyyaml scikit-learn scipy tensorboard tqdm".split()
+)
 
 
 def resolved(python):
     """What pip would take from PyPI for that Python and Kaggle's machines: name -> metadata."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed"]
     command += ["--no-deps", "--report", "-", "--target", "unused", *wheels.target(python)]
-    done = subprocess.run([*command, *wheels.requirements()], capture_output=True, text=True, env=OUTSIDE)
+    done = subprocess.run(
+        [*command, *wheels.requirements()], capture_output=True, text=True, env=OUTSIDE
+    )
     assert done.returncode == 0, done.stderr
     found = [each["metadata"] for each in json.loads(done.stdout)["install"]]
     return {canonicalize_name(each["name"]): each for each in found}
@@ -97,13 +101,17 @@ def test_a_wheel_serves_the_pythons_of_its_tags(tmp_path, python):
         wheels.check_wheel(path, [other])
 
 
-@pytest.mark.parametrize(("more", "tags"), [([], {"cp312", "cp313"}), (["--python", "3.13"], {"cp313"})])
+@pytest.mark.parametrize(
+    ("more", "tags"), [([], {"cp312", "cp313"}), (["--python", "3.13"], {"cp313"})]
+)
 def test_wheels_of_both_pythons_go_into_one_dataset(
     case, sources, tmp_path, monkeypatch, more, tags  # noqa: F811
 ):  # fmt: skip
     """With PyPI; regex has a wheel for each Python, h11 one for all."""
     (tmp_path / "wheels.txt").write_text("h11==0.16.0\nregex==2026.11.15\n")
-    (tmp_path / "dataset-metadata.json").write_bytes((stage.HERE / "dataset-metadata.json").read_bytes())
+    (tmp_path / "dataset-metadata.json").write_bytes(
+        (stage.HERE / "dataset-metadata.json").read_bytes()
+    )
     for module in (wheels, stage):
         monkeypatch.setattr(module, "HERE", tmp_path)
     code, out, err = case.run("wheels", "--to", DATASET, "--dry-run", *more)
@@ -124,7 +132,9 @@ def write_wheel(folder, name, tag):
     with zipfile.ZipFile(folder / f"{name}-1.0-{tag}-none-any.whl", "w") as archive:
         archive.writestr(f"{name}.py", f"TAG = {tag!r}\n")
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
 
 
@@ -134,7 +144,9 @@ def install(tmp_path, before=""):
     (cell,) = [each.source for each in cells if "pip" in each.source and each.cell_type == "code"]
     program = f"input_dir = {str(tmp_path / 'input')!r}\n{before}\n{cell}"
     env = os.environ | {"PIP_TARGET": str(tmp_path / "installed")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
     return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
 
@@ -153,13 +165,18 @@ def test_wheels_of_another_python_are_one_line(tmp_path):
         write_wheel(folder, name, tag)
     code, _, err = install(tmp_path)
     version = sys.version.split()[0]
-    assert code == 1 and err[-1].startswith(f"ImportError: The wheels in {folder} can't be installed")
+    assert code == 1 and err[-1].startswith(
+        f"ImportError: The wheels in {folder} can't be installed"
+    )
     assert version in err[-1] and "a_b==1.0" in err[-1]
 
 
 def test_where_no_wheels_are_attached_the_notebook_says_which(tmp_path):
     (tmp_path / "input").mkdir()
     code, _, err = install(tmp_path, "import sys; sys.modules['prompt_recovery'] = None")
-    assert code == 1 and "attach your dataset of wheels, such as OWNER/prompt-recovery-wheels" in err[-1]
+    assert (
+        code == 1
+        and "attach your dataset of wheels, such as OWNER/prompt-recovery-wheels" in err[-1]
+    )
     code, _, err = install(tmp_path)
     assert code == 0, err

@@ -179,7 +179,8 @@ def few_rows(tokens: int, dtype: torch.dtype, **others) -> None:
 
 
 def attention_matrices(tokens: int, dtype: torch.dtype) -> None:
-    """The launches for queries (as wide as the output) and for keys (as wide as values), in 4 bits."""
+    """The launches for queries (as wide as the output) and for keys (as wide as values), in 4
+    bits."""
     for size in (HEADS * HEAD_SIZE, KEY_HEADS * HEAD_SIZE):
         matrix = {piece: tensor[:1] for piece, tensor in pieces(size, HIDDEN).items()}
         out = experts_decode.linear(empty(tokens, HIDDEN, dtype=dtype), matrix)

@@ -1,4 +1,5 @@
-"""A notebook's relative paths: the same from the repository's root and from an editor in notebooks/."""
+"""A notebook's relative paths: the same from the repository's root and from an editor in
+notebooks/."""
 
 import papermill
 import pytest
@@ -24,7 +25,9 @@ def test_settings_mean_the_same_from_both_folders(repository, monkeypatch, folde
     monkeypatch.chdir(repository / folder)
     rows = ["demo/rows.csv", "demo/none.csv"]
     recipe = Recipe(train_csv=rows, output_dir="outputs/train", model_dir="/data/mixtral")
-    for path, wanted in zip((*recipe.train_csv, recipe.output_dir), (*rows, "outputs/train"), strict=True):
+    for path, wanted in zip(
+        (*recipe.train_csv, recipe.output_dir), (*rows, "outputs/train"), strict=True
+    ):
         assert (repository / folder / path).resolve() == repository / wanted
     assert recipe.model_dir == "/data/mixtral"
     settings = SubmissionSettings(test_csv="demo/rows.csv")

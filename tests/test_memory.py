@@ -1,4 +1,5 @@
-"""Placement and training plans against what torch really holds, and a run that goes on when memory ends."""
+"""Placement and training plans against what torch really holds, and a run that goes on when memory
+ends."""
 
 import itertools
 import json
@@ -18,20 +19,36 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from prompt_recovery import adapter, trainer, training
-from prompt_recovery.engine import TooLittleMemory, TrainingPlan, checkpointing, loading, memory, quantiser, storage
+from prompt_recovery.engine import (
+    TooLittleMemory,
+    TrainingPlan,
+    checkpointing,
+    loading,
+    memory,
+    quantiser,
+    storage,
+)
 from prompt_recovery.engine.memory import GIB, RESERVE, Sizes
 from prompt_recovery.examples import IGNORED, collate, make_examples
 from prompt_recovery.recipe import Recipe
 
 TRUE_SHAPE = MixtralConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, architectures=["MixtralForCausalLM"],
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    architectures=["MixtralForCausalLM"],
+)
 
 
 @pytest.fixture(scope="module")
 def true_shape(tmp_path_factory):
-    """Folders with the config of Mixtral-8x7B and no weights: as the hub has it, and as save_quantised writes it."""
+    """Folders with the config of Mixtral-8x7B and no weights: as the hub has it, and as
+    save_quantised writes it."""
     hub, saved = (tmp_path_factory.mktemp("true") / name for name in ("hub", "saved"))
     TRUE_SHAPE.save_pretrained(hub)
     shutil.copytree(hub, saved)
@@ -41,12 +58,14 @@ def true_shape(tmp_path_factory):
     return hub, saved
 
 
-# --- placement ----------------------------------------------------------------------------------------------
+# --- placement ------------------------------------------------------------------------------------
 
 
 def test_sizes_of_mixtral_are_those_of_its_published_parts(true_shape):
     hub, saved = true_shape
-    sixteen, four = (memory.sizes(hub, torch.float16, four_bit=four_bit) for four_bit in (False, True))
+    sixteen, four = (
+        memory.sizes(hub, torch.float16, four_bit=four_bit) for four_bit in (False, True)
+    )
     assert sixteen.weights == 2 * 46_702_792_704
     assert four.before == sixteen.before == 2 * 32000 * 4096
     assert four.behind == sixteen.behind == 2 * (32000 * 4096 + 4096)
@@ -86,10 +105,14 @@ def test_mixtral_on_1_2_and_4_gpus(true_shape, quantised, free, split):
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(TRUE_SHAPE)
     check_device_map(whole, places)  # accelerate's own: every tensor has a place
-    assert places["model.embed_tokens"] == places["model.rotary_emb"] == places["model.layers.0"] == 0
+    assert (
+        places["model.embed_tokens"] == places["model.rotary_emb"] == places["model.layers.0"] == 0
+    )
     last = max(n for n, layers in enumerate(split) if layers)
     assert places["lm_head"] == places["model.norm"] == places["model.layers.31"] == last
-    assert [sum(places[f"model.layers.{n}"] == gpu for n in range(32)) for gpu in range(len(free))] == split
+    assert [
+        sum(places[f"model.layers.{n}"] == gpu for n in range(32)) for gpu in range(len(free))
+    ] == split
     # weights and KV room together are level: no GPU is fuller than another one by more than a layer
     cost = sizes.layers[0] + memory.KV_TOKENS * sizes.kv
     ends = {0: sizes.before, last: sizes.behind}
@@ -165,12 +188,16 @@ def test_too_little_memory_is_said_before_anything_loads(tmp_path, monkeypatch, 
     memory.processes()  # accelerate's state is made once, and for the CPU that is really there
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "free_memory", lambda: {0: GIB // 2, 1: GIB})
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", None)  # would raise another error
-    with pytest.raises(TooLittleMemory, match=r"needs 0\.0 GiB.*free are \[0\.5, 1\.0\] GiB.*four_bit=True"):
+    # would raise another error
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(
+        TooLittleMemory, match=r"needs 0\.0 GiB.*free are \[0\.5, 1\.0\] GiB.*four_bit=True"
+    ):
         loading.load_base(folder, torch.float16)
     sizes = memory.sizes(true_shape[0], torch.float16, four_bit=False)
     with pytest.raises(
-        TooLittleMemory, match=r"needs 88\.0 GiB \(weights 87\.0, KV cache of 8192 tokens\).*free are \[14\.6"
+        TooLittleMemory,
+        match=r"needs 88\.0 GiB \(weights 87\.0, KV cache of 8192 tokens\).*free are \[14\.6",
     ):
         memory.place(sizes, [int(14.6 * GIB)] * 2)
 
@@ -183,7 +210,7 @@ def test_a_process_of_several_has_the_gpu_of_its_rank(monkeypatch):
     assert memory.free_memory() == {2: 102}
 
 
-# --- training plans -----------------------------------------------------------------------------------------
+# --- training plans -------------------------------------------------------------------------------
 
 
 class Alive(TorchDispatchMode):
@@ -212,12 +239,18 @@ class Alive(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
     # Mixtral's proportions
-    folder = write(tmp_path_factory.mktemp("plan") / "m", MixtralConfig(**MIXTRAL | dict(intermediate_size=448)))
-    return adapter.add_lora(loading.load_base(folder, torch.float32, four_bit=True), base="m", dropout=0.1).train()
+    folder = write(
+        tmp_path_factory.mktemp("plan") / "m",
+        MixtralConfig(**MIXTRAL | dict(intermediate_size=448)),
+    )
+    return adapter.add_lora(
+        loading.load_base(folder, torch.float32, four_bit=True), base="m", dropout=0.1
+    ).train()
 
 
 def step(lora, rows, tokens, answer, autocast=None):
-    """A forward and backward pass as the trainer does it; bytes alive between the two and at the peak."""
+    """A forward and backward pass as the trainer does it; bytes alive between the two and at the
+    peak."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 320, (rows, tokens), generator=generator)
     labels = ids.clone()
@@ -244,8 +277,12 @@ def test_saved_bytes_are_what_stays_alive_after_a_forward_pass(lora, autocast):
 
 
 def plan_cost(plan, longest, layers):
-    again = (plan.checkpointed - plan.kept) * checkpointing.RECOMPUTED + plan.kept * checkpointing.RECOMPUTED_KEPT
-    overhead = checkpointing.OVERHEAD_TOKENS * (checkpointing.DEQUANTISATIONS if plan.one_expert else 1)
+    again = (
+        plan.checkpointed - plan.kept
+    ) * checkpointing.RECOMPUTED + plan.kept * checkpointing.RECOMPUTED_KEPT
+    overhead = checkpointing.OVERHEAD_TOKENS * (
+        checkpointing.DEQUANTISATIONS if plan.one_expert else 1
+    )
     return plan.accumulation * ((1 + again / layers) * plan.rows * longest + overhead)
 
 
@@ -267,7 +304,8 @@ def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autoc
     plans = list(seen.values())
     assert plans[0].rows < 4 and plans[0].checkpointed == 3 and plans[-1][:4] == (6, 1, 0, 0)
     assert any(0 < plan.checkpointed < 3 for plan in plans) and any(plan.kept for plan in plans)
-    # and the peak that a plan expects is the one that a step has (on a CPU, gate and up are copied into their buffer)
+    # and the peak that a plan expects is the one that a step has (on a CPU, gate and up are copied
+    # into their buffer)
     copied = 4 * 2 * 448 * 128 * (2 if autocast else 4)
     for plan in plans[:: max(1, len(plans) // 3)] + plans[-1:]:
         checkpointing.apply_plan(lora, plan)
@@ -279,7 +317,9 @@ def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autoc
 
 def test_layers_on_two_cards_are_planned_by_the_room_of_each(lora):
     """One layer on a narrow card, two on a wide one, which has room to recompute nothing."""
-    one = checkpointing.training_plan(lora, 64, 8, 4, torch.bfloat16, free=[2**40, 2**40], layers=(1, 2))
+    one = checkpointing.training_plan(
+        lora, 64, 8, 4, torch.bfloat16, free=[2**40, 2**40], layers=(1, 2)
+    )
     assert one.cards == ((1, 0, 0), (2, 0, 0)) and one.rows == 4 and not one.one_expert
     plans = []
     for room in (int(3e6 * 1.06**n) for n in range(30)):
@@ -294,7 +334,9 @@ def test_layers_on_two_cards_are_planned_by_the_room_of_each(lora):
     assert plans[0].one_expert and not plans[-1].one_expert
     assert any(plan.cards[0].checkpointed for plan in plans)
     with pytest.raises(TooLittleMemory, match=r"one row of 64 tokens needs .*, 0\.0 are free"):
-        checkpointing.training_plan(lora, 64, 8, 4, torch.bfloat16, free=[2**40, 2**20], layers=(1, 2))
+        checkpointing.training_plan(
+            lora, 64, 8, 4, torch.bfloat16, free=[2**40, 2**20], layers=(1, 2)
+        )
 
     layers = lora.get_base_model().model.layers
     cards = (checkpointing.CardPlan(1, 1, 0), checkpointing.CardPlan(2, 1, 1))
@@ -310,11 +352,18 @@ def test_layers_on_two_cards_are_planned_by_the_room_of_each(lora):
 
 def test_a_plan_says_what_it_does():
     text = str(TrainingPlan(4, 2, checkpointed=20, kept=5, peak=30 * GIB))
-    assert "4 rows at a time x 2" in text and "20 layers" in text and "5 of them" in text and "30.0 GiB" in text
-    assert "one at a time" not in text and "one at a time" in str(TrainingPlan(1, 1, one_expert=True))
+    assert (
+        "4 rows at a time x 2" in text
+        and "20 layers" in text
+        and "5 of them" in text
+        and "30.0 GiB" in text
+    )
+    assert "one at a time" not in text and "one at a time" in str(
+        TrainingPlan(1, 1, one_expert=True)
+    )
 
 
-# --- training -----------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def run(folder, *, break_it=None, rows=12, steps=4, dropout=0.0, **options):
@@ -323,16 +372,21 @@ def run(folder, *, break_it=None, rows=12, steps=4, dropout=0.0, **options):
     examples = make_examples(tok, demo_rows(rows), **SHORT)
     if break_it is not None:
         break_it(lora)
-    log = training.train(lora, tok, examples, [], Recipe(output_dir=folder, max_steps=steps, **FAST | options))
+    log = training.train(
+        lora, tok, examples, [], Recipe(output_dir=folder, max_steps=steps, **FAST | options)
+    )
     return log, lora_state(lora)
 
 
 def same(found, expected):
     (log, state), (other_log, other) = found, expected
     # transformers counts an epoch in micro-batches
-    pd.testing.assert_frame_equal(log.drop(columns="epoch"), other_log.drop(columns="epoch"), rtol=1e-4)
+    pd.testing.assert_frame_equal(
+        log.drop(columns="epoch"), other_log.drop(columns="epoch"), rtol=1e-4
+    )
     for name in state:
-        # AdamW divides by the size of the gradient: where that is near 0, a rounding difference moves a weight
+        # AdamW divides by the size of the gradient: where that is near 0, a rounding difference
+        # moves a weight
         torch.testing.assert_close(state[name], other[name], atol=5e-4, rtol=0)
 
 
@@ -346,24 +400,35 @@ def test_loss_on_label_columns_is_the_model_s_own_loss():
     examples = make_examples(tok, demo_rows(5), **SHORT)
     batch = collate(examples, tok.pad_token_id)
     asked = []
-    lora.get_base_model().lm_head.register_forward_hook(lambda module, args, out: asked.append(out.shape[1]))
+    lora.get_base_model().lm_head.register_forward_hook(
+        lambda module, args, out: asked.append(out.shape[1])
+    )
     results = []
     for ours in (True, False):
         lora.zero_grad()
         loss = trainer.RowTrainer.compute_loss(None, lora, batch) if ours else lora(**batch).loss
         loss.backward()
-        results.append((loss.item(), {n: p.grad.clone() for n, p in lora.named_parameters() if p.requires_grad}))
+        results.append(
+            (
+                loss.item(),
+                {n: p.grad.clone() for n, p in lora.named_parameters() if p.requires_grad},
+            )
+        )
     (found, grads), (expected, others) = results
     assert found == pytest.approx(expected, rel=1e-5)
     assert all(torch.allclose(grads[name], others[name], atol=1e-6) for name in grads)
     assert asked[0] < asked[1] / 2  # lm_head ran on the columns that some answer has, not on all
 
 
-def test_micro_batches_leave_loss_and_gradients_as_the_batch_asked_for_has_them(undisturbed, tmp_path):
+def test_micro_batches_leave_loss_and_gradients_as_the_batch_asked_for_has_them(
+    undisturbed, tmp_path
+):
     """8 rows a step as 8 x 1, 4 x 2 and 1 x 8; 12 rows, so the second step of an epoch has 4."""
     assert len(undisturbed[0]) == 4 and undisturbed[0]["loss"].is_unique
     for rows in (4, 1):
-        same(run(tmp_path / str(rows), batch_size=rows, gradient_accumulation=8 // rows), undisturbed)
+        same(
+            run(tmp_path / str(rows), batch_size=rows, gradient_accumulation=8 // rows), undisturbed
+        )
 
 
 def too_many(most, calls=None, only=None):
@@ -385,13 +450,15 @@ def test_out_of_memory_halves_the_rows_and_loses_nothing(undisturbed, tmp_path, 
         lora.get_base_model().model.layers[3].mlp.register_forward_pre_hook(too_many(2, calls))
 
     same(run(tmp_path, break_it=break_it), undisturbed)
-    assert calls[:6] == [8, 4, 2, 2, 2, 2] and max(calls[6:]) == 2  # learned once, not at every step
+    # learned once, not at every step
+    assert calls[:6] == [8, 4, 2, 2, 2, 2] and max(calls[6:]) == 2
     out = capsys.readouterr().out
     assert "8 rows at a time: going on with 4" in out and "4 rows at a time: going on with 2" in out
 
 
 def test_out_of_memory_in_a_backward_pass_leaves_no_half_gradients(undisturbed, tmp_path):
-    """In the second micro-batch of the second step, when the layers above have added their gradients already."""
+    """In the second micro-batch of the second step, when the layers above have added their
+    gradients already."""
     grads = []
 
     def break_it(lora):
@@ -438,7 +505,8 @@ def test_out_of_memory_with_nothing_left_to_save_says_so(tmp_path):
 
 
 def test_a_run_goes_on_with_another_plan(undisturbed, tmp_path, monkeypatch):
-    """Killed in the middle of an epoch with 8 x 1, resumed on a card where 2 x 4 with three layers checkpointed fits."""
+    """Killed in the middle of an epoch with 8 x 1, resumed on a card where 2 x 4 with three layers
+    checkpointed fits."""
 
     class Killed(Exception):
         pass
@@ -457,21 +525,32 @@ def test_a_run_goes_on_with_another_plan(undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_4_bit_model_trains_and_resumes(tmp_path, capsys):
-    """The whole of training.train on 4 bits: the loss falls, the base stays, resuming gives the same bits."""
+    """The whole of training.train on 4 bits: the loss falls, the base stays, resuming gives the
+    same bits."""
     logs, states = [], []
     tok, _ = build()
     saved = tmp_path / "4-bit"
     for number, folder in enumerate(("a", "b", "b")):
-        base = loading.load_base(saved if number else "demo/tiny-mixtral", torch.float32, four_bit=True)
+        base = loading.load_base(
+            saved if number else "demo/tiny-mixtral", torch.float32, four_bit=True
+        )
         if not number:
             loading.save_quantised(base, "demo/tiny-mixtral", saved)
         adapter.resize_input_embeddings(base, len(tok))
         lora = adapter.add_lora(base, base="tiny-mixtral", dropout=0.1, seed=0)
-        before = {name: p.detach().clone() for name, p in lora.named_parameters() if "lora" not in name}
+        before = {
+            name: p.detach().clone() for name, p in lora.named_parameters() if "lora" not in name
+        }
         examples = make_examples(tok, demo_rows(4), **SHORT)
         options = FAST | dict(max_steps=3, resume=number == 2, activation_checkpointing=True)
-        log = training.train(lora, tok, examples, examples[:2], Recipe(output_dir=tmp_path / folder, **options))
-        assert all(torch.equal(p, before[name]) for name, p in lora.named_parameters() if "lora" not in name)
+        log = training.train(
+            lora, tok, examples, examples[:2], Recipe(output_dir=tmp_path / folder, **options)
+        )
+        assert all(
+            torch.equal(p, before[name])
+            for name, p in lora.named_parameters()
+            if "lora" not in name
+        )
         logs.append(log)
         states.append(lora_state(lora))
     assert logs[0]["loss"].iloc[-1] < 0.9 * logs[0]["loss"].iloc[0]
@@ -479,5 +558,6 @@ def test_a_4_bit_model_trains_and_resumes(tmp_path, capsys):
         pd.testing.assert_frame_equal(log, logs[0], check_exact=True)
         assert all(torch.equal(state[name], states[0][name]) for name in state)
     experts = [module for module in lora.modules() if hasattr(module, "down_proj_packed")]
-    assert experts and not any(storage.workspace(each).buffers for each in experts)  # training gives the room back
+    # training gives the room back
+    assert experts and not any(storage.workspace(each).buffers for each in experts)
     assert "5 layers" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""The meter: what the first batch says and when it no longer counts; and that a row is encoded once however a run goes."""
+"""The meter: what the first batch says and when it no longer counts; and that a row is encoded once
+however a run goes."""
 
 from collections import Counter
 
@@ -13,7 +14,7 @@ from prompt_recovery.engine import Meter
 EMPTY = ""  # the text of the row that checks the settings
 
 
-# --- rates --------------------------------------------------------------------------------------------------
+# --- rates ----------------------------------------------------------------------------------------
 
 
 def test_a_meter_that_counted_nothing_estimates_nothing():
@@ -58,7 +59,7 @@ def test_a_batch_without_a_token_is_counted():
     assert meter.longest == 0 and meter.estimate([10]) == 2
 
 
-# --- rows are encoded once ----------------------------------------------------------------------------------
+# --- rows are encoded once ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -83,7 +84,8 @@ def test_rows_of_slices_that_raise_and_are_halved_are_encoded_once(faulty, encod
 
     def fault(ids):
         shapes.append(tuple(ids.shape))
-        if ids.shape[1] > 1 and len(ids) > 2:  # any slice of more rows, so that each is halved twice or more
+        # any slice of more rows, so that each is halved twice or more
+        if ids.shape[1] > 1 and len(ids) > 2:
             raised.append(len(ids))
             raise RuntimeError("injected")
 

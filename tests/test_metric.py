@@ -1,4 +1,5 @@
-"""The metric: exact arithmetic, the real MiniLM encoder, and intervals that cover what they should."""
+"""The metric: exact arithmetic, the real MiniLM encoder, and intervals that cover what they
+should."""
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,8 @@ def test_interval_covers_the_true_mean_about_as_often_as_promised():
     for trial in range(400):
         low, high = metric.bootstrap_interval(random.normal(0.6, 0.2, 60), samples=1000, seed=trial)
         hits += low <= 0.6 <= high
-    # At n=60 the percentile bootstrap covers a little under 95%; the bounds are 3.5 standard errors away.
+    # At n=60 the percentile bootstrap covers a little under 95%; the bounds are 3.5 standard errors
+    # away.
     assert 0.905 <= hits / 400 <= 0.985
 
 
@@ -125,7 +127,10 @@ def test_paired_difference_uses_the_pairs():
 
 
 def test_exact_match_folds_case_punctuation_and_space():
-    assert metric.exact_match(["Make it\nRHYME!", "shorter", "?"], ["make it rhyme", "longer", "!"]) == 1 / 3
+    assert (
+        metric.exact_match(["Make it\nRHYME!", "shorter", "?"], ["make it rhyme", "longer", "!"])
+        == 1 / 3
+    )
     with pytest.raises(ValueError, match="0 predictions"):
         metric.exact_match([], [])
     with pytest.raises(ValueError, match="2 predictions, 1 truths"):
@@ -133,16 +138,24 @@ def test_exact_match_folds_case_punctuation_and_space():
 
 
 def test_an_answer_without_a_prompt_counts_nothing(encoder):
-    """The fallback scored as an answer: twelve of twelve without a prompt beat a model that had begun to answer."""
-    rows = pd.DataFrame({"id": ["a", "b", "c"], "rewrite_prompt": [PIRATE, PIRATE, "Make it rhyme."]})
-    before = pd.DataFrame({"id": rows["id"], "answer": PIRATE, "how": "fallback", "stopped": "length"})
+    """The fallback scored as an answer: twelve of twelve without a prompt beat a model that had
+    begun to answer."""
+    rows = pd.DataFrame(
+        {"id": ["a", "b", "c"], "rewrite_prompt": [PIRATE, PIRATE, "Make it rhyme."]}
+    )
+    before = pd.DataFrame(
+        {"id": rows["id"], "answer": PIRATE, "how": "fallback", "stopped": "length"}
+    )
     after = before.assign(how=["json", "fallback", "text"], stopped=["object", "length", "eos"])
     assert metric.score_answers(before, rows["rewrite_prompt"], encoder).tolist() == [0, 0, 0]
     table = metric.score_table(rows, before, after, encoder)
     assert (
-        table["scs_after"].to_list() == pytest.approx([1, 0, table["scs_after"][2]]) and 0 < table["scs_after"][2] < 1
+        table["scs_after"].to_list() == pytest.approx([1, 0, table["scs_after"][2]])
+        and 0 < table["scs_after"][2] < 1
     )
-    assert table["after"].to_list() == [PIRATE, "", PIRATE] and table["before"].to_list() == [""] * 3
+    assert (
+        table["after"].to_list() == [PIRATE, "", PIRATE] and table["before"].to_list() == [""] * 3
+    )
     found = metric.evaluation(table, "MiniLM")
     assert found["scs_before"] == 0 and found["scs_after"] == table["scs_after"].mean()
     assert found["no_prompt"] == found["stopped_by_eos"] == 1 / 3 and found["ended"] == 2 / 3

@@ -1,4 +1,5 @@
-"""Logits that overflow or are no numbers: no answer is read from them, and the rows beside them are none the worse."""
+"""Logits that overflow or are no numbers: no answer is read from them, and the rows beside them are
+none the worse."""
 
 import random
 
@@ -22,7 +23,8 @@ WAYS = [GREEDY, Sampling(1, 1.0), Sampling(3, 1.0, 0.95, 7)]
 
 
 def half_model():
-    """In fp16, with attention that adds some hundreds to the hidden state, which alone does not overflow."""
+    """In fp16, with attention that adds some hundreds to the hidden state, which alone does not
+    overflow."""
     base = random_model(MixtralConfig, num_local_experts=4, num_experts_per_tok=2).half()
     base.set_experts_implementation("eager")
     with torch.no_grad():
@@ -43,7 +45,9 @@ def answered(base, prompts, sampling=GREEDY, **options):
 
 
 def healthy(found):
-    return all(len(ids) == NEW and ended == "length" for each in found.values() for ids, ended in each)
+    return all(
+        len(ids) == NEW and ended == "length" for each in found.values() for ids, ended in each
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def ids_in(prompts, found=None):
     return {token for ids in every for token in ids} | {0}
 
 
-# --- generate -----------------------------------------------------------------------------------------------
+# --- generate -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [(2,), (1, 1)])
@@ -66,7 +70,10 @@ def test_the_batches_after_it_are_none_the_worse(layers):
     base = half_model()
     mark(base, 96)
     lengths = [200, 150, 30, 20, 10, 9, 8]
-    prompts = [[1, *map(random.Random(seed).randrange, [3] * n, [96] * n)] for seed, n in enumerate(lengths)]
+    prompts = [
+        [1, *map(random.Random(seed).randrange, [3] * n, [96] * n)]
+        for seed, n in enumerate(lengths)
+    ]
     with ready(base, AnswerPlan(layers, False, 16_384, 300)) as prepared:
         good = answered(prepared, prompts)
         prompts[0][100] = 96
@@ -94,7 +101,8 @@ def test_weights_too_large_for_fp16_give_no_answer(prompts, sampling):
 @pytest.mark.parametrize("layers", [(2,), (1, 1)])
 @pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "one drawn", "three"])
 def test_a_damaged_head_is_no_fault_of_stages_or_of_merging(prompts, sampling, layers, capsys):
-    """Neither can be checked then; the adapter stays unmerged, the layers are split, the rows say why."""
+    """Neither can be checked then; the adapter stays unmerged, the layers are split, the rows say
+    why."""
     base = half_model()
     lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     with torch.no_grad():
@@ -174,11 +182,14 @@ def test_an_answer_that_overflows_on_the_way_is_none_and_the_others_stay(prompts
     assert 0 < sum(lost(token)) < len(every)
     mark(base, token)
     found = [answer for each in answered(base, prompts, sampling).values() for answer in each]
-    expected = [NONE if gone else Answer(ids, "length") for gone, ids in zip(lost(token), every, strict=True)]
+    expected = [
+        NONE if gone else Answer(ids, "length")
+        for gone, ids in zip(lost(token), every, strict=True)
+    ]
     assert found == expected
 
 
-# --- rows and submission.csv --------------------------------------------------------------------------------
+# --- rows and submission.csv ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -235,7 +246,9 @@ def test_the_submission_says_why_and_holds_the_fallback(broken, tmp_path, capsys
 def test_rows_without_an_answer_raise_nothing(broken, tmp_path, monkeypatch):
     """The estimate of the time left, too, when no token at all was written."""
     plain, raised = submission._answer_slice, []
-    monkeypatch.setattr(submission, "_answer_slice", lambda *args: raised.append(plain(*args)) or raised[-1])
+    monkeypatch.setattr(
+        submission, "_answer_slice", lambda *args: raised.append(plain(*args)) or raised[-1]
+    )
     report = answer_test(*broken, rows(3), tmp_path / "s.csv", **OPTIONS, slice_rows=1)
     assert set(report["how"]) == {"logits not finite"} and raised == [None] * 3
 
@@ -259,4 +272,7 @@ def test_only_the_rows_that_break_keep_the_fallback(tmp_path, capsys):
     assert report.index[report["how"] == "logits not finite"].to_list() == bad
     assert report.loc[bad, "answer"].to_list() == [FALLBACK] * 2
     kept = [n for n in range(12) if n not in bad]
-    assert report.loc[kept].equals(calm.loc[kept]) and "(2 logits not finite" in capsys.readouterr().out
+    assert (
+        report.loc[kept].equals(calm.loc[kept])
+        and "(2 logits not finite" in capsys.readouterr().out
+    )

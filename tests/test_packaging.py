@@ -1,4 +1,5 @@
-"""What installing the package brings: every library that it imports, in versions that the pins satisfy."""
+"""What installing the package brings: every library that it imports, in versions that the pins
+satisfy."""
 
 import ast
 import sys
@@ -13,7 +14,9 @@ OPTIONAL = {"triton"}  # comes with torch's builds for NVIDIA cards; elsewhere p
 
 def wanted():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return {canonicalize_name(each.name): each for each in map(Requirement, project["dependencies"])}
+    return {
+        canonicalize_name(each.name): each for each in map(Requirement, project["dependencies"])
+    }
 
 
 def test_every_library_that_is_imported_is_a_dependency():
@@ -30,7 +33,9 @@ def test_every_library_that_is_imported_is_a_dependency():
 
 
 def test_the_pins_satisfy_the_dependencies():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     pins = {canonicalize_name(each.name): each for each in map(Requirement, filter(None, lines))}
     for name, requirement in wanted().items():
         if name in pins:  # others come with these

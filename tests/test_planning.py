@@ -1,4 +1,5 @@
-"""How a model answers on cards that aren't there: plans, what they print, and the table of bytes against what torch holds."""
+"""How a model answers on cards that aren't there: plans, what they print, and the table of bytes
+against what torch holds."""
 
 import shutil
 
@@ -12,7 +13,15 @@ from transformers import GPT2Config, MixtralConfig
 
 from prompt_recovery import __main__ as program
 from prompt_recovery import adapter
-from prompt_recovery.engine import TooLittleMemory, generate, loading, plan, planning, reckoning, storage
+from prompt_recovery.engine import (
+    TooLittleMemory,
+    generate,
+    loading,
+    plan,
+    planning,
+    reckoning,
+    storage,
+)
 from prompt_recovery.engine.generation import ready
 from prompt_recovery.engine.memory import GIB
 from prompt_recovery.engine.planning import AnswerPlan, bytes_of, shape_of
@@ -33,16 +42,20 @@ def test_plans(true_shape, cards, layers, merged, least, most, piece, saved):  #
     found = planned.answering
     assert found.layers == layers and found.merged == merged and found.piece >= piece
     assert least <= found.cells <= most
-    for part, card in zip(planned.bytes, cards, strict=False):  # what a card has is used, and never more
+    # what a card has is used, and never more
+    for part, card in zip(planned.bytes, cards, strict=False):
         assert sum(part) <= card * GIB
     fullest = max(sum(part) / card for part, card in zip(planned.bytes, cards, strict=False))
     assert fullest > 0.999 * GIB
-    assert planned.bytes[0].cache == found.cells * layers[0] * 4096  # 2 x 8 heads x 128 x 2 bytes a layer
+    # 2 x 8 heads x 128 x 2 bytes a layer
+    assert planned.bytes[0].cache == found.cells * layers[0] * 4096
     assert planned.on_cpu == (not saved and max(cards) < 22)
 
 
 def test_one_card_of_24_is_refused_with_figures(true_shape, capsys):  # noqa: F811
-    with pytest.raises(TooLittleMemory, match=r"needs 23\.8 GiB .weights 22\.8.* free are \[23\.\d\] GiB"):
+    with pytest.raises(
+        TooLittleMemory, match=r"needs 23\.8 GiB .weights 22\.8.* free are \[23\.\d\] GiB"
+    ):
         plan(true_shape[1], [24])
     assert program.main(["plan", str(true_shape[1]), "--cards", "24"]) == 1
     captured = capsys.readouterr()
@@ -50,9 +63,14 @@ def test_one_card_of_24_is_refused_with_figures(true_shape, capsys):  # noqa: F8
 
 
 def test_the_program_prints_a_plan_without_a_gpu(true_shape, capsys):  # noqa: F811
-    assert program.main(["plan", str(true_shape[0]), "--cards", "14.7", "14.7", "--per-hour", "2"]) == 0
+    assert (
+        program.main(["plan", str(true_shape[0]), "--cards", "14.7", "14.7", "--per-hour", "2"])
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "layers a card: 16, 16 of 32" in printed and "adapter beside the 4-bit weights" in printed
+    assert (
+        "layers a card: 16, 16 of 32" in printed and "adapter beside the 4-bit weights" in printed
+    )
     assert "put together in the host's memory" in printed
     weights = next(line for line in printed.splitlines() if line.startswith("weights"))
     assert weights.split()[1:] == ["11.40", "11.40"]
@@ -103,16 +121,24 @@ def test_a_test_set_s_own_lengths_are_reckoned(tmp_path, mistral_dir, true_shape
     folder = shutil.copytree(true_shape[1], tmp_path / "base")
     shutil.copy(mistral_dir / "tokenizer.model", folder)
     rows = pd.DataFrame(
-        dict(id=range(3), original_text=["a b c"] * 3, rewritten_text=["d e f", "g " * 500, "h " * 9000])
+        dict(
+            id=range(3),
+            original_text=["a b c"] * 3,
+            rewritten_text=["d e f", "g " * 500, "h " * 9000],
+        )
     )
     rows.to_csv(tmp_path / "test.csv", index=False)
-    assert program.main(["plan", str(folder), "--cards", "40", "--rows", str(tmp_path / "test.csv")]) == 0
+    assert (
+        program.main(["plan", str(folder), "--cards", "40", "--rows", str(tmp_path / "test.csv")])
+        == 0
+    )
     line = next(line for line in capsys.readouterr().out.splitlines() if "rows," in line)
     assert line.startswith("3 rows,") and 4032 < int(line.split()[2]) < 4032 + 2000
 
 
 def test_t4s_are_reckoned_in_one_way(true_shape):  # noqa: F811
-    """Figures of performance.md: 54 ms a card and step, 25.5 GFLOP a token, 15 to 20 minutes for 1,300 rows."""
+    """Figures of performance.md: 54 ms a card and step, 25.5 GFLOP a token, 15 to 20 minutes for
+    1,300 rows."""
     planned = plan(true_shape[1], [14.7, 14.7])
     spent = reckoning.on_t4s(planned, [690] * 1300, 64)
     pieces = 690 * 1300 / planned.answering.piece
@@ -120,18 +146,29 @@ def test_t4s_are_reckoned_in_one_way(true_shape):  # noqa: F811
     assert spent.reading == pytest.approx(flops + pieces * 45.1e9 * 2.5 / 520e9, rel=0.02)
     groups = -(-1300 // (planned.answering.cells // 754))
     assert spent.writing / groups / 63 == pytest.approx(2 * 0.054, rel=0.15)
-    assert 15 * 60 < sum(reckoning.on_t4s(planned, [690] * 1300, 64)._replace(loading=300)) < 23 * 60
+    assert (
+        15 * 60 < sum(reckoning.on_t4s(planned, [690] * 1300, 64)._replace(loading=300)) < 23 * 60
+    )
 
 
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("rows, length, piece", [(1, 1000, 256), (8, 120, 256), (4, 256, 1024)])
 def test_the_table_is_what_torch_holds(rows, length, piece, merged, tmp_path, monkeypatch):
-    """Mixtral's proportions in small, in bf16 by plain torch, which has no workspaces and no graphs."""
+    """Mixtral's proportions in small, in bf16 by plain torch, which has no workspaces and no
+    graphs."""
     config = MIXTRAL | dict(
-        hidden_size=256, intermediate_size=896, num_local_experts=8, num_attention_heads=8, num_key_value_heads=2,
-        num_hidden_layers=2, vocab_size=320, max_position_embeddings=2048,
-    )  # fmt: skip
-    base = loading.load_base(write(tmp_path / "m", MixtralConfig(**config)), torch.bfloat16, four_bit=True)
+        hidden_size=256,
+        intermediate_size=896,
+        num_local_experts=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        vocab_size=320,
+        max_position_embeddings=2048,
+    )
+    base = loading.load_base(
+        write(tmp_path / "m", MixtralConfig(**config)), torch.bfloat16, four_bit=True
+    )
     lora = adapter.add_lora(base, base="m", r=16).eval()
     columns = -(-(length + 4) // 64) * 64
     monkeypatch.setattr(planning, "LONGEST", columns)
@@ -149,9 +186,17 @@ def test_the_table_is_what_torch_holds(rows, length, piece, merged, tmp_path, mo
         alive.peak = alive.now
         list(generate(prepared, prompts, eos=-1, max_new_tokens=4, share_prefix=False))
         table = bytes_of(
-            shape_of(base.config, torch.bfloat16), 2, weights=0, last=True, piece=piece, rows=rows, cells=rows * columns,
-            merged=merged, triton=False,
-        )  # fmt: skip
+            shape_of(base.config, torch.bfloat16),
+            2,
+            weights=0,
+            last=True,
+            piece=piece,
+            rows=rows,
+            cells=rows * columns,
+            merged=merged,
+            triton=False,
+        )
     counted = table.to_come - table.margin
-    # a bf16 LoRA beside the weights, 2 MB for logits and draws of so small a vocabulary are not in it
+    # a bf16 LoRA beside the weights, 2 MB for logits and draws of so small a vocabulary are not in
+    # it
     assert 0.5 < alive.peak / counted < 1.02, (alive.peak, table)

@@ -1,5 +1,5 @@
-"""The private names of other libraries that we lean on (docs/ARCHITECTURE.md lists them): one test a name, so that a pin
-that moves says which broke."""
+"""The private names of other libraries that we lean on (docs/ARCHITECTURE.md lists them): one test
+a name, so that a pin that moves says which broke."""
 
 import functools
 import importlib
@@ -28,7 +28,10 @@ NAMES = [  # module, attribute path in it
     ("bitsandbytes.functional", "create_dynamic_map"),
     ("bitsandbytes.functional", "get_4bit_type"),
     ("torch", "_C._accelerator_setAllocatorSettings"),
-    ("peft.utils.transformers_weight_conversion", "convert_peft_adapter_state_dict_for_transformers"),
+    (
+        "peft.utils.transformers_weight_conversion",
+        "convert_peft_adapter_state_dict_for_transformers",
+    ),
     ("pandas._libs.parsers", "STR_NA_VALUES"),
 ]
 
@@ -42,7 +45,9 @@ def test_is_there(module, path):
 def test_bitsandbytes_operator():
     import bitsandbytes  # noqa: F401  (registers it)
 
-    arguments = [each.name for each in torch.ops.bitsandbytes.dequantize_4bit.default._schema.arguments]
+    arguments = [
+        each.name for each in torch.ops.bitsandbytes.dequantize_4bit.default._schema.arguments
+    ]
     assert arguments == ["A", "absmax", "blocksize", "quant_type", "shape", "dtype"]
     assert hasattr(torch.ops.bitsandbytes.dequantize_4bit, "out")
 
@@ -72,7 +77,10 @@ def test_accelerate_s_hooks_stand_as_a_partial_before_the_old_forward():
     module = nn.Linear(2, 2)
     own = module.forward
     add_hook_to_module(module, AlignDevicesHook())
-    assert isinstance(vars(module)["forward"], functools.partial) and vars(module)["_old_forward"] == own
+    assert (
+        isinstance(vars(module)["forward"], functools.partial)
+        and vars(module)["_old_forward"] == own
+    )
 
 
 def test_triton_s_stages_can_be_hooked():
@@ -81,7 +89,12 @@ def test_triton_s_stages_can_be_hooked():
     from triton.backends.nvidia.compiler import CUDABackend, CUDAOptions
 
     assert "add_stages_inspection_hook" in dir(knobs.runtime) and hasattr(CUDAOptions, "arch")
-    assert [*inspect.signature(CUDABackend.make_ptx).parameters][1:] == ["src", "metadata", "opt", "capability"]
+    assert [*inspect.signature(CUDABackend.make_ptx).parameters][1:] == [
+        "src",
+        "metadata",
+        "opt",
+        "capability",
+    ]
 
 
 def test_the_list_is_the_one_of_the_docs():

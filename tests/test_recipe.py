@@ -1,4 +1,5 @@
-"""Settings: read as what they plainly are, or refused with value, rule and remedy before anything loads."""
+"""Settings: read as what they plainly are, or refused with value, rule and remedy before anything
+loads."""
 
 import ast
 import dataclasses
@@ -31,7 +32,9 @@ def test_a_notebook_s_parameters_are_all_checked_and_its_defaults_are_the_recipe
     read = kind.of(given | {"other": "names", "of": "the notebook"})
     for each in given.keys() - {"grid", "shared", "mean_prompt"}:  # the comparison's own example
         assert getattr(read, each) == getattr(kind(), each), each
-    comparison.make_cells(*[given["grid"]] if name == "compare" else [[{}]], **given.get("shared", {}))
+    comparison.make_cells(
+        *[given["grid"]] if name == "compare" else [[{}]], **given.get("shared", {})
+    )
 
 
 READ = [
@@ -171,14 +174,22 @@ def test_settings_that_do_not_go_together_are_refused(given, why):
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(SettingError) as caught:
         Recipe(batch_size=0, learning_rate=0, pad="eos")
-    assert [line.split("=")[0] for line in str(caught.value).splitlines()] == ["learning_rate", "batch_size", "pad"]
+    assert [line.split("=")[0] for line in str(caught.value).splitlines()] == [
+        "learning_rate",
+        "batch_size",
+        "pad",
+    ]
 
 
 def test_a_grid_is_refused_whole_before_a_cell_is_run():
     for grid, shared, why in (
         ({"style": "json"}, {}, r"grid has style='json': give a list"),
         ([{}, {"learning_rate": 0}], {}, "cell 1: learning_rate=0"),
-        ([{"batch_size": 0}, {"style": "xml"}], {}, r"cell 0: batch_size=0(.|\n)*cell 1: style='xml'"),
+        (
+            [{"batch_size": 0}, {"style": "xml"}],
+            {},
+            r"cell 0: batch_size=0(.|\n)*cell 1: style='xml'",
+        ),
         ([{}], {"lora_dropout": 1}, "cell 0: lora_dropout=1"),
         ([{}, {"batch_size": 8.0}], {}, "twice"),  # the same value, written otherwise
         ([{"resume": True}], {}, "resume is no setting"),
@@ -193,7 +204,11 @@ def test_keys_are_made_of_the_fields_that_matter():
     adapter = Recipe().values("adapter")
     assert {"style", "learning_rate", "seed", "max_tokens"} <= adapter.keys()
     assert not {"output_dir", "resume", "report_to", "patience", "train_csv"} & adapter.keys()
-    assert Recipe().values("adapter", "run").keys() - adapter.keys() == {"four_bit", "patience", "evaluations"}
+    assert Recipe().values("adapter", "run").keys() - adapter.keys() == {
+        "four_bit",
+        "patience",
+        "evaluations",
+    }
     answering = SubmissionSettings().values("answers")
     assert answering.keys() == {
         "max_new_tokens", "answers_per_row", "temperature", "top_p", "style", "system_placement",
@@ -201,11 +216,15 @@ def test_keys_are_made_of_the_fields_that_matter():
     besides = {"few_shot", "max_tokens", "seed"}
     assert answering.keys() | besides == Cell().values("answers").keys()
     # one value, one key, however it is written
-    assert Cell(epochs="5", batch_size=8.0).values("adapter") == Cell(epochs=5, batch_size="8").values("adapter")
+    assert Cell(epochs="5", batch_size=8.0).values("adapter") == Cell(
+        epochs=5, batch_size="8"
+    ).values("adapter")
 
 
 def test_a_format_is_checked():
-    assert Recipe(style="json", system_placement="turn").format == Format(style="json", system_placement="turn")
+    assert Recipe(style="json", system_placement="turn").format == Format(
+        style="json", system_placement="turn"
+    )
     with pytest.raises(SettingError, match="style='xml': choose one of plain, json, reason_json"):
         Format(style="xml")
 
@@ -213,17 +232,34 @@ def test_a_format_is_checked():
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
-        ("train", dict(learning_rate=0, model_dir="/nowhere", train_csv="/nowhere.csv", encoder_dir="/nowhere")),
+        (
+            "train",
+            dict(
+                learning_rate=0,
+                model_dir="/nowhere",
+                train_csv="/nowhere.csv",
+                encoder_dir="/nowhere",
+            ),
+        ),
         ("compare", dict(grid={"style": "json"}, model_dir="/nowhere", train_csv="/nowhere.csv")),
         ("submission", dict(time_budget_hours=float("nan"), input_dir="/nowhere")),
-        ("submission", dict(answers_per_row=2, combine="agree", model_dir=str(TINY), input_dir="/nowhere")),
+        (
+            "submission",
+            dict(answers_per_row=2, combine="agree", model_dir=str(TINY), input_dir="/nowhere"),
+        ),
     ],
 )
 def test_a_notebook_stops_at_a_bad_setting_before_it_looks_at_a_file(name, bad, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="SettingError|ComparisonError") as caught:
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="SettingError|ComparisonError"
+    ) as caught:
         papermill.execute_notebook(
-            ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "out.ipynb", parameters=bad, cwd=tmp_path,
-            kernel_name="python3", progress_bar=False,
-        )  # fmt: skip
+            ROOT / "notebooks" / f"{name}.ipynb",
+            tmp_path / "out.ipynb",
+            parameters=bad,
+            cwd=tmp_path,
+            kernel_name="python3",
+            progress_bar=False,
+        )
     assert "nowhere" not in caught.value.evalue
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]

@@ -1,4 +1,5 @@
-"""A run's folder: one owner, nothing of an earlier run taken for this one's, no file of a user's removed."""
+"""A run's folder: one owner, nothing of an earlier run taken for this one's, no file of a user's
+removed."""
 
 import json
 import os
@@ -32,11 +33,15 @@ def run(folder, tok, lora, examples, **options):
 
 
 def steps(folder):
-    return sorted(run_folder.step_of(path) for path in (folder / "checkpoints").glob("checkpoint-*[0-9]"))
+    return sorted(
+        run_folder.step_of(path) for path in (folder / "checkpoints").glob("checkpoint-*[0-9]")
+    )
 
 
 def test_a_second_run_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over(tmp_path, capsys):
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert owner.stdout.readline() == "claimed\n"
     try:
         name = rf"process {owner.pid} on {socket.gethostname()} since 20"
@@ -65,7 +70,9 @@ def test_another_host_s_lock_counts_while_it_is_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "BEAT", 0.05)
     lock = tmp_path / run_folder.LOCK
     lock.write_text(json.dumps(dict(process=1, host="elsewhere", since="2026-11-26 10:00:00")))
-    with pytest.raises(TrainingError, match="process 1 on elsewhere since 2026-11-26 10:00:00.*remove"):
+    with pytest.raises(
+        TrainingError, match="process 1 on elsewhere since 2026-11-26 10:00:00.*remove"
+    ):
         run_folder.claim(tmp_path)
     os.utime(lock, (time.time() - run_folder.STALE - 1,) * 2)
     run_folder.claim(tmp_path)
@@ -86,8 +93,15 @@ def test_what_an_earlier_run_left_is_moved_aside_and_goes_on_there(tmp_path, cap
     run_folder.begin(tmp_path, resume=False)
     said = capsys.readouterr().out
     aside = tmp_path / "earlier-1"
-    assert f"moved to {aside}: checkpoints, evaluation.json, training_log.csv" in said and "step 2" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "mine.txt", run_folder.LOCK]
+    assert (
+        f"moved to {aside}: checkpoints, evaluation.json, training_log.csv" in said
+        and "step 2" in said
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "earlier-1",
+        "mine.txt",
+        run_folder.LOCK,
+    ]
     run_folder.release(tmp_path)
     run_folder.begin(tmp_path, resume=False)  # nothing to move, nothing said
     assert "moved" not in capsys.readouterr().out and not (tmp_path / "earlier-2").exists()
@@ -98,7 +112,8 @@ def test_what_an_earlier_run_left_is_moved_aside_and_goes_on_there(tmp_path, cap
 
 
 def test_checkpoints_rotate_by_step_whatever_the_times_of_their_files(tmp_path):
-    """Unpacked with times in the future, the old ones stayed and each new one went as it was written."""
+    """Unpacked with times in the future, the old ones stayed and each new one went as it was
+    written."""
     tok, lora = build()
     examples = make_examples(tok, demo_rows(6), **SHORT)
     options = dict(max_steps=6, evaluations=6, patience=9, learning_rate=1e-3)
@@ -131,7 +146,8 @@ def test_only_what_a_run_wrote_is_removed(tmp_path):
     (checkpoints / "checkpoint-8.zip").touch()
     (checkpoints / "checkpoint-0").mkdir()
     (checkpoints / "checkpoint-0" / "notes.txt").touch()
-    for half, text in (("checkpoint-7", ""), ("checkpoint-9", '{"global_step"')):  # killed while they were written
+    # killed while they were written
+    for half, text in (("checkpoint-7", ""), ("checkpoint-9", '{"global_step"')):
         (checkpoints / half).mkdir()
         (checkpoints / half / "adapter_model.safetensors").touch()
         (checkpoints / half / "trainer_state.json").write_text(text)
@@ -141,12 +157,19 @@ def test_only_what_a_run_wrote_is_removed(tmp_path):
     _, lora = build()
     run(tmp_path, tok, lora, examples, max_steps=1, resume=True)
     assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "checkpoint-0", "checkpoint-1", "checkpoint-3", "checkpoint-8.zip", "checkpoint-best", "settings.json",
-    ]  # fmt: skip
+        "checkpoint-0",
+        "checkpoint-1",
+        "checkpoint-3",
+        "checkpoint-8.zip",
+        "checkpoint-best",
+        "settings.json",
+    ]
     assert outside.is_dir()
 
 
-def test_a_resumed_run_names_the_setting_that_differs_and_takes_the_same_step_in_other_parts(tmp_path):
+def test_a_resumed_run_names_the_setting_that_differs_and_takes_the_same_step_in_other_parts(
+    tmp_path,
+):
     tok, lora = build()
     examples = make_examples(tok, demo_rows(12), **SHORT)
     train, held = examples[:8], examples[8:]
@@ -156,8 +179,13 @@ def test_a_resumed_run_names_the_setting_that_differs_and_takes_the_same_step_in
 
     def go(folder, scored_with=None, **options):
         _, lora = build()
-        recipe = Recipe(output_dir=tmp_path / folder, **FAST | dict(max_steps=4, patience=9, evaluations=4) | options)
-        training.train(lora, tok, train, held, recipe, scored_with=scored_with, score=next_score(options))
+        recipe = Recipe(
+            output_dir=tmp_path / folder,
+            **FAST | dict(max_steps=4, patience=9, evaluations=4) | options,
+        )
+        training.train(
+            lora, tok, train, held, recipe, scored_with=scored_with, score=next_score(options)
+        )
         return lora_state(lora)
 
     encoder = dict(encoder="aaaa", max_new_tokens=9)
@@ -173,7 +201,10 @@ def test_a_resumed_run_names_the_setting_that_differs_and_takes_the_same_step_in
     ]:
         name = next(iter(changed), None) or next(k for k in encoder if scored_with[k] != encoder[k])
         options = dict(batch_size=2, gradient_accumulation=4, resume=True) | changed
-        with pytest.raises(TrainingError, match=f"settings: {name.replace('batch_size', 'rows_a_step')} was .*, now "):
+        with pytest.raises(
+            TrainingError,
+            match=f"settings: {name.replace('batch_size', 'rows_a_step')} was .*, now ",
+        ):
             go("killed", scored_with, **options)
     other = go("killed", encoder, batch_size=4, gradient_accumulation=2, resume=True)
     assert all((value - other[name]).abs().max() < 1e-4 for name, value in whole.items())

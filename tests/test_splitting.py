@@ -31,7 +31,15 @@ def table(rows):
     """Rows of (original, rewritten, prompt) as read_rows gives them."""
     return pd.DataFrame(
         [(f"r{i}", *row, "", f"t.csv:{i + 1}", "t.csv") for i, row in enumerate(rows)],
-        columns=["id", "original_text", "rewritten_text", "rewrite_prompt", "response", "source", "file"],
+        columns=[
+            "id",
+            "original_text",
+            "rewritten_text",
+            "rewrite_prompt",
+            "response",
+            "source",
+            "file",
+        ],
         dtype=str,
     )
 
@@ -67,7 +75,8 @@ def test_near_duplicates_share_a_group():
 
 def test_groups_join_transitively_and_only_as_far_as_asked():
     words = [f"word{'abcdefghijklmnopqrstuvwxyz'[i] * 4}" for i in range(22)]
-    chain = [" ".join(words[i : i + 20]) for i in range(3)]  # neighbours share 19 of 21, the ends 18 of 22
+    # neighbours share 19 of 21, the ends 18 of 22
+    chain = [" ".join(words[i : i + 20]) for i in range(3)]
     assert 18 / 22 < 0.85 < 19 / 21
     assert prompt_groups([chain[0], chain[2]]) == [0, 1]
     assert prompt_groups(chain) == [0, 0, 0]
@@ -82,18 +91,24 @@ def test_five_thousand_prompts_are_grouped_in_seconds():
     who = ["".join(dice.choices("abcdefgh", k=7)) for _ in range(5000)]
     start = time.perf_counter()
     groups = prompt_groups([f"Rewrite this text as a {name} would say it" for name in who])
-    assert time.perf_counter() - start < 30  # 4 s measured on one core; the worst of four kinds of prompts tried
+    # 4 s measured on one core; the worst of four kinds of prompts tried
+    assert time.perf_counter() - start < 30
     assert 1000 < len(set(groups)) < 5000
 
 
 def test_split_leaks_no_group_and_depends_on_the_seed():
     dice = random.Random(1)
-    kinds = [f"Turn it into a {noun}" for noun in ("poem", "song", "letter", "joke", "memo", "haiku", "play", "diary")]
+    kinds = [
+        f"Turn it into a {noun}"
+        for noun in ("poem", "song", "letter", "joke", "memo", "haiku", "play", "diary")
+    ]
     prompts = [dice.choice(kinds) + dice.choice(["", ".", "!", " "]) for _ in range(400)]
     rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(prompts)])
     train, held_out = split_rows(rows, 0.25, seed=3)
     assert sorted([*train["id"], *held_out["id"]]) == sorted(rows["id"])
-    assert not set(train["rewrite_prompt"].map(normalise)) & set(held_out["rewrite_prompt"].map(normalise))
+    assert not set(train["rewrite_prompt"].map(normalise)) & set(
+        held_out["rewrite_prompt"].map(normalise)
+    )
     assert 0.15 < len(held_out) / 400 < 0.35
     again = split_rows(rows, 0.25, seed=3)
     pd.testing.assert_frame_equal(again[1], held_out)
@@ -113,7 +128,12 @@ def test_split_passes_over_a_group_too_large_for_eval():
 def test_split_sides_are_never_empty_unless_asked():
     with pytest.raises(DataError, match="no rows"):
         split_rows(table([]), 0.1, 0)
-    rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(["Make it rhyme"] * 5 + ["Be brief"] * 5)])
+    rows = table(
+        [
+            (f"o{i}", f"r{i}", prompt)
+            for i, prompt in enumerate(["Make it rhyme"] * 5 + ["Be brief"] * 5)
+        ]
+    )
     for fraction in (0.01, 0.5, 0.99):
         assert [len(part) for part in split_rows(rows, fraction, 0)] == [5, 5]
     train, held_out = split_rows(rows, 0, 0)
@@ -127,14 +147,16 @@ def test_split_sides_are_never_empty_unless_asked():
 
 WHO = "pirate poet doctor teacher robot child king chef lawyer farmer".split()
 CHINESE = (
-    "海盗 诗人 医生 学生 老师 老人 机器人 国王 厨师 律师 农民 记者 侦探 孩子 祖母 将军 船长 法官 演员 歌手".split()
+    "海盗 诗人 医生 学生 老师 老人 机器人 国王 厨师 律师 "
+    "农民 记者 侦探 孩子 祖母 将军 船长 法官 演员 歌手".split()
 )
 JAPANESE = "海賊 詩人 医者 先生 学生 ロボット 子供 王様 シェフ 弁護士".split()
 THAI = "โจรสลัด กวี หมอ ครู หุ่นยนต์ เด็ก กษัตริย์ ทนาย ชาวนา นักข่าว".split()
 TEMPLATES = {
     "Rewrite this text as a {} would say it, keep the meaning and the length the same.": WHO,
     "Rewrite as a {}": WHO,
-    "Please rewrite the passage below, which I found in an old book, so that it reads as if a {} had written "
+    "Please rewrite the passage below, which I found in an old book, so that it reads as if a {} "
+    "had written "
     "it for a friend, without changing what happens or in which order it is told": WHO,
     "请以{}的口吻改写这段文字，保持意思和长度不变。": CHINESE,
     "この文章を{}のように書き直してください。": JAPANESE,
@@ -204,11 +226,17 @@ def test_with_an_encoder_paraphrases_share_a_group_and_unlike_tasks_do_not(encod
 
 def test_paraphrases_far_apart_in_a_chain_do_not_end_in_one_group():
     class Circle:
-        """Texts as points on a circle, a degree apart: each is near its neighbours, the ends are opposite."""
+        """Texts as points on a circle, a degree apart: each is near its neighbours, the ends are
+        opposite."""
 
         def encode(self, texts, **options):
-            degrees = [float(text.split()[1]) if text.startswith("angle") else 47.0 * n for n, text in enumerate(texts)]
-            return np.array([(np.cos(np.radians(d)), np.sin(np.radians(d))) for d in degrees], dtype=np.float32)
+            degrees = [
+                float(text.split()[1]) if text.startswith("angle") else 47.0 * n
+                for n, text in enumerate(texts)
+            ]
+            return np.array(
+                [(np.cos(np.radians(d)), np.sin(np.radians(d))) for d in degrees], dtype=np.float32
+            )
 
     words = "".join(chr(ord("a") + n % 26) for n in range(200))
     prompts = [f"angle {d} {words[d : d + 9]}" for d in range(180)]
@@ -234,17 +262,31 @@ def test_one_prompt_of_nearly_all_rows_leaves_variety_on_both_sides():
         assert train["rewrite_prompt"].nunique() >= 6 and held_out["rewrite_prompt"].nunique() >= 4
         assert len(train) > 190
     report = describe_split(*read_or_split(rows_of(prompts), None, 0.1, 0))
-    assert "195 rows to train on, 6 distinct prompts in 6 groups, 97% of the rows in the largest" in report
+    assert (
+        "195 rows to train on, 6 distinct prompts in 6 groups, 97% of the rows in the largest"
+        in report
+    )
     assert "5 rows held out, 5 distinct prompts in 5 groups, 20%" in report
-    assert report.count("WARNING") == 1 and "97% of the rows to train on have the prompt 'Improve this text.'" in report
-    even = describe_split(*read_or_split(rows_of([f"Say it in {word}" for word in WHO * 4]), None, 0.2, 0))
+    assert (
+        report.count("WARNING") == 1
+        and "97% of the rows to train on have the prompt 'Improve this text.'" in report
+    )
+    even = describe_split(
+        *read_or_split(rows_of([f"Say it in {word}" for word in WHO * 4]), None, 0.2, 0)
+    )
     assert "WARNING" not in even
 
 
 PHRASES = st.one_of(
-    st.sampled_from([template.format(word) for template, words in TEMPLATES.items() for word in words]),
     st.sampled_from(
-        [f"Make it {word}{end}" for word in ("formal", "sad", "short", "funny") for end in ("", ".", "!!")]
+        [template.format(word) for template, words in TEMPLATES.items() for word in words]
+    ),
+    st.sampled_from(
+        [
+            f"Make it {word}{end}"
+            for word in ("formal", "sad", "short", "funny")
+            for end in ("", ".", "!!")
+        ]
     ),
     st.text(min_size=1, max_size=30).filter(lambda text: text.strip()),
 )
@@ -252,7 +294,9 @@ PHRASES = st.one_of(
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
-    st.lists(st.tuples(PHRASES, st.sampled_from([1, 1, 1, 2, 5, 40, 300])), min_size=1, max_size=80),
+    st.lists(
+        st.tuples(PHRASES, st.sampled_from([1, 1, 1, 2, 5, 40, 300])), min_size=1, max_size=80
+    ),
     st.sampled_from([0.01, 0.05, 0.1, 0.2, 0.5, 0.9]),
     st.integers(0, 3),
 )
@@ -272,14 +316,17 @@ def test_any_row_file_is_split_with_variety_on_both_sides(parts, fraction, seed)
     assert all(len(side) >= least for side in sides)
     wordings = [side["rewrite_prompt"].map(normalise).nunique() for side in (train, held_out)]
     # a group of many wordings stands on one side: the other can only have what is left
-    in_group = pd.Series(groups).groupby([normalise(prompt) for prompt in prompts]).first().value_counts()
+    in_group = (
+        pd.Series(groups).groupby([normalise(prompt) for prompt in prompts]).first().value_counts()
+    )
     possible = in_group.sum() - in_group.max() - len(in_group) // 2
     assert min(wordings) >= min(5, sum(wordings) / 10, max(1, possible))
 
 
 def test_the_split_is_kept_and_read_back_without_the_encoder(tmp_path, encoder, capsys):
     prompts = [
-        f"Say it {how}" for how in ("in few words", "briefly", 'like a "king"', "as\ra pirate", "N/A", "007")
+        f"Say it {how}"
+        for how in ("in few words", "briefly", 'like a "king"', "as\ra pirate", "N/A", "007")
     ] * 4
     rows, path = rows_of(prompts), tmp_path / "split.csv"
     first = read_or_split(rows, path, 0.3, 1, encoder)
@@ -296,9 +343,12 @@ def test_the_split_is_kept_and_read_back_without_the_encoder(tmp_path, encoder, 
         read_or_split(rows.head(20), path, 0.3, 1, again=True)
     with pytest.raises(DataError, match="column rewrite_prompt differs"):
         read_or_split(rows.assign(rewrite_prompt=prompts[::-1]), path, 0.3, 1, again=True)
-    with pytest.raises(DataError, match="eval_fraction=0.3 seed=1, now it is eval_fraction=0.3 seed=2"):
+    with pytest.raises(
+        DataError, match="eval_fraction=0.3 seed=1, now it is eval_fraction=0.3 seed=2"
+    ):
         read_or_split(rows, path, 0.3, 2, again=True)
-    pd.testing.assert_frame_equal(read_or_split(rows, path, 0.3, 1, encoder)[0], first[0])  # anew, the file replaced
+    # anew, the file replaced
+    pd.testing.assert_frame_equal(read_or_split(rows, path, 0.3, 1, encoder)[0], first[0])
 
 
 def test_a_part_of_the_held_out_rows_is_held_back_for_the_report(capsys):
@@ -313,7 +363,9 @@ def test_a_part_of_the_held_out_rows_is_held_back_for_the_report(capsys):
     assert "of the held-out rows choose the checkpoint" in capsys.readouterr().out
     one = rows_of(["Say it"] * 200).assign(group=0)
     chooses, reported = hold_back(one, 0)
-    assert len(chooses) == 64 and not set(chooses["id"]) & set(reported["id"]) and len(reported) == 136
+    assert (
+        len(chooses) == 64 and not set(chooses["id"]) & set(reported["id"]) and len(reported) == 136
+    )
     chooses, reported = hold_back(rows.head(39), 0)
     assert chooses["id"].to_list() == reported["id"].to_list() == rows["id"].head(39).to_list()
     assert "39 held-out rows, fewer than 40: the same rows choose" in capsys.readouterr().out
@@ -321,7 +373,12 @@ def test_a_part_of_the_held_out_rows_is_held_back_for_the_report(capsys):
 
 
 def test_no_one_group_is_most_of_what_is_held_out_where_smaller_ones_are_enough():
-    prompts = [f"Say it in {word}" for word in WHO for _ in range(30)] + [f"Use {n} words" for n in range(200)]
+    prompts = [f"Say it in {word}" for word in WHO for _ in range(30)] + [
+        f"Use {n} words" for n in range(200)
+    ]
     for seed in range(10):
         _, held_out = split_rows(rows_of(prompts), 0.1, seed)
-        assert held_out["rewrite_prompt"].value_counts(normalize=True).iloc[0] < 0.25 and len(held_out) == 50
+        assert (
+            held_out["rewrite_prompt"].value_counts(normalize=True).iloc[0] < 0.25
+            and len(held_out) == 50
+        )

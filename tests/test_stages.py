@@ -1,4 +1,5 @@
-"""A model whose layers are called in parts answers as one: row by row, however many stages, however small the pieces."""
+"""A model whose layers are called in parts answers as one: row by row, however many stages, however
+small the pieces."""
 
 import gc
 import random
@@ -26,7 +27,9 @@ LENGTHS = [random.Random(3).randrange(1, 90) for _ in range(20)] + [400, 2, 130]
 
 @pytest.fixture(scope="module")
 def small():
-    base = random_model(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=4)
+    base = random_model(
+        MixtralConfig, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=4
+    )
     base.set_experts_implementation("eager")
     return base
 
@@ -37,7 +40,9 @@ def plan(*layers, merged=True, piece=16_384, cells=6_000):
 
 def found(model, prompts, plan, sampling=GREEDY, new=12, **options):
     with ready(model, plan) as prepared:
-        rows = sorted(generate(prepared, prompts, eos=-1, max_new_tokens=new, sampling=sampling, **options))
+        rows = sorted(
+            generate(prepared, prompts, eos=-1, max_new_tokens=new, sampling=sampling, **options)
+        )
     assert [row.position for row in rows] == list(range(len(prompts)))
     return [row.answers for row in rows]
 
@@ -46,7 +51,9 @@ def found(model, prompts, plan, sampling=GREEDY, new=12, **options):
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(3, 1.3, 0.9, seed=5)])
 def test_stages_answer_as_one(small, layers, sampling):
     prompts = random_prompts(LENGTHS, shared=9)
-    assert found(small, prompts, plan(*layers), sampling) == found(small, prompts, plan(4), sampling)
+    assert found(small, prompts, plan(*layers), sampling) == found(
+        small, prompts, plan(4), sampling
+    )
 
 
 @pytest.mark.parametrize("layers", [(4,), (2, 2)])
@@ -60,7 +67,9 @@ def test_pieces_give_the_logits_of_the_whole(small):
     logits = {}
     for piece in (4096, 300, 64, 10):
         with in_parts(small) as parts:
-            decoder = decoding.Decoder(parts, [], rows=4, cells=4 * 320, max_new_tokens=1, eos=-1, pad=0, piece=piece)
+            decoder = decoding.Decoder(
+                parts, [], rows=4, cells=4 * 320, max_new_tokens=1, eos=-1, pad=0, piece=piece
+            )
             decoder._choose = lambda logits_, rows, piece=piece: logits.setdefault(piece, logits_)
             decoder.done[:] = True
             decoder._decode = lambda *_: []
@@ -71,13 +80,15 @@ def test_pieces_give_the_logits_of_the_whole(small):
 
 
 @pytest.mark.parametrize(
-    "rows, columns, piece", [(5, 90, 200), (3, 1100, 2048), (1, 4032, 2048), (64, 33, 16), (7, 1, 3)]
+    "rows, columns, piece",
+    [(5, 90, 200), (3, 1100, 2048), (1, 4032, 2048), (64, 33, 16), (7, 1, 3)],
 )
 def test_pieces_cover_everything_once_and_in_order(rows, columns, piece):
     seen = torch.zeros(rows, columns, dtype=torch.int)
     for place in decoding.cut(rows, columns, piece):
         assert seen[place].numel() <= piece
-        assert seen[place[0], : place[1].start].all() and not seen[place].any()  # columns before are there
+        # columns before are there
+        assert seen[place[0], : place[1].start].all() and not seen[place].any()
         height = seen[place].shape[0]
         assert height == 1 or height * columns <= 2 * piece  # what attention copies
         seen[place] += 1
@@ -96,7 +107,8 @@ def test_an_adapter_on_four_bits_answers_as_one_stage(merged):
 
 def test_a_lora_in_16_bit_is_as_near_to_fp32_as_peft_s():
     lora, exact = (
-        with_lora(loading.load_base(TINY, dtype, four_bit=True)) for dtype in (torch.bfloat16, torch.float32)
+        with_lora(loading.load_base(TINY, dtype, four_bit=True))
+        for dtype in (torch.bfloat16, torch.float32)
     )
     ids = torch.tensor([[1, *range(300, 340)]])
     layers = [module for module in lora.modules() if isinstance(module, LoraLayer)]
@@ -139,12 +151,16 @@ def test_a_model_that_can_t_be_split_is_refused(small):
     class Scaled(type(small.model)):
         def forward(self, input_ids=None, inputs_embeds=None, **options):
             embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            return super().forward(inputs_embeds=embedded * 3, **options)  # once a stage, where once a model is right
+            # once a stage, where once a model is right
+            return super().forward(inputs_embeds=embedded * 3, **options)
 
     before = type(small.model)
     small.model.__class__ = Scaled
     try:
-        with pytest.raises(StageError, match="can't be split. Load it on one device"), in_parts(small, (2, 2)):
+        with (
+            pytest.raises(StageError, match="can't be split. Load it on one device"),
+            in_parts(small, (2, 2)),
+        ):
             pass
         with in_parts(small, (4,)) as parts:
             assert len(parts) == 1
@@ -168,11 +184,14 @@ def test_hooks_are_off_inside_and_back_afterwards(small):
         expected = answers(small, Ids(), prompts)
         calls.clear()
         with ready(small, plan(2, 2)) as prepared:
-            assert isinstance(prepared, Ready) and set(map(id, calls)) == set(map(id, modules))  # by the check alone
+            # by the check alone
+            assert isinstance(prepared, Ready) and set(map(id, calls)) == set(map(id, modules))
             calls.clear()
             rows = sorted(generate(prepared, prompts, eos=-1, max_new_tokens=12))
             assert not calls
-        assert [" ".join(map(str, row.answers[0].ids)) for row in rows] == [each[0].text for each in expected]
+        assert [" ".join(map(str, row.answers[0].ids)) for row in rows] == [
+            each[0].text for each in expected
+        ]
         small(input_ids=torch.tensor([[1, 5]]))
         assert set(map(id, calls)) == set(map(id, modules))
     finally:
@@ -255,7 +274,8 @@ def test_a_row_that_does_not_fit_is_read_in_smaller_pieces(small, monkeypatch):
 
     monkeypatch.setattr(stage.Stage, "read", tight)
     assert found(small, prompts, plan(4, piece=1024)) == expected
-    assert seen[0] == 899 and seen[1] == 450 and max(seen[2:]) <= 300  # all but the last token stand for a prefix
+    # all but the last token stand for a prefix
+    assert seen[0] == 899 and seen[1] == 450 and max(seen[2:]) <= 300
 
 
 def test_a_failure_in_one_stage_ends_the_others(small, monkeypatch):
@@ -272,7 +292,8 @@ def test_a_failure_in_one_stage_ends_the_others(small, monkeypatch):
 
 
 def test_no_batch_takes_more_cells_than_planned(small, monkeypatch):
-    """Columns are rounded up to multiples, but not beyond the plan, which a card of 14.7 GiB has no room for."""
+    """Columns are rounded up to multiples, but not beyond the plan, which a card of 14.7 GiB has no
+    room for."""
     shapes, shape = [], StaticCache.shape
 
     def noted(self, rows, columns):
@@ -285,7 +306,10 @@ def test_no_batch_takes_more_cells_than_planned(small, monkeypatch):
     shapes.clear()
     assert found(small, prompts, plan(2, 2, cells=300), new=12) == whole
     batches = [(rows, columns) for rows, columns in shapes if columns > 12]
-    assert max(rows for rows, _ in batches) == 4 and max(rows * columns for rows, columns in batches) <= 300
+    assert (
+        max(rows for rows, _ in batches) == 4
+        and max(rows * columns for rows, columns in batches) <= 300
+    )
     assert {columns for _, columns in batches} & {64, 72}  # both kinds are there
 
 

@@ -1,4 +1,5 @@
-"""What goes in (inputs under both layouts, odd files), what comes out, what breaks on the way, and the time budget."""
+"""What goes in (inputs under both layouts, odd files), what comes out, what breaks on the way, and
+the time budget."""
 
 import json
 import os
@@ -36,9 +37,14 @@ from prompt_recovery.tokenizer import TokenizerError, encode_row
 
 FALLBACK = "Fall, back"
 OPTIONS = dict(
-    fallback_prompt=FALLBACK, time_budget_hours=1, style="plain", system_placement="user", max_tokens=400,
-    max_new_tokens=4, model_dir=TINY,
-)  # fmt: skip
+    fallback_prompt=FALLBACK,
+    time_budget_hours=1,
+    style="plain",
+    system_placement="user",
+    max_tokens=400,
+    max_new_tokens=4,
+    model_dir=TINY,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,9 @@ def lora_dir(tmp_path_factory):
 
 
 def make_adapter(folder, format=None):
-    lora = get_peft_model(loading.load_base(TINY), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    lora = get_peft_model(
+        loading.load_base(TINY), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     lora.peft_config["default"].base_model_name_or_path = "tiny-mixtral"
     return adapter.save_adapter(lora, folder, format)
 
@@ -62,7 +70,8 @@ def make_adapter(folder, format=None):
 def rows(count, words=6):
     texts = [" ".join(f"{n} cat{i}" for i in range(words)) for n in range(count)]
     return pd.DataFrame(
-        {"id": [f"0{n}" for n in range(count)], "original_text": texts, "rewritten_text": texts}, dtype=str
+        {"id": [f"0{n}" for n in range(count)], "original_text": texts, "rewritten_text": texts},
+        dtype=str,
     )
 
 
@@ -70,16 +79,20 @@ def read(path):
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-# --- inputs -------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 NEW = dict(
-    base="models/mistral-ai/mixtral/transformers/8x7b-instruct/1", lora="models/me/adapter/transformers/r16/3",
-    test="competitions/llm-prompt-recovery", t5="datasets/me/sentence-t5",
-)  # fmt: skip
+    base="models/mistral-ai/mixtral/transformers/8x7b-instruct/1",
+    lora="models/me/adapter/transformers/r16/3",
+    test="competitions/llm-prompt-recovery",
+    t5="datasets/me/sentence-t5",
+)
 OLD = dict(
-    base="mixtral/Transformers/8x7b-instruct/1", lora="adapter/Transformers/r16/3", test="llm-prompt-recovery",
+    base="mixtral/Transformers/8x7b-instruct/1",
+    lora="adapter/Transformers/r16/3",
+    test="llm-prompt-recovery",
     t5="sentence-t5",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("layout", [NEW, OLD], ids=["new", "old"])
@@ -101,14 +114,21 @@ def test_inputs_are_found_under_both_layouts(layout, lora_dir, tmp_path):
         (root / place.name).symlink_to(place)
     (root / "loop").symlink_to(root)
     found = inputs.find_inputs(None, None, None, root)
-    assert found == (root / layout["base"], root / layout["lora"], root / layout["test"] / "test.csv")
+    assert found == (
+        root / layout["base"],
+        root / layout["lora"],
+        root / layout["test"] / "test.csv",
+    )
     assert inputs.usable_adapter(found[1], found[0]) == found[1]
-    (found[1] / "prompt_recovery-0.1.0-py3-none-any.whl").write_text("")  # --with-library puts one there
+    # --with-library puts one there
+    (found[1] / "prompt_recovery-0.1.0-py3-none-any.whl").write_text("")
     assert inputs.usable_adapter(found[1], found[0]) == found[1]
     # a second one, and none
     (root / "zmore").mkdir()
     shutil.copy(lora_dir / "adapter_config.json", root / "zmore")
-    with pytest.raises(inputs.InputError, match=r"2 places(.|\n)*r16/3\n(.|\n)*zmore\n(.|\n)*set adapter_dir"):
+    with pytest.raises(
+        inputs.InputError, match=r"2 places(.|\n)*r16/3\n(.|\n)*zmore\n(.|\n)*set adapter_dir"
+    ):
         inputs.find_inputs(None, None, None, root)
     assert inputs.find_inputs(None, "given", None, root)[1].name == "given"
     found[2].unlink()
@@ -116,7 +136,9 @@ def test_inputs_are_found_under_both_layouts(layout, lora_dir, tmp_path):
         inputs.find_inputs(None, "given", None, root)
 
 
-def test_a_missing_or_broken_adapter_is_an_error_with_its_remedy_unless_base_is_allowed(lora_dir, tmp_path, capsys):
+def test_a_missing_or_broken_adapter_is_an_error_with_its_remedy_unless_base_is_allowed(
+    lora_dir, tmp_path, capsys
+):
     root = tmp_path / "input"
     shutil.copytree(TINY, root / "base")
     (root / "test.csv").write_text("id,original_text,rewritten_text\n1,a,b\n")
@@ -127,7 +149,9 @@ def test_a_missing_or_broken_adapter_is_an_error_with_its_remedy_unless_base_is_
     capsys.readouterr()
     broken = tmp_path / "broken"
     shutil.copytree(lora_dir, broken)
-    (broken / "adapter_model.safetensors").write_bytes((lora_dir / "adapter_model.safetensors").read_bytes()[:-9])
+    (broken / "adapter_model.safetensors").write_bytes(
+        (lora_dir / "adapter_model.safetensors").read_bytes()[:-9]
+    )
     for folder in (broken, tmp_path / "nowhere"):
         with pytest.raises(inputs.InputError, match="allow_base=True"):
             inputs.usable_adapter(folder, TINY)
@@ -155,17 +179,28 @@ def test_the_first_cell_that_runs_installs_the_wheels_offline_or_does_nothing(tm
             info = f"{name}-7.0.dist-info"
             with zipfile.ZipFile(folder / place / f"{name}-7.0-py3-none-any.whl", "w") as wheel:
                 wheel.writestr(f"{name}/__init__.py", f"place = {place!r}")
-                wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 7.0\n")
-                wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+                wheel.writestr(
+                    f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 7.0\n"
+                )
+                wheel.writestr(
+                    f"{info}/WHEEL",
+                    "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+                )
                 wheel.writestr(f"{info}/RECORD", "")
-    cells = [each for each in jupytext.read(ROOT / "notebooks" / "submission.py").cells if each.cell_type == "code"]
+    cells = [
+        each
+        for each in jupytext.read(ROOT / "notebooks" / "submission.py").cells
+        if each.cell_type == "code"
+    ]
     code = next(each.source for each in cells if each.metadata.get("tags") != ["parameters"])
     code = "\n".join(line for line in code.splitlines() if not line.startswith("%"))
     target = tmp_path / "installed"
     env = os.environ | dict(PIP_TARGET=str(target), PIP_INDEX_URL="http://127.0.0.1:9/")
     for root, said in ((tmp_path / "nowhere", ""), (folder, "installing 2 wheels")):
         script = f"input_dir = {str(root)!r}\n{code}"
-        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0 and said in done.stdout and target.exists() == bool(said), done
     assert {"prompt_recovery", "other"} <= {path.name for path in target.iterdir()}
     assert "datasets" in (target / "prompt_recovery" / "__init__.py").read_text()
@@ -187,13 +222,19 @@ def test_a_public_run_answers_with_the_fallback_and_loads_nothing(lora_dir, tmp_
     state[name] = state[name].T.contiguous()
     save_file(state, base / "model.safetensors", {"format": "pt"})
     out = tmp_path / "out" / "submission.csv"
-    parameters = dict(input_dir=str(tmp_path / "input"), submission_csv=str(out), fallback_prompt=FALLBACK)
+    parameters = dict(
+        input_dir=str(tmp_path / "input"), submission_csv=str(out), fallback_prompt=FALLBACK
+    )
 
     def run(**more):
         papermill.execute_notebook(
-            str(ROOT / "notebooks" / "submission.ipynb"), str(tmp_path / "out.ipynb"), parameters=parameters | more,
-            cwd=ROOT, kernel_name="python3", progress_bar=False,
-        )  # fmt: skip
+            str(ROOT / "notebooks" / "submission.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            parameters=parameters | more,
+            cwd=ROOT,
+            kernel_name="python3",
+            progress_bar=False,
+        )
 
     run()
     assert read(out).to_numpy().tolist() == [["00", FALLBACK]]
@@ -204,12 +245,29 @@ def test_a_public_run_answers_with_the_fallback_and_loads_nothing(lora_dir, tmp_
     assert read(out).to_numpy().tolist() == [["00", FALLBACK]]
 
 
-# --- files and answers --------------------------------------------------------------------------------------
+# --- files and answers ----------------------------------------------------------------------------
 
 
 def test_nasty_rows_and_ids(loaded, tmp_path):
     texts = ["", *NASTY, "a" * 1_000_000, "nan", "word " * 40_000]
-    ids = ["007", "-1", "x,y", 'q"', "NA", "nan", "1e3", "+5", "000", "é", "10", "9", "8.0", "' '", "TRUE", "id"]
+    ids = [
+        "007",
+        "-1",
+        "x,y",
+        'q"',
+        "NA",
+        "nan",
+        "1e3",
+        "+5",
+        "000",
+        "é",
+        "10",
+        "9",
+        "8.0",
+        "' '",
+        "TRUE",
+        "id",
+    ]
     test = pd.DataFrame({"id": ids, "original_text": texts, "rewritten_text": texts[::-1]})
     test.loc[3, "original_text"] = None  # a NaN cell
     test.to_csv(tmp_path / "test.csv", index=False, encoding="utf-8-sig", lineterminator="\r\n")
@@ -226,8 +284,12 @@ def test_nasty_rows_and_ids(loaded, tmp_path):
 
 
 def test_no_rows_at_all(loaded, tmp_path):
-    (tmp_path / "test.csv").write_text("\ufeffid,original_text,rewritten_text\r\n", encoding="utf-8", newline="")
-    report = answer_test(*loaded, data.read_test(tmp_path / "test.csv"), tmp_path / "s.csv", **OPTIONS)
+    (tmp_path / "test.csv").write_text(
+        "\ufeffid,original_text,rewritten_text\r\n", encoding="utf-8", newline=""
+    )
+    report = answer_test(
+        *loaded, data.read_test(tmp_path / "test.csv"), tmp_path / "s.csv", **OPTIONS
+    )
     assert len(report) == 0 and (tmp_path / "s.csv").read_text() == "id,rewrite_prompt\n"
 
 
@@ -241,19 +303,32 @@ def test_without_a_model_the_file_holds_what_is_known(loaded, lora_dir, tmp_path
     out.unlink()
     again = answer_test(None, None, rows(5), out, **OPTIONS)
     assert out.read_bytes() == written and again.equals(whole)
-    # with a mean prompt the answers stand, and are joined anew; other rows, settings, adapters know nothing of them
+    # with a mean prompt the answers stand, and are joined anew; other rows, settings, adapters know
+    # nothing of them
     joined = answer_test(None, None, rows(5), out, **OPTIONS | dict(mean_prompt="Improve it."))
-    assert all(answer.endswith("Improve it.") for answer in joined["answer"]) and set(joined["source"]) == {"model"}
+    assert all(answer.endswith("Improve it.") for answer in joined["answer"]) and set(
+        joined["source"]
+    ) == {"model"}
     for changed in (dict(max_new_tokens=5), dict(style="json"), dict(adapter_dir=lora_dir)):
-        assert set(answer_test(None, None, rows(5), out, **OPTIONS | changed)["how"]) == {"no model"}
+        assert set(answer_test(None, None, rows(5), out, **OPTIONS | changed)["how"]) == {
+            "no model"
+        }
     assert set(answer_test(None, None, rows(6), out, **OPTIONS)["how"]) == {"no model"}
 
 
 def test_bad_settings_raise_before_a_row_is_answered(loaded, tmp_path):
     with pytest.raises(SubmissionError, match="blank"):
-        answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(fallback_prompt=" \u200b</s>"))
+        answer_test(
+            None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(fallback_prompt=" \u200b</s>")
+        )
     with pytest.raises(ValueError, match="need an encoder"):
-        answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(how="agree", answers_per_row=2))
+        answer_test(
+            None,
+            None,
+            rows(2),
+            tmp_path / "s.csv",
+            **OPTIONS | dict(how="agree", answers_per_row=2),
+        )
     assert not list(tmp_path.iterdir())
     with pytest.raises(TokenizerError, match="max_tokens is 6"):
         answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS | dict(max_tokens=10))
@@ -261,15 +336,26 @@ def test_bad_settings_raise_before_a_row_is_answered(loaded, tmp_path):
 
 
 def test_a_limit_that_cuts_most_answers_short_is_said(tmp_path, capsys):
-    answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(style="reason_json", max_new_tokens=64))
-    assert "max_new_tokens=64: a reason_json answer takes 128 tokens or more" in capsys.readouterr().out
+    answer_test(
+        None,
+        None,
+        rows(2),
+        tmp_path / "s.csv",
+        **OPTIONS | dict(style="reason_json", max_new_tokens=64),
+    )
+    assert (
+        "max_new_tokens=64: a reason_json answer takes 128 tokens or more"
+        in capsys.readouterr().out
+    )
     answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(max_new_tokens=64))
     assert "max_new_tokens" not in capsys.readouterr().out
 
 
 def test_a_mean_prompt_that_fits_behind_no_answer_is_refused(tmp_path):
     long = "Improve this text and keep its meaning. " * 20
-    with pytest.raises(SubmissionError, match="mean_prompt=.*would stand in no row.*Give a shorter one"):
+    with pytest.raises(
+        SubmissionError, match="mean_prompt=.*would stand in no row.*Give a shorter one"
+    ):
         answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | dict(mean_prompt=long))
     assert not list(tmp_path.iterdir())
 
@@ -322,8 +408,13 @@ def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path)
     options = OPTIONS | dict(answers_per_row=2, how="join", mean_prompt="Improve it.")
     answer_test(*loaded, rows(2), tmp_path / "s.csv", **options)
     (journal,) = tmp_path.glob("*.journal")
-    prompts = [["Make it a poem", "Turn it into a poem"], ["Make it a poem", "Add a list of prices"]]
-    found = [[n, [[prompt, "plain", "eos", 9] for prompt in each]] for n, each in enumerate(prompts)]
+    prompts = [
+        ["Make it a poem", "Turn it into a poem"],
+        ["Make it a poem", "Add a list of prices"],
+    ]
+    found = [
+        [n, [[prompt, "plain", "eos", 9] for prompt in each]] for n, each in enumerate(prompts)
+    ]
     journal.write_text(json.dumps({"seconds": 1, "rows": found}))
     encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
     options |= dict(how="first", encoder=encoder, threshold=0.3)
@@ -358,7 +449,7 @@ def test_style_and_placement_are_the_adapter_s(lora_dir, tmp_path):
             inputs.answer_format(folder, *wrong)
 
 
-# --- faults -------------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -370,7 +461,9 @@ def faulty(loaded):
     def install(fault):
         while handles:
             handles.pop().remove()
-        hook = base.register_forward_pre_hook(lambda _, args, kwargs: fault(kwargs["input_ids"]), with_kwargs=True)
+        hook = base.register_forward_pre_hook(
+            lambda _, args, kwargs: fault(kwargs["input_ids"]), with_kwargs=True
+        )
         handles.append(hook)
         return base, tok
 
@@ -379,15 +472,22 @@ def faulty(loaded):
         handles.pop().remove()
 
 
-def test_rows_that_raise_keep_the_fallback_and_cost_the_others_nothing(loaded, faulty, tmp_path, capsys):
+def test_rows_that_raise_keep_the_fallback_and_cost_the_others_nothing(
+    loaded, faulty, tmp_path, capsys
+):
     test = rows(20)
     calm = answer_test(*loaded, test, tmp_path / "calm.csv", **OPTIONS)
     bad = {3, 11, 12}
     ids = [encode_row(loaded[1], row, max_tokens=400)[0] for row in test.to_dict("records")]
     test.loc[list(bad), "original_text"] += " 漢"
-    changed = [set(encode_row(loaded[1], row, max_tokens=400)[0]) for row in test.to_dict("records")]
+    changed = [
+        set(encode_row(loaded[1], row, max_tokens=400)[0]) for row in test.to_dict("records")
+    ]
     mark = next(iter(changed[3] - set().union(*ids)))
-    for error, reason in ((KeyError("z"), "raised KeyError"), (torch.OutOfMemoryError("CUDA"), "out of memory")):
+    for error, reason in (
+        (KeyError("z"), "raised KeyError"),
+        (torch.OutOfMemoryError("CUDA"), "out of memory"),
+    ):
 
         def fault(ids, error=error):
             if ids.shape[1] > 1 and (ids == mark).any():
@@ -425,12 +525,16 @@ def test_a_broken_device_is_given_up(faulty, tmp_path):
     assert set(report["source"]) == {"fallback"} and len(calls) < 100
     counts = report["how"].value_counts()
     assert counts["raised RuntimeError"] == submission.GIVE_UP
-    assert counts[f"given up after {submission.GIVE_UP} rows in a row raised"] == 60 - submission.GIVE_UP
+    assert (
+        counts[f"given up after {submission.GIVE_UP} rows in a row raised"]
+        == 60 - submission.GIVE_UP
+    )
     submission_file.check_submission(rows(60), tmp_path / "s.csv")
 
 
 def test_a_full_disk_leaves_the_last_whole_file(loaded, tmp_path):
-    """In a process whose files may not grow beyond some bytes: a write then fails as on a full disk."""
+    """In a process whose files may not grow beyond some bytes: a write then fails as on a full
+    disk."""
     test = rows(40, words=3)
     out = tmp_path / "s.csv"
     program = """
@@ -451,7 +555,9 @@ assert set(report["source"]) == {"model"}
     calm = answer_test(*loaded, test, tmp_path / "calm.csv", **OPTIONS)
     options = OPTIONS | dict(batch_tokens=400, write_seconds=0, model_dir=str(TINY))
     passed = json.dumps([str(TINY), str(tmp_path / "test.csv"), str(out), options])
-    done = subprocess.run([sys.executable, "-c", program, passed], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, passed], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{out} can't be written" in done.stdout and "Free some space" in done.stdout
     assert re.search(r"journal can't be written", done.stdout)
@@ -459,7 +565,11 @@ assert set(report["source"]) == {"model"}
     assert not list(tmp_path.glob("*.partial"))
     # there is room again: the rows of the journal, cut off as it is, and the others
     report = answer_test(*loaded, test, out, **OPTIONS)
-    assert report["answer"].to_list() == calm["answer"].to_list() == read(out)["rewrite_prompt"].to_list()
+    assert (
+        report["answer"].to_list()
+        == calm["answer"].to_list()
+        == read(out)["rewrite_prompt"].to_list()
+    )
     # not even the first file can be written
     (tmp_path / "full.csv.partial").symlink_to("/dev/full")
     with pytest.raises(SubmissionError, match="no submission"):
@@ -474,12 +584,13 @@ def test_a_place_that_cannot_be_written_is_not_called_full(tmp_path, capsys):
     assert "Give another submission_csv." in said and "Free some space" not in said
 
 
-# --- time ---------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def slow(faulty, monkeypatch):
-    """A model that takes its time by a clock of ours: so many seconds a step and a token of a row."""
+    """A model that takes its time by a clock of ours: so many seconds a step and a token of a
+    row."""
 
     def make(per_step, per_token):
         clock = SimpleNamespace(now=1000.0)
@@ -502,7 +613,9 @@ def budgeted(slow, folder, capsys, seconds, per_step=0.5, per_token=0.001, count
     base, tok, clock = slow(per_step, per_token)
     started = clock.now
     # a budget of nothing is refused: one that is spent before the first row
-    budget = dict(time_budget_hours=max(seconds, 1) / 3600, started=started if seconds else started - 1)
+    budget = dict(
+        time_budget_hours=max(seconds, 1) / 3600, started=started if seconds else started - 1
+    )
     options = OPTIONS | budget | dict(max_new_tokens=24, batch_tokens=1200) | more
     report = answer_test(base, tok, rows(count), folder / f"{seconds}.csv", **options)
     return report, clock.now - started, capsys.readouterr().out
@@ -513,7 +626,11 @@ def test_time_is_kept_by_fewer_answers_then_shorter_ones_then_fallbacks(slow, tm
     report, full, said = budgeted(slow, tmp_path, capsys, 10_000, **several)
     assert set(report["how"]) <= DONE and "from here" not in said and (report["tokens"] > 24).any()
     taken = [full]
-    for share, step in ((0.6, "a single answer"), (0.26, "answers end after"), (0.08, "will keep the fallback")):
+    for share, step in (
+        (0.6, "a single answer"),
+        (0.26, "answers end after"),
+        (0.08, "will keep the fallback"),
+    ):
         report, spent, said = budgeted(slow, tmp_path, capsys, full * share, **several)
         assert step in said, (share, said)
         assert spent <= full * share + LONGEST_BATCH
@@ -521,7 +638,11 @@ def test_time_is_kept_by_fewer_answers_then_shorter_ones_then_fallbacks(slow, tm
         if share < 0.1:
             assert set(report["source"]) == {"model", "fallback"} and "out of time)" in said
         else:
-            assert set(report["how"]) <= DONE and spent > full * share * 0.3, (spent, full * share, said)
+            assert set(report["how"]) <= DONE and spent > full * share * 0.3, (
+                spent,
+                full * share,
+                said,
+            )
     assert taken == sorted(taken, reverse=True)
 
 
@@ -540,13 +661,20 @@ def test_what_earlier_runs_took_counts(slow, tmp_path, capsys):
     before = clock.now
     again = answer_test(base, tok, rows(60), tmp_path / "s.csv", **options)
     assert clock.now - before <= LONGEST_BATCH and (again["how"] == "out of time").any()
-    report = answer_test(base, tok, rows(60), tmp_path / "s.csv", **options | dict(time_budget_hours=1))
+    report = answer_test(
+        base, tok, rows(60), tmp_path / "s.csv", **options | dict(time_budget_hours=1)
+    )
     assert set(report["how"]) <= DONE
 
 
 def test_the_rate_is_printed_as_it_goes(slow, tmp_path, capsys):
     _, spent, said = budgeted(slow, tmp_path, capsys, 10_000, per_step=3)
-    lines = re.findall(r"\[ *(\d+) s\] (\d+) of 60 rows, ([\d.]+) tokens/s, about (\d+) s to go, (\d+) s left", said)
+    lines = re.findall(
+        r"\[ *(\d+) s\] (\d+) of 60 rows, ([\d.]+) tokens/s, about (\d+) s to go, (\d+) s left",
+        said,
+    )
     assert len(lines) >= 3 and float(lines[-1][2]) > 0
     assert abs(int(lines[2][0]) + int(lines[2][3]) - spent) < spent / 4
-    assert re.search(r"60 rows: \d+ by the model, \d by the fallback.*; 60 of 60 rows, [\d.]+ tokens/s", said)
+    assert re.search(
+        r"60 rows: \d+ by the model, \d by the fallback.*; 60 of 60 rows, [\d.]+ tokens/s", said
+    )

@@ -1,6 +1,8 @@
-"""The run is killed (SIGKILL) at random points and started again; the result is that of a run that nobody disturbed.
+"""The run is killed (SIGKILL) at random points and started again; the result is that of a run that
+nobody disturbed.
 
-The test starts this file as a program, which loads the model once and forks a child for each start of the run.
+The test starts this file as a program, which loads the model once and forks a child for each start
+of the run.
 """
 
 import contextlib
@@ -31,18 +33,30 @@ TINY = ROOT / "demo" / "tiny-mixtral"
 KILLS = {1: 220, 2: 24}  # by the number of stages
 ROWS = 16
 OPTIONS = dict(
-    fallback_prompt="Fall, back", time_budget_hours=1, style="plain", system_placement="user", max_tokens=300,
-    max_new_tokens=3, model_dir=TINY, batch_tokens=500, slice_rows=6, write_seconds=0,
-)  # fmt: skip
+    fallback_prompt="Fall, back",
+    time_budget_hours=1,
+    style="plain",
+    system_placement="user",
+    max_tokens=300,
+    max_new_tokens=3,
+    model_dir=TINY,
+    batch_tokens=500,
+    slice_rows=6,
+    write_seconds=0,
+)
 
 
 @pytest.mark.parametrize("stages", KILLS)
 def test_kills_leave_no_trace(stages, tmp_path):
     """Two stages give the bytes of one."""
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(stages)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=str(ROOT)),
-    )  # fmt: skip
+        [sys.executable, __file__, str(tmp_path), str(stages)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=str(ROOT)),
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["answered_again"] == 0
@@ -53,7 +67,7 @@ def test_kills_leave_no_trace(stages, tmp_path):
         assert counts["runs"] >= 10
 
 
-# --- the program --------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def armed(rng):
@@ -66,7 +80,9 @@ def armed(rng):
             left[0] -= 1
             if left[0] > 0:
                 return real[name](*args, **kwargs)
-            moment = rng.choice(["before", "after", "within"] if name == "write" else ["before", "after"])
+            moment = rng.choice(
+                ["before", "after", "within"] if name == "write" else ["before", "after"]
+            )
             if moment == "within":
                 real["write"](args[0], args[1][: rng.randrange(len(args[1]))])
             elif moment == "after":
@@ -81,7 +97,8 @@ def armed(rng):
 
 
 def start(folder, model, tokenizer, test, rng, kill):
-    """Run in a forked child; whether it ended by itself. kill: die at a hook, or by the parent after a random while."""
+    """Run in a forked child; whether it ended by itself. kill: die at a hook, or by the parent
+    after a random while."""
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     at_hook = kill and rng.random() < 0.7
     pid = os.fork()
@@ -105,12 +122,15 @@ def start(folder, model, tokenizer, test, rng, kill):
 
 
 def check_at_rest(folder, test, final):
-    """After a kill: the file, once there, is whole; its answers are the final ones or the fallback."""
+    """After a kill: the file, once there, is whole; its answers are the final ones or the
+    fallback."""
     if not (folder / "s.csv").exists():
         return 0
     submission_file.check_submission(test, folder / "s.csv")
     answers = pd.read_csv(folder / "s.csv", dtype=str, keep_default_na=False)["rewrite_prompt"]
-    assert all(answer in (right, "Fall, back") for answer, right in zip(answers, final, strict=True))
+    assert all(
+        answer in (right, "Fall, back") for answer, right in zip(answers, final, strict=True)
+    )
     return sum(answer != "Fall, back" for answer in answers)
 
 

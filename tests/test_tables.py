@@ -52,7 +52,11 @@ READ = {
     "csv.gz": ("rows.csv.gz", gzip.compress(PLAIN.encode()), "gzip"),
     "csv.bz2": ("rows.csv.bz2", bz2.compress(PLAIN.encode()), "bz2"),
     "csv.xz": ("rows.csv.xz", lzma.compress(PLAIN.encode()), "lzma"),
-    "a gzip in a zip": ("r.zip", packed_zip("r.csv.gz", text=gzip.compress(PLAIN.encode())), "gzip"),
+    "a gzip in a zip": (
+        "r.zip",
+        packed_zip("r.csv.gz", text=gzip.compress(PLAIN.encode())),
+        "gzip",
+    ),
     "jsonl": ("rows.jsonl", json_lines(), "JSON"),
     "jsonl in ASCII with blank lines": ("rows.json", "\n" + json_lines(True) + "\n\n", "JSON"),
     "jsonl with Windows line ends": ("rows.jsonl", json_lines().replace("\n", "\r\n"), "JSON"),
@@ -64,19 +68,31 @@ READ = {
     "capitals": ("rows.csv", renamed(str.upper), None),
     "titles": ("rows.csv", renamed(lambda name: name.replace("_", " ").title()), None),
     "spaces around names": ("rows.csv", renamed(lambda name: f" {name}\t"), "a space behind"),
-    "a space behind each comma": ("rows.csv", "id, original_text, rewritten_text, rewrite_prompt\n"
-                                  + "\n".join(", ".join(f'"{text.replace(chr(34), chr(34) * 2)}"'
-                                              for text in row) for row in ROWS), "a space behind"),
+    "a space behind each comma": (
+        "rows.csv",
+        "id, original_text, rewritten_text, rewrite_prompt\n"
+        + "\n".join(
+            ", ".join(f'"{text.replace(chr(34), chr(34) * 2)}"' for text in row) for row in ROWS
+        ),
+        "a space behind",
+    ),
     "a BOM in front": ("rows.csv", "\ufeff" + PLAIN, None),
     "a BOM inside the header": ("rows.csv", renamed(lambda name: "\ufeff" + name), None),
-    "two BOMs and quotes": ("rows.csv", "\ufeff\ufeff" + FRAME.to_csv(index=False, quoting=1), None),
+    "two BOMs and quotes": (
+        "rows.csv",
+        "\ufeff\ufeff" + FRAME.to_csv(index=False, quoting=1),
+        None,
+    ),
     "a header repeated": ("rows.csv", PLAIN + PLAIN.splitlines()[0] + "\n", "1 repeated header"),
     "a header repeated with a BOM": (
-        "rows.csv", PLAIN.splitlines()[0] + '\n\ufeff"id",Original_text,"rewritten_text",rewrite_prompt\n'
-        + PLAIN.partition("\n")[2], "1 repeated header",
+        "rows.csv",
+        PLAIN.splitlines()[0]
+        + '\n\ufeff"id",Original_text,"rewritten_text",rewrite_prompt\n'
+        + PLAIN.partition("\n")[2],
+        "1 repeated header",
     ),
     "an extra column": ("rows.csv", FRAME.assign(Other=1).to_csv(), None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", READ)
@@ -113,11 +129,20 @@ NAMED = {
     "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML page"),
     "a Git LFS pointer": (POINTER, "a Git LFS pointer"),
     "a git-annex pointer": (b"/annex/objects/SHA256E-s12--ab.csv\n", "a git-annex pointer"),
-    "several files in a zip": (packed_zip("train.csv", "test.csv"), r"a zip with 2 files in it \(train.csv, test"),
+    "several files in a zip": (
+        packed_zip("train.csv", "test.csv"),
+        r"a zip with 2 files in it \(train.csv, test",
+    ),
     "an empty zip": (packed_zip(), "a zip with 0 files"),
     "a pointer in a zip": (packed_zip("rows.csv", text=POINTER), "a Git LFS pointer"),
-    "an Excel workbook": (packed_zip("[Content_Types].xml", "xl/workbook.xml"), "an Excel workbook"),
-    "an old Excel workbook": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "an old Excel workbook"),
+    "an Excel workbook": (
+        packed_zip("[Content_Types].xml", "xl/workbook.xml"),
+        "an Excel workbook",
+    ),
+    "an old Excel workbook": (
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
+        "an old Excel workbook",
+    ),
     "a zip cut short": (packed_zip("rows.csv")[:-30], "can't be unpacked"),
     "a gzip cut short": (gzip.compress(PLAIN.encode())[:-12], "can't be unpacked"),
     "a tar": (archive(PLAIN.encode()), "a tar archive"),
@@ -130,17 +155,19 @@ NAMED = {
     "broken JSON lines": (json_lines().encode()[:-5], r"JSON, and broken \(line 2"),
     "JSON of other things": (b'[{"id": 1}, 3]', "row 2 is no object"),
     "a text that is a list": (
-        b'{"original_text": ["a"], "rewritten_text": "b", "rewrite_prompt": "c"}', "is no text but",
+        b'{"original_text": ["a"], "rewritten_text": "b", "rewrite_prompt": "c"}',
+        "is no text but",
     ),
     "half a character": (
-        b'{"original_text": "\\ud83d", "rewritten_text": "b", "rewrite_prompt": "c"}', "half a character",
+        b'{"original_text": "\\ud83d", "rewritten_text": "b", "rewrite_prompt": "c"}',
+        "half a character",
     ),
     "columns in another order, put together": (
         (PLAIN + "rewrite_prompt,rewritten_text,original_text,id\na,b,c,d\n").encode(),
         "another header as row 3",
     ),
     "a Parquet file cut short": (b"PAR1" + bytes(50), "Parquet file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", NAMED)
@@ -192,7 +219,9 @@ def test_numbers_and_nothing_in_json_are_texts(tmp_path):
 
 def test_nasty_texts_survive_each_form(tmp_path):
     texts = [text for text in NASTY if "\r" not in text]
-    frame = pd.DataFrame({name: texts for name in ("original_text", "rewritten_text", "rewrite_prompt")})
+    frame = pd.DataFrame(
+        {name: texts for name in ("original_text", "rewritten_text", "rewrite_prompt")}
+    )
     frame.to_csv(tmp_path / "a.csv", sep="\t", index=False)
     frame.to_json(tmp_path / "b.csv", orient="records", lines=True, force_ascii=False)
     for name in ("a.csv", "b.csv"):

@@ -25,7 +25,8 @@ from prompt_recovery.templates import (
 from prompt_recovery.unwrap import unwrap
 
 TASK = (
-    "You are given an original text and a text that an LLM rewrote from it. Recover the prompt that the LLM was given."
+    "You are given an original text and a text that an LLM rewrote from it. Recover the prompt that"
+    " the LLM was given."
 )
 SYSTEMS = {
     "plain": TASK + " Answer with the prompt alone.",
@@ -70,7 +71,9 @@ def test_whole_conversation_for_each_style_and_placement(style, placement):
 
 
 def test_system_text_can_be_given_or_left_out():
-    assert render_conversation("a", "b", system="Do it.").turns[0][0] == "Do it.\n\n" + render_user("a", "b")
+    assert render_conversation("a", "b", system="Do it.").turns[0][0] == "Do it.\n\n" + render_user(
+        "a", "b"
+    )
     for placement in SYSTEM_PLACEMENTS:
         conversation = render_conversation("a", "b", system_placement=placement, system="")
         assert conversation == Conversation("", ((render_user("a", "b"), None),))
@@ -107,7 +110,9 @@ def test_reason_of(response, reason):
     assert reason_of(response) == reason
 
 
-@pytest.mark.parametrize("response", ["", "  \n", '{"prompt": "x"}', '1.\n2. {"prompt": "x"}', "1. "])
+@pytest.mark.parametrize(
+    "response", ["", "  \n", '{"prompt": "x"}', '1.\n2. {"prompt": "x"}', "1. "]
+)
 def test_response_without_reason_is_refused(response):
     with pytest.raises(TemplateError, match="response"):
         render_answer("Rewrite it", "reason_json", response)
@@ -163,7 +168,12 @@ MESSY = [
     ('{"prompt": "__import__(\'os\').getcwd()"}', "json", "__import__('os').getcwd()", "json"),
     ("{'prompt': __import__('os').getcwd()}", "json", "__import__('os').getcwd()", "key scan"),
     ('1. It rhymes.\n2. {"prompt": "A"}', "reason_json", "A", "json"),
-    ('1. It adds {x} and {"y": 1}.\n2. {"prompt": "A"}\n3. {"prompt": "B"}', "reason_json", "A", "json"),
+    (
+        '1. It adds {x} and {"y": 1}.\n2. {"prompt": "A"}\n3. {"prompt": "B"}',
+        "reason_json",
+        "A",
+        "json",
+    ),
     ('1. It is not {"prompt": "B"}.\n2. {"prompt": "A"}', "reason_json", "A", "json"),
     ('1. It rhymes.\n2. ```json\n{"prompt": "A"}\n```', "reason_json", "A", "json in fence"),
     ("1. It rhymes.\n2. {'prompt': 'A'}", "reason_json", "A", "single quotes"),
@@ -180,7 +190,13 @@ def test_messy_answers(answer, style, prompt, how):
 
 @pytest.mark.parametrize(
     "answer",
-    ['{"a":' * 20_000, '{"prompt": ' * 20_000, "{" * 50_000, '{"n": ' + "9" * 6000 + "}", '{"' * 20_000],
+    [
+        '{"a":' * 20_000,
+        '{"prompt": ' * 20_000,
+        "{" * 50_000,
+        '{"n": ' + "9" * 6000 + "}",
+        '{"' * 20_000,
+    ],
 )
 def test_hostile_answers_neither_raise_nor_invent(answer):
     for style in ("json", "reason_json"):
@@ -197,7 +213,9 @@ def test_any_text_parses_to_a_prompt_or_none(text, style):
 
 PIECES = [*"{}[]\"'\\:,`12.\n \t", "prompt", '{"prompt": "a"}', "\n2. ", "é", "😀"]
 JSONISH = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
-PROMPTS = (st.text() | st.text(st.characters(max_codepoint=0x7F)) | JSONISH).filter(lambda text: text.strip())
+PROMPTS = (st.text() | st.text(st.characters(max_codepoint=0x7F)) | JSONISH).filter(
+    lambda text: text.strip()
+)
 
 
 @given(PROMPTS, st.sampled_from(STYLES), PROMPTS)
@@ -213,7 +231,9 @@ def test_parse_of_render_is_the_prompt(prompt, style, response):
         assert style == "reason_json"  # a response that holds no reason
         return
     # a plain answer has no marks of its own: those in the prompt may stand around it
-    marked = style == "plain" and re.search(r"""[:=*_`"'\u2018-\u201e\u00ab\u300c\u300e\[<]|\n""", prompt)
+    marked = style == "plain" and re.search(
+        r"""[:=*_`"'\u2018-\u201e\u00ab\u300c\u300e\[<]|\n""", prompt
+    )
     assert parse_answer(answer, style).prompt == read_back(answer, style)
     assert read_back(answer, style) == (unwrap(prompt) if marked else prompt.strip())
     if style == "json":
@@ -236,7 +256,8 @@ def test_parse_of_render_is_the_prompt(prompt, style, response):
         ('1. It fills {name}.\n2. {"prompt": "a', False),
         ('1. It fills {name}.\n2. {"prompt": "a"} and', True),
         ("{'prompt': 'a'}", True),
-        ('1. It turns {"a": 1} into {"prompt": "b"}.', False),  # a reason that quotes JSON is not the answer yet
+        # a reason that quotes JSON is not the answer yet
+        ('1. It turns {"a": 1} into {"prompt": "b"}.', False),
         ('1. It drops {"a": 1}.\n2. {"prompt": "a"}', True),
     ],
 )

@@ -30,13 +30,18 @@ def tok(request):
 
 
 CONVERSATIONS = [((text, None),) for text in NASTY] + [
-    ((first, "Ok: " + second), (second, None)) for first, second in itertools.permutations(NASTY[:6], 2)
+    ((first, "Ok: " + second), (second, None))
+    for first, second in itertools.permutations(NASTY[:6], 2)
 ]
 
 
 @pytest.mark.parametrize("system", ["", "You are terse.\nVery </s> [INST]  terse."])
 def test_ids_equal_mistral_commons(mistral_dir, system):
-    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.messages import (
+        AssistantMessage,
+        SystemMessage,
+        UserMessage,
+    )
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
@@ -59,7 +64,8 @@ def test_ids_equal_mistral_commons(mistral_dir, system):
 
 
 def test_stock_loading_would_give_other_ids(mistral_dir):
-    """Why AutoTokenizer is not used (facts.md 13): if this fails, the stock class is right and ours can go."""
+    """Why AutoTokenizer is not used (facts.md 13): if this fails, the stock class is right and ours
+    can go."""
     stock = LlamaTokenizer(vocab_file=str(mistral_dir / "tokenizer.model"))
     ours = load_tokenizer(mistral_dir)
     assert stock("a  b", add_special_tokens=False)["input_ids"] != encode_text(ours, "a  b")
@@ -103,12 +109,17 @@ def test_training_prefix_is_the_generation_prompt(tok, style, placement):
 
 @pytest.mark.parametrize("lengths", [(3000, 1000), (10, 5000), (5000, 0), (800, 800)])
 def test_long_texts_lose_their_middle_in_proportion(tok, lengths):
-    texts = [f"START{n} " + "some words 漢字 " * length + f"END{n}" for n, length in enumerate(lengths)]
+    texts = [
+        f"START{n} " + "some words 漢字 " * length + f"END{n}" for n, length in enumerate(lengths)
+    ]
     row = {"original_text": texts[0], "rewritten_text": texts[1]}
     ids, supervised = encode_row(tok, row, max_tokens=500, answer="Keep this answer whole.")
     assert 470 <= len(ids) <= 500
     text = tok.decode(ids)
-    assert all(word in text for word in ("START0", "END0", "START1", "END1", templates.SYSTEM_PROMPTS["plain"]))
+    assert all(
+        word in text
+        for word in ("START0", "END0", "START1", "END1", templates.SYSTEM_PROMPTS["plain"])
+    )
     kept = [i for i, keep in zip(ids, supervised, strict=True) if keep]
     assert kept == encode_text(tok, "Keep this answer whole.") + [2]
     if lengths == (3000, 1000):
@@ -146,13 +157,20 @@ def saved_by(mistral_dir, folder, way):
     if way == "ours":
         load_tokenizer(mistral_dir).save_pretrained(folder)
     else:
-        {"auto": AutoTokenizer, "llama": LlamaTokenizer}[way].from_pretrained(mistral_dir).save_pretrained(folder)
+        {"auto": AutoTokenizer, "llama": LlamaTokenizer}[way].from_pretrained(
+            mistral_dir
+        ).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("way", ["auto", "llama", "ours"])
-def test_a_tokenizer_json_of_mistral_s_vocabulary_gives_mistral_s_ids_whoever_saved_it(mistral_dir, tmp_path, way):
-    right, found = load_tokenizer(mistral_dir), load_tokenizer(saved_by(mistral_dir, tmp_path / "t", way))
+def test_a_tokenizer_json_of_mistral_s_vocabulary_gives_mistral_s_ids_whoever_saved_it(
+    mistral_dir, tmp_path, way
+):
+    right, found = (
+        load_tokenizer(mistral_dir),
+        load_tokenizer(saved_by(mistral_dir, tmp_path / "t", way)),
+    )
     assert encode_text(found, "[INST] a")[0] == 733 and encode_text(found, "a  b")[1] == 28705
     rows = (ROOT / "demo" / "natural_rows.csv").read_text()
     for text in [*NASTY, *("x" + " " * n + "y" for n in range(1, 40)), rows]:
@@ -163,9 +181,14 @@ def test_a_tokenizer_json_of_mistral_s_vocabulary_gives_mistral_s_ids_whoever_sa
         assert stock.encode("a  b", add_special_tokens=False).ids != encode_text(right, "a  b")
 
 
-def test_a_tokenizer_json_of_another_vocabulary_as_transformers_5_saves_it_is_refused(tiny, tmp_path):
+def test_a_tokenizer_json_of_another_vocabulary_as_transformers_5_saves_it_is_refused(
+    tiny, tmp_path
+):
     raw = json.loads((tiny / "tokenizer.json").read_text())
-    raw |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}}
+    raw |= {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(TokenizerError, match="as transformers 5 saves it.*tokenizer.model"):
         load_tokenizer(tmp_path)
@@ -191,17 +214,24 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:dadfd56d\nsize 49
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 @pytest.mark.parametrize(
-    "content", [LFS, b"", b"[1, 2]", b"<!DOCTYPE html>", b'{"model": {}}', b'{"model": {"vocab": 3}}']
+    "content",
+    [LFS, b"", b"[1, 2]", b"<!DOCTYPE html>", b'{"model": {}}', b'{"model": {"vocab": 3}}'],
 )
 def test_broken_files_are_named_with_their_remedy(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TokenizerError, match=rf"{name}.*{'LFS pointer' if content == LFS else ''}.*fetch it again"):
+    with pytest.raises(
+        TokenizerError, match=rf"{name}.*{'LFS pointer' if content == LFS else ''}.*fetch it again"
+    ):
         load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path, tiny):
     raw = json.loads((tiny / "tokenizer.json").read_text())
-    raw["model"] |= {"vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3}, "merges": [], "byte_fallback": False}
+    raw["model"] |= {
+        "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3},
+        "merges": [],
+        "byte_fallback": False,
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(TokenizerError, match="special token|comes back as"):
         load_tokenizer(tmp_path)

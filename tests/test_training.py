@@ -63,7 +63,10 @@ def test_labels_are_the_answer_and_eos_even_where_the_pad_id_stands_in_it():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=6), st.integers(0, 9))
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=6),
+    st.integers(0, 9),
+)
 def test_collator_never_supervises_padding_or_prompt(sizes, pad_id):
     examples = [{"input_ids": [5] * (p + a), "labels": [IGNORED] * p + [5] * a} for p, a in sizes]
     batch = collate(examples, pad_id)
@@ -76,7 +79,11 @@ def test_collator_never_supervises_padding_or_prompt(sizes, pad_id):
 def test_rows_without_a_supervised_end_are_refused():
     with pytest.raises(TrainingError, match="positions \\[1\\]"):
         check_supervised(
-            [{"input_ids": [1, 2], "labels": [IGNORED, 2]}, {"input_ids": [1, 5], "labels": [IGNORED] * 2}], 2
+            [
+                {"input_ids": [1, 2], "labels": [IGNORED, 2]},
+                {"input_ids": [1, 5], "labels": [IGNORED] * 2},
+            ],
+            2,
         )
     with pytest.raises(TrainingError, match="no rows"):
         check_supervised([], 2)
@@ -85,15 +92,23 @@ def test_rows_without_a_supervised_end_are_refused():
 def test_nasty_rows_keep_answer_and_eos():
     tok = load_tokenizer(TINY)
     rows = pd.DataFrame(
-        {"original_text": NASTY, "rewritten_text": NASTY[::-1], "rewrite_prompt": [t[:200] for t in NASTY]}
+        {
+            "original_text": NASTY,
+            "rewritten_text": NASTY[::-1],
+            "rewrite_prompt": [t[:200] for t in NASTY],
+        }
     )
     for example, prompt in zip(
-        make_examples(tok, rows, **OPTIONS | dict(max_tokens=900)), rows["rewrite_prompt"], strict=True
+        make_examples(tok, rows, **OPTIONS | dict(max_tokens=900)),
+        rows["rewrite_prompt"],
+        strict=True,
     ):
         assert tok.decode([i for i in example["labels"] if i != IGNORED]) == prompt.strip() + "</s>"
 
 
-@pytest.mark.parametrize("prompt", ['"Make it rhyme, please."', "Prompt: write it as a poem", "**Use bold type**"])
+@pytest.mark.parametrize(
+    "prompt", ['"Make it rhyme, please."', "Prompt: write it as a poem", "**Use bold type**"]
+)
 @pytest.mark.parametrize("style", ["plain", "json"])
 def test_prompts_that_look_like_wrapped_ones_are_taught_as_they_are(prompt, style):
     tok = load_tokenizer(TINY)
@@ -145,7 +160,8 @@ def test_masking_by_id_with_pad_eos_never_stops_and_ours_does():
         optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=5e-3)
         for _ in range(15):
             batch = collate(examples, tok.pad_token_id)
-            if way != "by position":  # what a collator does that masks every label with the id of the pad token
+            # what a collator does that masks every label with the id of the pad token
+            if way != "by position":
                 batch = collate(examples, pad_id=tok.eos_token_id)
                 batch["labels"][batch["input_ids"] == tok.eos_token_id] = IGNORED
             lora(**batch).loss.backward()
@@ -153,7 +169,8 @@ def test_masking_by_id_with_pad_eos_never_stops_and_ours_does():
             optimizer.zero_grad()
         options = OPTIONS | dict(max_new_tokens=40, fallback_prompt="-", description=None)
         found = answers.answer_table(lora, tok, rows, **options)
-        assert found["answer"].str.startswith("Make it rhyme.").all()  # both have learned the answer
+        # both have learned the answer
+        assert found["answer"].str.startswith("Make it rhyme.").all()
         stopped[way] = (found["stopped"] == "eos").mean()
     assert stopped == {"by position": 1.0, "by id, pad = eos": 0.0}
 
@@ -169,7 +186,10 @@ def test_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
     recipe = Recipe(output_dir=tmp_path, **options)
     log = training.train(lora, tok, examples[:4], examples[4:], recipe, score=lambda: next(scores))
     assert log["eval_scs"].dropna().to_list() == [0.1, 0.9, 0.2, 0.3, 0.4]
-    assert log.loc[log["eval_scs"].notna(), "step"].to_list() == [2, 4, 6, 8, 10] and log["step"].max() == 10
+    assert (
+        log.loc[log["eval_scs"].notna(), "step"].to_list() == [2, 4, 6, 8, 10]
+        and log["step"].max() == 10
+    )
     assert log["eval_loss"].notna().sum() == 5
     best = load_file(tmp_path / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     last = load_file(tmp_path / "checkpoints" / "checkpoint-10" / "adapter_model.safetensors")
@@ -180,7 +200,13 @@ def test_best_checkpoint_is_kept_and_training_stops_early(tmp_path):
     (events,) = (tmp_path / "checkpoints").rglob("events.out.tfevents.*")
     board = EventAccumulator(str(events.parent))
     board.Reload()
-    assert [round(point.value, 1) for point in board.Scalars("eval/scs")] == [0.1, 0.9, 0.2, 0.3, 0.4]
+    assert [round(point.value, 1) for point in board.Scalars("eval/scs")] == [
+        0.1,
+        0.9,
+        0.2,
+        0.3,
+        0.4,
+    ]
     assert len(board.Scalars("train/loss")) == 10
 
 
@@ -191,14 +217,21 @@ def test_batches_hold_similar_lengths_in_an_order_of_their_own_each_epoch(tmp_pa
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
-    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(400))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(
+        range(400)
+    )
     spread = [max(orders[0][i : i + 4]) - min(orders[0][i : i + 4]) for i in range(0, 400, 4)]
     assert sum(spread) / len(spread) < 40  # about 240 in a plain shuffle
     # and Trainer uses it: little padding, and another order in the second epoch
     tok, lora = build()
-    examples = [{"input_ids": [1] + [9] * n + [2], "labels": [IGNORED] * (n + 1) + [2]} for n in range(3, 35)]
+    examples = [
+        {"input_ids": [1] + [9] * n + [2], "labels": [IGNORED] * (n + 1) + [2]}
+        for n in range(3, 35)
+    ]
     pads = []
-    lora.get_input_embeddings().register_forward_pre_hook(lambda _, args: pads.append((args[0] == 2400).sum().item()))
+    lora.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: pads.append((args[0] == 2400).sum().item())
+    )
     recipe = Recipe(output_dir=tmp_path, **FAST | dict(max_steps=32, batch_size=2))
     training.train(lora, tok, examples, [], recipe)
     assert len(pads) == 32 and sum(pads) / 32 < 6  # about 11 in a plain shuffle
@@ -210,16 +243,22 @@ def test_activation_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_
     for on in (False, True):
         tok, lora = build()
         calls = []
-        lora.get_base_model().model.layers[1].mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
+        lora.get_base_model().model.layers[1].mlp.register_forward_pre_hook(
+            lambda *args, calls=calls: calls.append(1)
+        )
         examples = make_examples(tok, demo_rows(4), **SHORT)
         options = FAST | dict(batch_size=2, max_steps=2, activation_checkpointing=on)
         training.train(lora, tok, examples, [], Recipe(output_dir=tmp_path / str(on), **options))
         results.append((len(calls), lora_state(lora)))
     assert [calls for calls, _ in results] == [2, 4]
-    assert all(torch.allclose(value, results[1][1][name], atol=1e-6) for name, value in results[0][1].items())
+    assert all(
+        torch.allclose(value, results[1][1][name], atol=1e-6)
+        for name, value in results[0][1].items()
+    )
 
 
-# a falling score: the first checkpoint stays the best, and patience runs out after 5 more, at step 12 of 20
+# a falling score: the first checkpoint stays the best, and patience runs out after 5 more, at step
+# 12 of 20
 RUN = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
@@ -241,11 +280,15 @@ print("finished")
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     from safetensors.torch import load_file
 
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the sums' order, and so the last bits, depend on the threads
+    # the sums' order, and so the last bits, depend on the threads
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(folder):
         return subprocess.Popen(
-            [sys.executable, "-c", RUN, str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", RUN, str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
 
     whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
@@ -256,31 +299,42 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert b"finished" not in killed.communicate()[0] and killed.returncode == -signal.SIGKILL
     moved = tmp_path / "moved"  # a rented machine may go on elsewhere
     (tmp_path / "killed").rename(moved)
-    half = moved / "checkpoints" / "checkpoint-9999"  # killed while writing: no trainer_state.json yet
+    # killed while writing: no trainer_state.json yet
+    half = moved / "checkpoints" / "checkpoint-9999"
     half.mkdir()
     early = (moved / "checkpoints" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
     assert b"finished" in start(moved).communicate()[0] and b"finished" in whole.communicate()[0]
     assert not half.exists()
     # went on, did not begin again
-    assert (moved / "checkpoints" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == early
-    for name in ("checkpoints/checkpoint-2", "checkpoints/checkpoint-12", "adapter"):  # the best, the last, the kept
+    assert (
+        moved / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    ).stat().st_mtime_ns == early
+    # the best, the last, the kept
+    for name in ("checkpoints/checkpoint-2", "checkpoints/checkpoint-12", "adapter"):
         expected, found = (
-            load_file(folder / name / "adapter_model.safetensors") for folder in (tmp_path / "whole", moved)
+            load_file(folder / name / "adapter_model.safetensors")
+            for folder in (tmp_path / "whole", moved)
         )
         assert all(torch.equal(expected[name], found[name]) for name in expected), name
-    log, other = (pd.read_csv(folder / "training_log.csv") for folder in (tmp_path / "whole", moved))
+    log, other = (
+        pd.read_csv(folder / "training_log.csv") for folder in (tmp_path / "whole", moved)
+    )
     pd.testing.assert_frame_equal(log, other, check_exact=True)
     assert log["step"].to_list() == list(range(1, 13))
 
 
 def test_resuming_a_finished_run_trains_no_further(tmp_path):
-    """Killed while answering after the training: the same adapter and log come back, wherever the folder is now."""
+    """Killed while answering after the training: the same adapter and log come back, wherever the
+    folder is now."""
     results = []
     for folder in ("first", "first", "moved"):
         tok, lora = build(dropout=0.1)
         examples = make_examples(tok, demo_rows(6), **SHORT)
         options = FAST | dict(batch_size=2, max_steps=8, patience=2, evaluations=4, resume=True)
-        recipe, score = Recipe(output_dir=tmp_path / folder, **options), iter([0.5, 0.4, 0.3]).__next__
+        recipe, score = (
+            Recipe(output_dir=tmp_path / folder, **options),
+            iter([0.5, 0.4, 0.3]).__next__,
+        )
         log = training.train(lora, tok, examples[:4], examples[4:], recipe, score=score)
         assert not lora.training
         results.append((log, lora_state(lora)))
@@ -318,15 +372,24 @@ def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tm
     with pytest.raises(TrainingError, match="other rows or settings"):
         training.train(lora, tok, examples, [], replace(recipe, resume=True, warmup_steps=1))
     training.train(lora, tok, examples[1:], [], replace(recipe, max_steps=2))
-    assert not stale.exists() and training.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+    assert (
+        not stale.exists()
+        and training.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+    )
 
 
 def test_rows_without_an_answer_in_the_style_are_named():
     tok = load_tokenizer(TINY)
-    rows = demo_rows(3).assign(response=["1. why", "", " "], source=["a.csv:1", "a.csv:2", "a.csv:3"])
-    with pytest.raises(TrainingError, match=r"2 of 3 rows are refused \(a.csv:2, a.csv:3\).*reason_json"):
+    rows = demo_rows(3).assign(
+        response=["1. why", "", " "], source=["a.csv:1", "a.csv:2", "a.csv:3"]
+    )
+    with pytest.raises(
+        TrainingError, match=r"2 of 3 rows are refused \(a.csv:2, a.csv:3\).*reason_json"
+    ):
         make_examples(tok, rows, max_tokens=400, format=Format(style="reason_json"))
-    with pytest.raises(TrainingError, match=r"1 of 1 rows are refused \(row 1\).*raise max_tokens to"):
+    with pytest.raises(
+        TrainingError, match=r"1 of 1 rows are refused \(row 1\).*raise max_tokens to"
+    ):
         make_examples(tok, demo_rows(1), max_tokens=20, format=Format())
 
 
@@ -342,7 +405,8 @@ def test_a_host_that_shows_several_cards_trains_on_the_planned_rows_of_a_step(
     tmp_path,
     monkeypatch,
 ):
-    """Trainer would give each card a batch: with two of them, twice the rows, and half as many steps an epoch."""
+    """Trainer would give each card a batch: with two of them, twice the rows, and half as many
+    steps an epoch."""
     import functools
 
     tok, lora = build()
@@ -374,18 +438,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_says_what_is_kept(t
 
     def damage(*_):
         steps.append(1)
-        if len(steps) == 7:  # two micro-batches a step and one evaluation of two batches before: in the third step
+        # two micro-batches a step and one evaluation of two batches before: in the third step
+        if len(steps) == 7:
             weight.data[5] = float("nan")
 
     lora.get_base_model().model.layers[0].register_forward_pre_hook(damage)
     options = FAST | dict(batch_size=2, gradient_accumulation=2, max_steps=10, evaluations=5)
     recipe = Recipe(output_dir=tmp_path, **options)
-    with pytest.raises(TrainingError, match=r"loss of step 3 is nan.*checkpoint-2 is kept.*learning_rate 0.005"):
+    with pytest.raises(
+        TrainingError, match=r"loss of step 3 is nan.*checkpoint-2 is kept.*learning_rate 0.005"
+    ):
         training.train(lora, tok, examples[:8], examples[8:], recipe)
     assert len(steps) <= 8  # stopped in that step
-    assert all(torch.isfinite(tensor).all() for tensor in lora_state(lora).values())  # before they were changed by it
+    # before they were changed by it
+    assert all(torch.isfinite(tensor).all() for tensor in lora_state(lora).values())
     with pytest.raises(TrainingError, match="loss of step 1 is nan.*no checkpoint was written yet"):
-        training.train(lora, tok, examples[:8], [], Recipe(output_dir=tmp_path / "other", **options))
+        training.train(
+            lora, tok, examples[:8], [], Recipe(output_dir=tmp_path / "other", **options)
+        )
     assert lora.config.use_cache and not lora.training
 
 
@@ -405,13 +475,19 @@ training.train(lora, tok, examples, [], Recipe(output_dir=sys.argv[1], **options
 """
 
 
-@pytest.mark.parametrize("room", [60_000, 150_000])  # the adapter does not fit; the optimiser's state does not
+# the adapter does not fit; the optimiser's state does not
+@pytest.mark.parametrize("room", [60_000, 150_000])
 def test_a_full_disk_is_said_with_path_and_room(tmp_path, room):
     command = [sys.executable, "-c", FULL, str(tmp_path), str(room)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 1
     said = done.stderr
-    assert f"TrainingError: The checkpoint of step 1 could not be written to {tmp_path / 'checkpoints'} (" in said
+    assert (
+        f"TrainingError: The checkpoint of step 1 could not be written to "
+        f"{tmp_path / 'checkpoints'} (" in said
+    )
     assert "MiB free there)" in said and "no checkpoint is there yet" in said
     assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))  # nothing half-written is left
 
@@ -420,36 +496,50 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted_unless_all_are():
     tok = load_tokenizer(TINY)
     rows = demo_rows(5).assign(source=[f"a.csv:{n}" for n in range(1, 6)])
     rows["response"] = [
-        '1. Tone changed.\n2. {"instruction": "Make it formal."}', "", '1. Shorter.\n2. {"prompt": "x"}', "1. Longer.", "why",
-    ]  # fmt: skip
+        '1. Tone changed.\n2. {"instruction": "Make it formal."}',
+        "",
+        '1. Shorter.\n2. {"prompt": "x"}',
+        "1. Longer.",
+        "why",
+    ]
     rows.loc[0, "rewrite_prompt"] = "make it formal"
     rows.loc[3, "rewrite_prompt"] = "very " * 1250 + "formal"
     render = dict(max_tokens=400, format=Format(style="reason_json"))
     kept, example_of, account = usable_examples(tok, rows, **render)
-    assert kept["source"].to_list() == ["a.csv:1", "a.csv:3", "a.csv:5"] and list(example_of) == kept["id"].to_list()
+    assert (
+        kept["source"].to_list() == ["a.csv:1", "a.csv:3", "a.csv:5"]
+        and list(example_of) == kept["id"].to_list()
+    )
     assert account[["source", "reason", "action"]].values.tolist() == [
         ["a.csv:2", "no reason_json answer that can be read back", "dropped"],
         ["a.csv:3", "response names another prompt", "overruled"],
         ["a.csv:4", "prompt and answer do not fit in max_tokens", "dropped"],
     ]
-    for example, row in zip(make_examples(tok, kept, **render), kept.to_dict("records"), strict=True):
+    for example, row in zip(
+        make_examples(tok, kept, **render), kept.to_dict("records"), strict=True
+    ):
         assert example == example_of[row["id"]]
         taught = tok.decode([i for i in example["labels"] if i != IGNORED]).removesuffix("</s>")
         assert read_back(taught, "reason_json") == row["rewrite_prompt"] and taught.count("{") == 1
-    with pytest.raises(TrainingError, match=r"2 of 2 rows are refused \(a.csv:2, a.csv:4\); the first: response=''"):
+    with pytest.raises(
+        TrainingError, match=r"2 of 2 rows are refused \(a.csv:2, a.csv:4\); the first: response=''"
+    ):
         usable_examples(tok, rows.iloc[[1, 3]], **render)
     with pytest.raises(TrainingError, match="no rows left"):
         usable_examples(tok, rows.head(0), **render)
 
 
 def test_equal_scores_go_by_loss_and_the_end_is_said(tmp_path, capsys):
-    """No answer holds a prompt while the loss falls: the lowest loss is kept, and the training goes on."""
+    """No answer holds a prompt while the loss falls: the lowest loss is kept, and the training goes
+    on."""
     kept = {}
     for folder, patience in (("zeros", 2), ("falling", 2)):
         tok, lora = build()
         examples = make_examples(tok, demo_rows(12), **SHORT)
         score = (lambda: 0.0) if folder == "zeros" else iter([0.3, 0.2, 0.1]).__next__
-        options = FAST | dict(batch_size=4, max_steps=6, evaluations=6, patience=patience, learning_rate=1e-3)
+        options = FAST | dict(
+            batch_size=4, max_steps=6, evaluations=6, patience=patience, learning_rate=1e-3
+        )
         recipe = Recipe(output_dir=tmp_path / folder, **options)
         log = training.train(lora, tok, examples[:8], examples[8:], recipe, score=score)
         kept[folder] = (log, capsys.readouterr().out)
@@ -459,7 +549,10 @@ def test_equal_scores_go_by_loss_and_the_end_is_said(tmp_path, capsys):
     assert f"kept: step 6, eval_scs 0, eval_loss {losses[-1]:.4g}; all 6 steps done" in said
     log, said = kept["falling"]
     assert log["step"].max() == 3
-    assert "kept: step 1, eval_scs 0.3" in said and "STOPPED EARLY at step 3 of 6, since 2 evaluations in a row" in said
+    assert (
+        "kept: step 1, eval_scs 0.3" in said
+        and "STOPPED EARLY at step 3 of 6, since 2 evaluations in a row" in said
+    )
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.5, 30.0])

@@ -1,5 +1,6 @@
-"""What a submission's rows hold in the end: prompts without what models wrap around them, never what a
-scorer reads as missing; and a hidden test.csv that breaks the rules gets an answer for every row."""
+"""What a submission's rows hold in the end: prompts without what models wrap around them, never
+what a scorer reads as missing; and a hidden test.csv that breaks the rules gets an answer for every
+row."""
 
 import io
 import json
@@ -104,7 +105,8 @@ def test_short_and_odd_prompts_stay(text, tmp_path):
 @pytest.mark.parametrize("text", sorted(STR_NA_VALUES))
 def test_the_check_reads_the_file_as_a_scorer_does(text, tmp_path):
     with pytest.raises(
-        SubmissionError, match="are (blank|read as missing by pandas), which fails the whole submission"
+        SubmissionError,
+        match="are (blank|read as missing by pandas), which fails the whole submission",
     ):
         written(["Make it rhyme.", text], tmp_path)
 
@@ -127,11 +129,17 @@ def test_no_answer_to_a_row_is_read_as_missing(text):
     [
         ("Make it rhyme. " * 9 + "Make it", "Make it rhyme."),
         ("Rewrite this as a poem, " * 3, "Rewrite this as a poem"),
-        ("Say it as a pirate. Use slang. Use slang. Use slang. Use sl", "Say it as a pirate. Use slang"),
+        (
+            "Say it as a pirate. Use slang. Use slang. Use slang. Use sl",
+            "Say it as a pirate. Use slang",
+        ),
         ("very very very very very", "very"),
         ("Make it scarier and scarier and scarier and scarier and", "Make it scarier and"),
         ("No" + "!" * 50, "No!"),
-        ("\u6539\u5199\u8fd9\u6bb5\u6587\u5b57\u3002" * 5, "\u6539\u5199\u8fd9\u6bb5\u6587\u5b57\u3002"),
+        (
+            "\u6539\u5199\u8fd9\u6bb5\u6587\u5b57\u3002" * 5,
+            "\u6539\u5199\u8fd9\u6bb5\u6587\u5b57\u3002",
+        ),
         ("Line one\n" * 20, "Line one"),
     ],
 )
@@ -144,7 +152,15 @@ def test_a_phrase_repeated_to_the_limit_stays_once_and_is_counted(text, once):
 
 
 @pytest.mark.parametrize(
-    "text", ["Make it rhyme.", "Say hip hip hooray", "Use a, b, c and d as the names", "Shorten it to 1000000", "", "a"]
+    "text",
+    [
+        "Make it rhyme.",
+        "Say hip hip hooray",
+        "Use a, b, c and d as the names",
+        "Shorten it to 1000000",
+        "",
+        "a",
+    ],
 )
 def test_what_is_not_repeated_three_times_stays(text):
     assert cut_repeated(text) == text
@@ -305,11 +321,23 @@ def test_what_is_ambiguous_is_nothing(text):
 HEAD = b"id,original_text,rewritten_text\n"
 RULES = {
     "bare CR": (HEAD + b"1,a\rb,c\n2,d,e\n", ["1", "2"], ["a\rb", "d"]),
-    "bare CRs as line ends": (HEAD.replace(b"\n", b"\r") + b"1,a,c\r2,d,e\r3,f\r", ["1", "2", "3"], ["a", "d", "f"]),
+    "bare CRs as line ends": (
+        HEAD.replace(b"\n", b"\r") + b"1,a,c\r2,d,e\r3,f\r",
+        ["1", "2", "3"],
+        ["a", "d", "f"],
+    ),
     "blank ids": (HEAD + b"1,a,b\n,c,d\n  ,e,f\n", ["1", "", "  "], ["a", "c", "e"]),
     "doubled ids": (HEAD + b"1,a,b\n1,c,d\n", ["1", "1"], ["a", "c"]),
-    "latin-1": (HEAD + "1,caf\u00e9,b\n2,na\u00efve,d\n".encode("latin-1"), ["1", "2"], ["caf\u00e9", "na\u00efve"]),
-    "Windows-1252": (HEAD + "1,\u201ca\u201d \u2014 b,c\n".encode("cp1252"), ["1"], ["\u201ca\u201d \u2014 b"]),
+    "latin-1": (
+        HEAD + "1,caf\u00e9,b\n2,na\u00efve,d\n".encode("latin-1"),
+        ["1", "2"],
+        ["caf\u00e9", "na\u00efve"],
+    ),
+    "Windows-1252": (
+        HEAD + "1,\u201ca\u201d \u2014 b,c\n".encode("cp1252"),
+        ["1"],
+        ["\u201ca\u201d \u2014 b"],
+    ),
     "UTF-16": ("id,original_text,rewritten_text\n1,\u00e9,b\n".encode("utf-16"), ["1"], ["\u00e9"]),
     "bytes of no encoding": (HEAD + b"1,a\x81\xff,b\n", ["1"], ["a\x81\xff"]),
     "a comma without quotes": (HEAD + b"1,a,b, and c\n2,d,e\n", ["1", "2"], ["a", "d"]),
@@ -323,7 +351,9 @@ RULES = {
 
 
 @pytest.mark.parametrize("kind", RULES)
-def test_the_hidden_file_gets_a_row_for_each_of_its_rows_and_the_trouble_is_said(kind, tmp_path, monkeypatch, capsys):
+def test_the_hidden_file_gets_a_row_for_each_of_its_rows_and_the_trouble_is_said(
+    kind, tmp_path, monkeypatch, capsys
+):
     content, ids, texts = RULES[kind]
     path = tmp_path / "test.csv"
     path.write_bytes(content)

@@ -1,11 +1,19 @@
-"""4-bit mixtures of experts for transformers: load, train on, answer with, save. Knows no prompts, CSV or Kaggle.
+"""4-bit mixtures of experts for transformers: load, train on, answer with, save. Knows no prompts,
+CSV or Kaggle.
 
-Outside code uses what is named here, and nothing below. The engine imports nothing of prompt_recovery outside itself.
+Outside code uses what is named here, and nothing below. The engine imports nothing of
+prompt_recovery outside itself.
 """
 
 from prompt_recovery.engine.batching import spread_order
 from prompt_recovery.engine.checkpointing import TrainingPlan, apply_plan, training_plan
-from prompt_recovery.engine.folder import ModelError, base_id, check_model_dir, loads_in_four_bit, read_config
+from prompt_recovery.engine.folder import (
+    ModelError,
+    base_id,
+    check_model_dir,
+    loads_in_four_bit,
+    read_config,
+)
 from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Sampling, generate, ready
 from prompt_recovery.engine.loading import check_base, load_base, save_quantised
 from prompt_recovery.engine.memory import TooLittleMemory, processes

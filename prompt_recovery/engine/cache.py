@@ -10,15 +10,24 @@ from prompt_recovery.engine.memory import kv_shape
 
 
 class StaticCache:
-    """Keys and values of [rows, heads, columns, size] a layer, in one piece of memory a layer that batches of other
-    shapes use again: a captured graph finds them where they were. It has what attention layers ask of transformers' Cache.
+    """Keys and values of [rows, heads, columns, size] a layer, in one piece of memory a layer that
+    batches of other
+    shapes use again: a captured graph finds them where they were. It has what attention layers ask
+    of transformers' Cache.
 
-    now: int64 [2] on the device, columns and rows of the batch. padding [R, 1]: columns of each row that hold nothing, from
-    `start` on.
+    now: int64 [2] on the device, columns and rows of the batch. padding [R, 1]: columns of each row
+    that hold nothing, from `start` on.
     """
 
     def __init__(
-        self, config: Any, layers: range, cells: int, rows: int, start: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: Any,
+        layers: range,
+        cells: int,
+        rows: int,
+        start: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.heads, self.size = kv_shape(config)
         self.start = start
@@ -30,12 +39,16 @@ class StaticCache:
 
     def shape(self, rows: int, columns: int) -> None:
         count = rows * columns * self.heads * self.size
-        self.views = [[part[:count].view(rows, self.heads, columns, self.size) for part in room] for room in self.room]
+        self.views = [
+            [part[:count].view(rows, self.heads, columns, self.size) for part in room]
+            for room in self.room
+        ]
         self.columns = columns
         self.now.copy_(torch.tensor([columns, rows]))
 
     def clear(self) -> None:
-        """Zeros for the batch. What another batch left may be NaN, which a weight of 0 in attention would not undo."""
+        """Zeros for the batch. What another batch left may be NaN, which a weight of 0 in attention
+        would not undo."""
         for views in self.views:
             for view in views:
                 view.zero_()
@@ -46,7 +59,8 @@ class StaticCache:
         return keys, values
 
     def at(self, rows: slice, columns: slice | torch.Tensor) -> None:
-        """Where the next forward writes; it reads everything up to there, or all columns for a tensor of one column."""
+        """Where the next forward writes; it reads everything up to there, or all columns for a
+        tensor of one column."""
         self.rows = rows
         self.column = None if isinstance(columns, slice) else columns
         self.where = columns if isinstance(columns, slice) else slice(None)

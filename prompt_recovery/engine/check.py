@@ -17,8 +17,9 @@ from prompt_recovery.engine.storage import dequantise, four_bit_experts, linear_
 
 
 def check_kernels(model: nn.Module) -> None:
-    """Compare Triton's kernels with plain torch on one layer's experts, and where ours is used on attention, once a device.
-    Where they differ by more than rounding or can't run, plain torch computes there from then on, which is printed."""
+    """Compare Triton's kernels with plain torch on one layer's experts, and where ours is used on
+    attention, once a device. Where they differ by more than rounding or can't run, plain torch
+    computes there from then on, which is printed."""
     for experts in four_bit_experts(model):
         device = experts.gate_up_proj_packed.device
         if device in _checked or not uses_triton(device):
@@ -27,13 +28,18 @@ def check_kernels(model: nn.Module) -> None:
         dtype = next(model.parameters()).dtype
         try:
             errors = [_experts_error(experts, dtype)]
-            linear = next((each for each in _four_bit_layers(model) if each.weight.device == device), None)
+            linear = next(
+                (each for each in _four_bit_layers(model) if each.weight.device == device), None
+            )
             if linear is not None:
                 errors.append(_linear_error(linear, dtype))
             if dispatch.card(device).lowered:
                 errors.append(_attention_error(model.config, dtype, device))
-        except Exception as problem:  # a compiler's or a driver's; plain torch goes on, and says why
-            dispatch.refuse(device, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}")
+        # a compiler's or a driver's; plain torch goes on, and says why
+        except Exception as problem:
+            dispatch.refuse(
+                device, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:200]}"
+            )
             continue
         limit = 4 * torch.finfo(dtype).eps  # rounding gives 3e-3 to 5e-3 in bf16, 5e-4 in fp16
         wrong = [error for error in errors if not error <= limit]  # NaN too
@@ -46,25 +52,36 @@ _checked: set[torch.device] = set()
 
 @torch.no_grad()
 def _experts_error(experts: nn.Module, dtype: torch.dtype) -> float:
-    """The larger relative error of Triton's two ways, for few rows and for many, against plain torch."""
+    """The larger relative error of Triton's two ways, for few rows and for many, against plain
+    torch."""
     device, count = experts.gate_up_proj_packed.device, experts.num_experts
     generator = torch.Generator(device).manual_seed(0)
     errors = []
     for tokens in (5, FEW_TOKENS + 1):
-        x = torch.randn(tokens, experts.gate_up_proj_packed.shape[2] * 2, generator=generator, device=device).to(dtype)
-        chosen, index = torch.rand(tokens, count, generator=generator, device=device).topk(min(2, count))
+        x = torch.randn(
+            tokens, experts.gate_up_proj_packed.shape[2] * 2, generator=generator, device=device
+        ).to(dtype)
+        chosen, index = torch.rand(tokens, count, generator=generator, device=device).topk(
+            min(2, count)
+        )
         with dispatch.using(device, "torch"):
             expected = experts_forward(experts, x, index, chosen.to(dtype)).float()
         workspace(experts).buffers.clear()  # else Triton would be spared the dequantisation
         found = experts_forward(experts, x, index, chosen.to(dtype)).float()
         workspace(experts).buffers.clear()
         # weights of zeros give 0 of 0
-        errors.append((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        errors.append(
+            (found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        )
     return torch.stack(errors).max().item()  # NaN if one of them is
 
 
 def _four_bit_layers(model: nn.Module) -> Iterator[bnb.nn.Linear4bit]:
-    return (module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit) and linear_pieces(module))
+    return (
+        module
+        for module in model.modules()
+        if isinstance(module, bnb.nn.Linear4bit) and linear_pieces(module)
+    )
 
 
 @torch.no_grad()
@@ -74,12 +91,16 @@ def _linear_error(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> float:
 
     pieces, device = linear_pieces(layer), layer.weight.device
     assert pieces is not None
-    x = torch.randn(20, layer.in_features, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+    x = torch.randn(
+        20, layer.in_features, generator=torch.Generator(device).manual_seed(0), device=device
+    ).to(dtype)
     with dispatch.using(device, "torch"):
         expected = nn.functional.linear(x, dequantise(pieces, dtype)[0]).float()
     with on(device):
         found = experts_decode.linear(x, pieces).float()
-    return ((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    return (
+        (found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    ).item()
 
 
 @torch.no_grad()
@@ -96,16 +117,23 @@ def _attention_error(config: Any, dtype: torch.dtype, device: torch.device) -> f
 
     errors = []
     for rows in (1, 20):
-        query, keys, values = drawn(rows, heads, size), *(drawn(rows, key_heads, columns, size) for _ in range(2))
+        query, keys, values = (
+            drawn(rows, heads, size),
+            *(drawn(rows, key_heads, columns, size) for _ in range(2)),
+        )
         padding = torch.arange(rows, device=device)[:, None] * 5
         place = torch.tensor([columns - 30], device=device)
         now = torch.tensor([columns, rows], device=device)
         with on(device):
-            found = decode_step.attend(query, keys, values, padding, place, now, start, key_heads, size**-0.5).float()
+            found = decode_step.attend(
+                query, keys, values, padding, place, now, start, key_heads, size**-0.5
+            ).float()
         seen = torch.arange(columns, device=device)
         visible = ((seen < start) | (seen >= start + padding)) & (seen <= place)
         grouped = query.view(rows, key_heads, -1, size).float()
-        odds = (grouped @ keys.float().transpose(2, 3) * size**-0.5).masked_fill(~visible[:, None, None], -torch.inf)
+        odds = (grouped @ keys.float().transpose(2, 3) * size**-0.5).masked_fill(
+            ~visible[:, None, None], -torch.inf
+        )
         expected = (odds.softmax(-1) @ values.float()).view(rows, heads, size)
         errors.append((found - expected).norm() / expected.norm())
     return torch.stack(errors).max().item()

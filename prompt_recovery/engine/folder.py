@@ -14,7 +14,16 @@ from prompt_recovery.engine import quantiser
 from prompt_recovery.engine.storage import PIECES, PROJECTIONS
 
 # model types with which loading, 4 bits and answering are tested against transformers' own
-FAMILIES = ("mixtral", "mistral", "llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma3_text")
+FAMILIES = (
+    "mixtral",
+    "mistral",
+    "llama",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "gemma3_text",
+)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 AGAIN = "fetch it again, such as with `hf download`"
 
@@ -28,7 +37,8 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"model_dir {model_dir} has no config.json; give the folder of a base model as the hub has it."
+            f"model_dir {model_dir} has no config.json; give the folder of a base model as the hub "
+            f"has it."
         )
     return _json(path)
 
@@ -37,15 +47,16 @@ def check_model_dir(model_dir: str | Path) -> Path:
     """The folder as a Path, if it holds a whole base model of a family that is tested.
 
     Config, index and the headers of all files are read, no weights.
-    Raises ModelError (Nf4Error for a quantisation that is not this project's) before anything loads:
-    files that are missing, cut short or no safetensors, tensors that are missing or of a wrong shape,
-    weights that another tool quantised, another family.
+    Raises ModelError (Nf4Error for a quantisation that is not this project's) before anything
+    loads: files that are missing, cut short or no safetensors, tensors that are missing or of a
+    wrong shape, weights that another tool quantised, another family.
     """
     folder = Path(model_dir)
     config = read_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(
-            f"model_dir {folder} has no *.safetensors; pickle weights (.bin) are not loaded, convert them."
+            f"model_dir {folder} has no *.safetensors; pickle weights (.bin) are not loaded, "
+            f"convert them."
         )
     quantised = quantiser.check_folder(folder)
     kind = config.get("model_type")
@@ -59,15 +70,17 @@ def check_model_dir(model_dir: str | Path) -> Path:
 
 
 def loads_in_four_bit(model_dir: str | Path, four_bit: bool | None = None) -> bool:
-    """What `load_base` makes of four_bit: None is on a GPU, or where the folder is in 4 bits already."""
+    """What `load_base` makes of four_bit: None is on a GPU, or where the folder is in 4 bits
+    already."""
     quantised = bool(read_config(model_dir)) and quantiser.check_folder(model_dir)
     return quantised or torch.cuda.is_available() if four_bit is None else four_bit
 
 
 def base_id(model_dir: str | Path) -> str:
-    """A public name for the base, which does not depend on where it is mounted: `_name_or_path` of its
-    config if that is owner/name, the id in a path of the hub's cache, or the folder's name without a
-    Kaggle model's version; for a folder of `save_quantised`, that of the model it was made from."""
+    """A public name for the base, which does not depend on where it is mounted: `_name_or_path` of
+    its config if that is owner/name, the id in a path of the hub's cache, or the folder's name
+    without a Kaggle model's version; for a folder of `save_quantised`, that of the model it was
+    made from."""
     config = read_config(model_dir)
     name = config.get("quantization_config", {}).get("base") or config.get("_name_or_path", "")
     if "quantization_config" in config and name:
@@ -77,7 +90,8 @@ def base_id(model_dir: str | Path) -> str:
     for folder in (Path(model_dir).absolute(), Path(model_dir).resolve()):
         parents = [folder, *folder.parents]
         hub = next((each.name for each in parents if each.name.startswith("models--")), None)
-        if hub and "snapshots" in folder.parts:  # a hub's cache: models--owner--name/snapshots/COMMIT
+        # a hub's cache: models--owner--name/snapshots/COMMIT
+        if hub and "snapshots" in folder.parts:
             return hub.removeprefix("models--").replace("--", "/")
     while folder.name.isdigit() and folder.parent.name:  # a Kaggle model's version
         folder = folder.parent
@@ -110,8 +124,14 @@ def _headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
     elif (folder / INDEX).is_file():
         index = _json(folder / INDEX)
         weight_map = index.get("weight_map") or {}
-        if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata"), dict):
-            raise ModelError(f"{folder / INDEX} needs the entries metadata and weight_map, as objects: {AGAIN}.")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not isinstance(index.get("metadata"), dict)
+        ):
+            raise ModelError(
+                f"{folder / INDEX} needs the entries metadata and weight_map, as objects: {AGAIN}."
+            )
         files = sorted({str(name) for name in weight_map.values()})
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
@@ -122,7 +142,8 @@ def _headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
     else:
         found = sorted(path.name for path in folder.glob("*.safetensors"))
         raise ModelError(
-            f"{folder} holds {', '.join(found[:3])}, neither {WEIGHTS} nor {INDEX}, of which one must"
+            f"{folder} holds {', '.join(found[:3])}, neither {WEIGHTS} nor {INDEX}, of which one "
+            f"must"
             f" be there: {AGAIN}."
         )
     headers: dict[str, tuple[str, list[int]]] = {}
@@ -134,24 +155,33 @@ def _headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
                 headers |= {key: (each.get_dtype(), each.get_shape()) for key, each in own.items()}
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{folder / name} is not a whole safetensors file ({_cause(folder / name, error)}): {AGAIN}."
+                f"{folder / name} is not a whole safetensors file "
+                f"({_cause(folder / name, error)}): {AGAIN}."
             ) from error
         if kind not in ("pt", "mlx"):
-            raise ModelError(f"{folder / name} was saved for {kind!r}, it must be for PyTorch ('pt').")
+            raise ModelError(
+                f"{folder / name} was saved for {kind!r}, it must be for PyTorch ('pt')."
+            )
         lost = sorted(key for key, file in weight_map.items() if file == name and key not in own)
         if lost:
-            raise ModelError(f"{folder / name} lacks {lost[0]}, which {INDEX} places there: fetch both again.")
+            raise ModelError(
+                f"{folder / name} lacks {lost[0]}, which {INDEX} places there: fetch both again."
+            )
     return headers
 
 
-def _check_tensors(folder: Path, headers: dict[str, tuple[str, list[int]]], quantised: bool) -> None:
+def _check_tensors(
+    folder: Path, headers: dict[str, tuple[str, list[int]]], quantised: bool
+) -> None:
     """Beside the model that the config describes, built without memory. Experts have other names in
     files than in the model: the sum of all numbers tells whether some are missing."""
     foreign = [name for name, (dtype, _) in headers.items() if dtype not in ("F16", "BF16", "F32")]
     if foreign and not quantised:
         raise ModelError(
-            f"{folder} holds {foreign[0]} as {headers[foreign[0]][0]}: another tool quantised it. Give"
-            " the model in 16 bits, as its makers published it, or one that `python -m prompt_recovery"
+            f"{folder} holds {foreign[0]} as {headers[foreign[0]][0]}: another tool quantised it. "
+            f"Give"
+            " the model in 16 bits, as its makers published it, or one that `python -m "
+            "prompt_recovery"
             " quantise` made."
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -163,15 +193,24 @@ def _check_tensors(folder: Path, headers: dict[str, tuple[str, list[int]]], quan
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     wanted = [name for name in shapes if quantised or not experts or ".mlp." not in name]
     if quantised:
-        pieces = [f"{name}.{key}_{piece}" for name in experts for key in PROJECTIONS for piece in PIECES]
-        wanted = [name for name in wanted if name.rpartition(".")[0] not in experts] + sorted(pieces)
+        pieces = [
+            f"{name}.{key}_{piece}" for name in experts for key in PROJECTIONS for piece in PIECES
+        ]
+        wanted = [name for name in wanted if name.rpartition(".")[0] not in experts] + sorted(
+            pieces
+        )
     missing = [name for name in wanted if name not in headers]
     if missing:
         raise ModelError(
-            f"model_dir {folder} lacks {len(missing)} of the model's tensors, the first is {missing[0]}; fetch it again."
+            f"model_dir {folder} lacks {len(missing)} of the model's tensors, the first is "
+            f"{missing[0]}; fetch it again."
         )
     linear = {name for name, dim in shapes.items() if quantised and len(dim) > 1}  # packed
-    wrong = [name for name in headers if name in shapes.keys() - linear and headers[name][1] != shapes[name]]
+    wrong = [
+        name
+        for name in headers
+        if name in shapes.keys() - linear and headers[name][1] != shapes[name]
+    ]
     if wrong:
         raise ModelError(
             f"{folder}: {wrong[0]} has the shape {headers[wrong[0]][1]}, config.json makes it"
@@ -181,5 +220,6 @@ def _check_tensors(folder: Path, headers: dict[str, tuple[str, list[int]]], quan
     need = sum(torch.Size(shape).numel() for shape in shapes.values())
     if not quantised and have < need:
         raise ModelError(
-            f"{folder} holds {have:,} of the model's {need:,} numbers: it lacks some of its experts, {AGAIN}."
+            f"{folder} holds {have:,} of the model's {need:,} numbers: it lacks some of its "
+            f"experts, {AGAIN}."
         )

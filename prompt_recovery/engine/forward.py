@@ -1,8 +1,10 @@
-"""The forward of 4-bit experts, with gradients to activations only; transformers' experts interface calls it.
+"""The forward of 4-bit experts, with gradients to activations only; transformers' experts interface
+calls it.
 
-The routing weight multiplies the rows before the down-projection, so its gradient needs no output of the
-down-projection, and nothing after SwiGLU is saved: activation checkpointing stops its recomputation there (early stop),
-without the down-projection. Grouped GEMM without host syncs on sm90 and sm100, one cuBLAS call an expert elsewhere.
+The routing weight multiplies the rows before the down-projection, so its gradient needs no output
+of the down-projection, and nothing after SwiGLU is saved: activation checkpointing stops its
+recomputation there (early stop), without the down-projection. Grouped GEMM without host syncs on
+sm90 and sm100, one cuBLAS call an expert elsewhere.
 """
 
 from __future__ import annotations
@@ -23,15 +25,17 @@ from prompt_recovery.engine.turns import waiting
 
 
 def rows_at_once(tokens: int) -> int:
-    """Most rows of an expert that are computed at a time without gradients, of so many tokens: gate and up take 56 KiB a
-    row of Mixtral's, and each slice dequantises the weights again, so that a large piece has two at most."""
+    """Most rows of an expert that are computed at a time without gradients, of so many tokens: gate
+    and up take 56 KiB a row of Mixtral's, and each slice dequantises the weights again, so that a
+    large piece has two at most."""
     return max(1, min(tokens, 2_048), -(-tokens // 2))
 
 
 class Routing(NamedTuple):
-    """Where the R = T * top_k rows go. order [R]: flat (token, choice) index of each row in expert order; inverse [R]:
-    row of each flat index; ends [E] int32 on the device: end of each expert's rows; bounds: the same on the host, read
-    (one host sync) only where no grouped GEMM takes `ends` from the device."""
+    """Where the R = T * top_k rows go. order [R]: flat (token, choice) index of each row in expert
+    order; inverse [R]: row of each flat index; ends [E] int32 on the device: end of each expert's
+    rows; bounds: the same on the host, read (one host sync) only where no grouped GEMM takes `ends`
+    from the device."""
 
     order: torch.Tensor
     inverse: torch.Tensor
@@ -42,7 +46,8 @@ class Routing(NamedTuple):
 
 def grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch multiplies all experts' rows in one launch."""
-    # the real kernel is for bf16 on sm90 and sm100; elsewhere torch loops over the experts itself, with a host sync each time
+    # the real kernel is for bf16 on sm90 and sm100; elsewhere torch loops over the experts itself,
+    # with a host sync each time
     return (
         device.type == "cuda" and dtype == torch.bfloat16 and hasattr(nn.functional, "grouped_mm")
         and torch.cuda.get_device_capability(device)[0] in (9, 10)
@@ -64,8 +69,11 @@ def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype) -> Routin
     return Routing(order, inverse, ends, bounds, top_k_index.shape[-1])
 
 
-def _matmul(rows: torch.Tensor, experts: nn.Module, projection: str, routing: Routing, transpose: bool) -> torch.Tensor:
-    """Each expert's rows times its weight [N, K], transposed (rows [R, K] -> [R, N]) or not ([R, N] -> [R, K])."""
+def _matmul(
+    rows: torch.Tensor, experts: nn.Module, projection: str, routing: Routing, transpose: bool
+) -> torch.Tensor:
+    """Each expert's rows times its weight [N, K], transposed (rows [R, K] -> [R, N]) or not ([R, N]
+    -> [R, K])."""
     packed = getattr(experts, f"{projection}_packed")
     size, width = packed.shape[1], packed.shape[2] * 2
     matrices: Callable[[int], torch.Tensor]
@@ -74,11 +82,15 @@ def _matmul(rows: torch.Tensor, experts: nn.Module, projection: str, routing: Ro
     else:
         weight = weights(experts, projection, rows.dtype)
         if routing.bounds is None and not (size % 8 or width % 8) and rows.shape[0]:
-            return nn.functional.grouped_mm(rows, weight.transpose(1, 2) if transpose else weight, offs=routing.ends)
+            return nn.functional.grouped_mm(
+                rows, weight.transpose(1, 2) if transpose else weight, offs=routing.ends
+            )
         matrices = weight.__getitem__
     out = rows.new_empty(rows.shape[0], size if transpose else width)
     start = 0
-    for expert, end in enumerate(routing.ends.tolist() if routing.bounds is None else routing.bounds):
+    for expert, end in enumerate(
+        routing.ends.tolist() if routing.bounds is None else routing.bounds
+    ):
         if end > start:
             matrix = matrices(expert)
             torch.mm(rows[start:end], matrix.t() if transpose else matrix, out=out[start:end])
@@ -89,7 +101,8 @@ def _matmul(rows: torch.Tensor, experts: nn.Module, projection: str, routing: Ro
 def _few_rows(
     x: torch.Tensor, experts: nn.Module, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor | None:
-    """The output [T, H] where x has few rows and Triton's kernel for them is there, else None. No gradients."""
+    """The output [T, H] where x has few rows and Triton's kernel for them is there, else None. No
+    gradients."""
     if torch.is_grad_enabled() or not 0 < x.shape[0] <= FEW_TOKENS or not uses_triton(x.device):
         return None
     if x.dtype not in (torch.float16, torch.bfloat16) or not _plain_swiglu(experts):
@@ -140,8 +153,8 @@ class _GateUp(torch.autograd.Function):
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Gate and up rows [R, 2I], routing weights [T, top_k] -> silu(gate) * up * weight [R, I]; with Triton in place, over
-    the gates, where no gradient will be asked for."""
+    """Gate and up rows [R, 2I], routing weights [T, top_k] -> silu(gate) * up * weight [R, I]; with
+    Triton in place, over the gates, where no gradient will be asked for."""
 
     @staticmethod
     def forward(ctx, gate_up, top_k_weights, order, in_place):
@@ -174,8 +187,8 @@ class _SwiGlu(torch.autograd.Function):
 
 
 class _Down(torch.autograd.Function):
-    """Weighted rows [R, I] -> sums over each token's experts [T, H]. It saves no tensor: activation checkpointing would
-    recompute the down-projection to hand it one."""
+    """Weighted rows [R, I] -> sums over each token's experts [T, H]. It saves no tensor: activation
+    checkpointing would recompute the down-projection to hand it one."""
 
     @staticmethod
     def forward(ctx, rows, experts, routing):
@@ -184,21 +197,29 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        rows = _matmul(_gather(grad, ctx.routing), ctx.experts, "down_proj", ctx.routing, transpose=False)
+        rows = _matmul(
+            _gather(grad, ctx.routing), ctx.experts, "down_proj", ctx.routing, transpose=False
+        )
         return rows, None, None
 
 
 @torch.compiler.disable
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The experts' output [T, H] in the dtype of hidden_states [T, H]; top_k_index and top_k_weights: [T, top_k].
+    """The experts' output [T, H] in the dtype of hidden_states [T, H]; top_k_index and
+    top_k_weights: [T, top_k].
 
-    Computes in autocast's dtype where autocast is on, else in that of hidden_states. Gradients go to hidden_states and
-    top_k_weights only.
+    Computes in autocast's dtype where autocast is on, else in that of hidden_states. Gradients go
+    to hidden_states and top_k_weights only.
     """
     kind = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+    dtype = (
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+    )
     with torch.autocast(kind, enabled=False), on(hidden_states.device):
         few = _few_rows(hidden_states.to(dtype), self, top_k_index, top_k_weights)
         if few is not None:
@@ -206,25 +227,35 @@ def experts_forward(
         training = torch.is_grad_enabled()
         routing = route(top_k_index, self.num_experts, dtype)
         if routing.bounds is not None and not training:
-            return _one_at_a_time(hidden_states.to(dtype), self, routing, top_k_weights).to(hidden_states.dtype)
+            return _one_at_a_time(hidden_states.to(dtype), self, routing, top_k_weights).to(
+                hidden_states.dtype
+            )
         keep = getattr(self, "keep_gate_up", False) and training
         rows = _GateUp.apply(hidden_states.to(dtype), self, routing, keep)
-        rows = _activate(rows, self, top_k_weights, routing.order, in_place=not training)  # nothing is kept then
+        # nothing is kept then
+        rows = _activate(rows, self, top_k_weights, routing.order, in_place=not training)
         return _Down.apply(rows, self, routing).to(hidden_states.dtype)
 
 
 def _activate(
-    rows: torch.Tensor, experts: nn.Module, top_k_weights: torch.Tensor, order: torch.Tensor, in_place: bool = False
+    rows: torch.Tensor,
+    experts: nn.Module,
+    top_k_weights: torch.Tensor,
+    order: torch.Tensor,
+    in_place: bool = False,
 ) -> torch.Tensor:
-    """Gate and up rows [R, 2I] of these flat (token, choice) indices -> [R, I], weighted; in_place over the gates."""
+    """Gate and up rows [R, 2I] of these flat (token, choice) indices -> [R, I], weighted; in_place
+    over the gates."""
     if _plain_swiglu(experts):
         return _SwiGlu.apply(rows, top_k_weights, order, in_place)
     return (experts._apply_gate(rows) * top_k_weights.reshape(-1)[order, None]).to(rows.dtype)
 
 
-def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """The output [T, H], with the 16-bit weights of one projection of one expert at a time: a T4 has no room for a layer's.
-    No gradients."""
+def _one_at_a_time(
+    x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The output [T, H], with the 16-bit weights of one projection of one expert at a time: a T4
+    has no room for a layer's. No gradients."""
     assert routing.bounds is not None
     rows, weight = _gather(x, routing), expert_weights(experts, x.dtype)
     start, most = 0, rows_at_once(len(x))
@@ -240,18 +271,20 @@ def _one_at_a_time(x: torch.Tensor, experts: nn.Module, routing: Routing, top_k_
 
 
 def keep_gate_up(model: nn.Module, layers: Collection[int]) -> None:
-    """Let these layers, which recompute their activations, keep the gate and up rows (2 * 2I * top_k bytes a token) from
+    """Let these layers, which recompute their activations, keep the gate and up rows (2 * 2I *
+    top_k bytes a token) from
     the forward pass: only attention and norms are then computed again."""
     for number, experts in enumerate(four_bit_experts(model)):
         experts.keep_gate_up = number in layers
 
 
-_here = threading.local()  # what one checkpointed call of a layer keeps, and whether it is being recomputed
+# what one checkpointed call of a layer keeps, and whether it is being recomputed
+_here = threading.local()
 
 
 def recomputation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """torch.utils.checkpoint's `context_fn`: around a layer's forward pass and around its recomputation, for which the
-    gate and up rows lie in a place of that call's own."""
+    """torch.utils.checkpoint's `context_fn`: around a layer's forward pass and around its
+    recomputation, for which the gate and up rows lie in a place of that call's own."""
     kept: dict[nn.Module, torch.Tensor] = {}
     return _keeping(kept, again=False), _keeping(kept, again=True)
 

@@ -1,4 +1,5 @@
-"""Answers to many prompts: sorted by length, batched by memory, each batch by `decoding`, yielded as batches finish."""
+"""Answers to many prompts: sorted by length, batched by memory, each batch by `decoding`, yielded
+as batches finish."""
 
 from __future__ import annotations
 
@@ -23,14 +24,15 @@ from prompt_recovery.engine.meter import Meter
 from prompt_recovery.engine.parts import Part, in_parts, layer_devices
 from prompt_recovery.engine.planning import CPU_CELLS, PIECES, AnswerPlan, answer_plan, shape_of
 
-# answers are padded with <unk>: every base has id 0, while a <pad> added for training lies outside its embeddings
+# answers are padded with <unk>: every base has id 0, while a <pad> added for training lies outside
+# its embeddings
 PAD_ID = 0
 
 
 class Sampling(NamedTuple):
-    """How a prompt is answered. answers: how many; of several the first is greedy and the others are drawn at
-    `temperature` (1 if that is 0) and `top_p`; a single one is drawn if temperature is above 0. A draw depends on
-    seed, number of the prompt and number of the answer alone."""
+    """How a prompt is answered. answers: how many; of several the first is greedy and the others
+    are drawn at `temperature` (1 if that is 0) and `top_p`; a single one is drawn if temperature is
+    above 0. A draw depends on seed, number of the prompt and number of the answer alone."""
 
     answers: int = 1
     temperature: float = 0.0
@@ -42,7 +44,8 @@ GREEDY = Sampling()
 
 
 class Answer(NamedTuple):
-    """What the model wrote: its token ids, and why they end: eos (the last of them), stop (the caller's), length, or not
+    """What the model wrote: its token ids, and why they end: eos (the last of them), stop (the
+    caller's), length, or not
     finite (the logits: there are no ids then)."""
 
     ids: list[int]
@@ -61,18 +64,22 @@ class AttentionError(ValueError):
 
 
 def check_attention(model: Any, longest: int) -> None:
-    """Raises AttentionError where tokens see a window that is shorter than the longest prompt with its answer, or where
-    SDPA lacks what the model's attention has (sinks, capped scores): the answers would be wrong without a word."""
+    """Raises AttentionError where tokens see a window that is shorter than the longest prompt with
+    its answer, or where SDPA lacks what the model's attention has (sinks, capped scores): the
+    answers would be wrong without a word."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     window = getattr(base.config.get_text_config(), "sliding_window", None)
     if window and longest > window:
         raise AttentionError(
-            f"{type(base).__name__} has a sliding window of {window} tokens, which is not built here, and a prompt with its"
-            f" answer takes {longest}: shorten the texts (max_tokens) to {window}, or take a model without a window."
+            f"{type(base).__name__} has a sliding window of {window} tokens, which is not built "
+            f"here, and a prompt with its"
+            f" answer takes {longest}: shorten the texts (max_tokens) to {window}, or take a model "
+            f"without a window."
         )
     if not getattr(base, "_supports_sdpa", True):
         raise AttentionError(
-            f"{type(base).__name__} can't compute its attention by SDPA, the only one that is built here."
+            f"{type(base).__name__} can't compute its attention by SDPA, the only one that is "
+            f"built here."
         )
 
 
@@ -90,8 +97,9 @@ class Ready(NamedTuple):
 
 @contextmanager
 def ready(model: Any, plan: AnswerPlan | None = None) -> Iterator[Ready]:
-    """Inside the with block, the model as it answers, by this plan or the fastest one that memory allows: the adapter merged
-    or left beside the weights, layers called directly, the small work of a decode step in few launches.
+    """Inside the with block, the model as it answers, by this plan or the fastest one that memory
+    allows: the adapter merged or left beside the weights, layers called directly, the small work of
+    a decode step in few launches.
 
     Where merging would change the answers, the adapter stays beside the weights, which is printed.
     Raises StageError for layers that can't be called in parts.
@@ -123,9 +131,13 @@ def plan_of(model: Any) -> AnswerPlan:
     free = [free_on(base, device) for device, _ in stages]
     device = stages[0][0]
     return answer_plan(
-        shape_of(base.config, dtype), layers, free, adapter=adapter, grouped=grouped_gemm(device, dtype),
+        shape_of(base.config, dtype),
+        layers,
+        free,
+        adapter=adapter,
+        grouped=grouped_gemm(device, dtype),
         triton=uses_triton(device),
-    )  # fmt: skip
+    )
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -153,30 +165,33 @@ def generate(
     meter: Meter | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[Finished]:
-    """Yield rows as their batches finish, in no order; every position of prompts once, unless the deadline comes first.
+    """Yield rows as their batches finish, in no order; every position of prompts once, unless the
+    deadline comes first.
 
-    Args:
-        model: with an adapter or without; or what `ready` gives, which spares the preparation of each call.
-        prompts: token ids that begin with BOS.
-        eos: the id at which an answer ends.
-        max_new_tokens: of an answer.
-        sampling: how many answers a prompt gets, and how they are drawn.
-        stop: whether the ids of an answer so far are a whole one; must stay true for longer ones. The answer then ends
+    Args: model: with an adapter or without; or what `ready` gives, which spares the preparation of
+        each call. prompts: token ids that begin with BOS. eos: the id at which an answer ends.
+        max_new_tokens: of an answer. sampling: how many answers a prompt gets, and how they are
+        drawn. stop: whether the ids of an answer so far are a whole one; must stay true for longer
+        ones. The answer then ends
             at the first id after which it holds.
-        batch_tokens: upper limit of answers * (prompt + max_new_tokens) in a batch; None takes what memory allows. Out of
-            memory all the same, a batch is halved, then what prefill reads at a time; after some that went well, they
-            grow again.
-        deadline: time.monotonic() after which no batch may end, judged by the slowest one so far; the rest is not yielded.
+        batch_tokens: upper limit of answers * (prompt + max_new_tokens) in a batch; None takes what
+            memory allows. Out of memory all the same, a batch is halved, then what prefill reads at
+            a time; after some that went well, they grow again.
+        deadline: time.monotonic() after which no batch may end, judged by the slowest one so far;
+        the rest is not yielded.
         graphs, share_prefix: off only to compare.
         meter: is kept up to date, before the rows that it counts are yielded.
-        numbers: by which the prompts' answers are drawn, if they are a part of others; None: their positions.
+        numbers: by which the prompts' answers are drawn, if they are a part of others; None: their
+        positions.
 
-    Raises torch.OutOfMemoryError if a single row does not fit, AttentionError for a model whose attention is not the one
-    that runs here.
+    Raises torch.OutOfMemoryError if a single row does not fit, AttentionError for a model whose
+    attention is not the one that runs here.
     """
     if not prompts:
         return
-    check_attention(model.model if isinstance(model, Ready) else model, max(map(len, prompts)) + max_new_tokens)
+    check_attention(
+        model.model if isinstance(model, Ready) else model, max(map(len, prompts)) + max_new_tokens
+    )
     meter = Meter() if meter is None else meter
     begun, wall = time.monotonic(), meter.wall
     prefix = common_prefix(prompts) if share_prefix else []
@@ -192,7 +207,11 @@ def generate(
         plan = prepared.plan
         pieces = [plan.piece, *(piece for piece in PIECES if piece < plan.piece)]
         waiting = Waiting(
-            lengths, answers=share, new_tokens=max_new_tokens, limit=batch_tokens or plan.cells, pieces=pieces
+            lengths,
+            answers=share,
+            new_tokens=max_new_tokens,
+            limit=batch_tokens or plan.cells,
+            pieces=pieces,
         )
         decoder: Decoder | None = None
         slowest = 0.0
@@ -205,21 +224,33 @@ def generate(
                 if decoder is None:
                     rows, cells = waiting.most()
                     decoder = Decoder(
-                        prepared.parts, prefix, rows=rows, cells=cells, max_new_tokens=max_new_tokens, eos=eos,
-                        pad=PAD_ID, temperature=temperature or 1.0, top_p=sampling.top_p, piece=waiting.pieces[0],
+                        prepared.parts,
+                        prefix,
+                        rows=rows,
+                        cells=cells,
+                        max_new_tokens=max_new_tokens,
+                        eos=eos,
+                        pad=PAD_ID,
+                        temperature=temperature or 1.0,
+                        top_p=sampling.top_p,
+                        piece=waiting.pieces[0],
                         graphs=graphs,
-                    )  # fmt: skip
-                written = decoder.answer([prompts[i] for i in batch], [seeds[i] for i in batch], stop)
+                    )
+                written = decoder.answer(
+                    [prompts[i] for i in batch], [seeds[i] for i in batch], stop
+                )
             except torch.OutOfMemoryError:
                 written = None
-            if written is None or decoder is None:  # outside of the handler, whose traceback holds memory
+            # outside of the handler, whose traceback holds memory
+            if written is None or decoder is None:
                 decoder = None
                 gc.collect()  # stages' threads and what they raised hold each other, and the cache
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 if not waiting.shrink():
                     raise torch.OutOfMemoryError(
-                        f"One prompt of {lengths[batch[0]]} tokens with {share} answers does not fit in memory: "
+                        f"One prompt of {lengths[batch[0]]} tokens with {share} answers does not "
+                        f"fit in memory: "
                         "give fewer answers_per_row, or shorter texts (max_tokens)."
                     )
                 continue
@@ -236,7 +267,9 @@ def generate(
             yield from map(Finished, batch, answers)
 
 
-def _answer(ids: list[int], bad: bool, eos: int, stop: Callable[[list[int]], bool] | None) -> Answer:
+def _answer(
+    ids: list[int], bad: bool, eos: int, stop: Callable[[list[int]], bool] | None
+) -> Answer:
     if bad:
         return Answer([], "not finite")
     ended = ids[-1] == eos

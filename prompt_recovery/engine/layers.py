@@ -1,5 +1,6 @@
-"""Layers of a transformers model as the decoder runs them: attention that copies no keys, and for one token a row the
-small work of a Mixtral layer in a few launches. In force inside `fast_layers` only; other models run their own."""
+"""Layers of a transformers model as the decoder runs them: attention that copies no keys, and for
+one token a row the small work of a Mixtral layer in a few launches. In force inside `fast_layers`
+only; other models run their own."""
 
 from __future__ import annotations
 
@@ -24,32 +25,43 @@ ATTENTION = "prompt_recovery_decode"
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """SDPA of queries [R, heads, C, D] over keys and values [R, key heads, K, D], none of which is copied: for one query a
-    row, the query heads of a key head stand as its queries; for more, one of each key head goes at a time."""
+    """SDPA of queries [R, heads, C, D] over keys and values [R, key heads, K, D], none of which is
+    copied: for one query a row, the query heads of a key head stand as its queries; for more, one
+    of each key head goes at a time."""
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     rows, heads, columns, size = query.shape
     group = heads // key.shape[1]
     if columns == 1:
         grouped = query.reshape(rows, key.shape[1], group, size)
-        out = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        out = scaled_dot_product_attention(
+            grouped, key, value, attn_mask=attention_mask, scale=scaling
+        )
         return out.reshape(rows, 1, heads, size), None
     out = query.new_empty(rows, columns, heads, size)
     for number in range(group):
         one = query[:, number::group]
-        found = scaled_dot_product_attention(one, key, value, attn_mask=attention_mask, scale=scaling)
+        found = scaled_dot_product_attention(
+            one, key, value, attn_mask=attention_mask, scale=scaling
+        )
         out[:, :, number::group] = found.transpose(1, 2)
     return out, None
 
 
-def _decode_attention(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+def _decode_attention(
+    self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
+):
     """MixtralAttention for one token a row and the decoder's cache: [R, 1, H] -> [R, 1, H]."""
     at = getattr(past_key_values, "column", None)
     if hidden_states.shape[1] != 1 or at is None:
         return type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask=attention_mask, past_key_values=past_key_values,
+            self,
+            hidden_states,
+            position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
             **kwargs,
-        )  # fmt: skip
+        )
     from prompt_recovery.engine.kernels import decode_step
 
     x = hidden_states[:, 0]
@@ -60,30 +72,49 @@ def _decode_attention(self, hidden_states, position_embeddings, attention_mask=N
     cos, sin = (part.expand(len(x), 1, -1)[:, 0].contiguous() for part in position_embeddings)
     cache, (keys, values) = past_key_values, past_key_values.memory(self.layer_idx)
     with on(x.device):
-        query = decode_step.rotate_and_store(qkv, cos, sin, keys, values, at, cache.now, cache.heads)
+        query = decode_step.rotate_and_store(
+            qkv, cos, sin, keys, values, at, cache.now, cache.heads
+        )
         if self.knows_rows:
             out = decode_step.attend(
-                query, keys, values, cache.padding, at, cache.now, cache.start, cache.heads, self.scaling
+                query,
+                keys,
+                values,
+                cache.padding,
+                at,
+                cache.now,
+                cache.start,
+                cache.heads,
+                self.scaling,
             )
         else:
             keys, values = cache.layer(self.layer_idx)
-            out, _ = _attention(self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling)
+            out, _ = _attention(
+                self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling
+            )
     return self.o_proj(out.reshape(len(x), 1, -1)), None
 
 
 def _decode_router(self, hidden_states):
-    """MixtralTopKRouter for few tokens without gradients; the logits, which nobody asks for, are None."""
-    if torch.is_grad_enabled() or hidden_states.shape[0] > FEW_TOKENS or hidden_states.dtype != self.weight.dtype:
+    """MixtralTopKRouter for few tokens without gradients; the logits, which nobody asks for, are
+    None."""
+    if (
+        torch.is_grad_enabled()
+        or hidden_states.shape[0] > FEW_TOKENS
+        or hidden_states.dtype != self.weight.dtype
+    ):
         return type(self).forward(self, hidden_states)
     from prompt_recovery.engine.kernels import decode_step
 
     with on(hidden_states.device):
-        return None, *decode_step.choose_experts(hidden_states.contiguous(), self.weight, self.top_k)
+        return None, *decode_step.choose_experts(
+            hidden_states.contiguous(), self.weight, self.top_k
+        )
 
 
 def _four_bit_forward(self, x):
-    """bitsandbytes' Linear4bit in 16 bit without gradients: for the rows of a decode step each weight is read once, for
-    more they are dequantised first."""
+    """bitsandbytes' Linear4bit in 16 bit without gradients: for the rows of a decode step each
+    weight is read once, for more they are dequantised first."""
     rows = x.flatten(0, -2)
     with on(x.device):
         if len(rows) > MOST_ROWS:
@@ -96,14 +127,16 @@ def _four_bit_forward(self, x):
 
 
 def _lora_forward(self, x, *args, **kwargs):
-    """A LoRA beside its layer, in the layer's 16 bit and three launches; peft computes in fp32, in some eight."""
+    """A LoRA beside its layer, in the layer's 16 bit and three launches; peft computes in fp32, in
+    some eight."""
     down, up = self.sixteen
     y = self.base_layer(x)
     return torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ down, up).view(y.shape)
 
 
 def _sixteen(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A LoRA's two matrices, [in, r] and [r, out], the second scaled; None for one that is more than that."""
+    """A LoRA's two matrices, [in, r] and [r, out], the second scaled; None for one that is more
+    than that."""
     if (
         type(layer).__name__ not in ("Linear", "Linear4bit")
         or layer.disable_adapters
@@ -116,11 +149,14 @@ def _sixteen(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     if name not in layer.lora_A or layer.lora_bias.get(name):
         return None
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return down.detach().t().to(dtype).contiguous(), (up.detach().t() * layer.scaling[name]).to(dtype).contiguous()
+    return down.detach().t().to(dtype).contiguous(), (up.detach().t() * layer.scaling[name]).to(
+        dtype
+    ).contiguous()
 
 
 def _join(attention: nn.Module) -> torch.Tensor | None:
-    """The weights of q, k and v as one matrix, of which theirs become parts; None where they aren't plain matrices."""
+    """The weights of q, k and v as one matrix, of which theirs become parts; None where they aren't
+    plain matrices."""
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
     if any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
         return None
@@ -133,9 +169,9 @@ def _join(attention: nn.Module) -> torch.Tensor | None:
 
 @contextmanager
 def fast_layers(model: Any) -> Iterator[bool]:
-    """Let the model's attention, its LoRAs in 16 bit, and Mixtral's layers on devices with Triton, be those of this module
-    inside. Gives whether every layer's attention knows by itself what a row sees in a decode step, which then needs no
-    mask."""
+    """Let the model's attention, its LoRAs in 16 bit, and Mixtral's layers on devices with Triton,
+    be those of this module inside. Gives whether every layer's attention knows by itself what a row
+    sees in a decode step, which then needs no mask."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
     before = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
@@ -168,7 +204,9 @@ def fast_layers(model: Any) -> Iterator[bool]:
                 change(module, _decode_attention, joined=_join(module), knows_rows=knows_rows)
             elif kind == "MixtralTopKRouter" and triton:
                 change(module, _decode_router)
-        yield sum(vars(module).get("knows_rows", False) for module in changed) == len(model.get_decoder().layers)
+        yield sum(vars(module).get("knows_rows", False) for module in changed) == len(
+            model.get_decoder().layers
+        )
     finally:
         model.config._attn_implementation = before
         for module in changed:

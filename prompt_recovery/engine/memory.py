@@ -1,4 +1,5 @@
-"""How much memory a model takes, reckoned from its config before anything loads, and which layers go to which GPU."""
+"""How much memory a model takes, reckoned from its config before anything loads, and which layers
+go to which GPU."""
 
 from __future__ import annotations
 
@@ -13,10 +14,17 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prompt_recovery.engine.quantiser import becomes_four_bit, fused_experts
-from prompt_recovery.engine.storage import BLOCK, NESTED_BLOCK, PROJECTIONS, four_bit_experts, workspace
+from prompt_recovery.engine.storage import (
+    BLOCK,
+    NESTED_BLOCK,
+    PROJECTIONS,
+    four_bit_experts,
+    workspace,
+)
 
 GIB = 2**30
-NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)  # a parameter, with double quantisation: 0.516
+# a parameter, with double quantisation: 0.516
+NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)
 # A guess with a margin: the room of CUDA's context, cuBLAS and the allocator's fragments
 RESERVE = GIB
 # Room for the KV cache that a placement must leave, in tokens: some three rows of the longest texts
@@ -24,14 +32,16 @@ KV_TOKENS = 8192
 
 
 class TooLittleMemory(RuntimeError):
-    """Too little memory for what was asked; the message says how much is needed and how much there is."""
+    """Too little memory for what was asked; the message says how much is needed and how much there
+    is."""
 
 
 class Sizes(NamedTuple):
-    """Bytes: of each decoder layer's weights; of what stands before the layers (embeddings) and behind (norm, lm_head);
-    of the KV cache for one token in one layer; of the 16-bit weights that are needed at a time while the model computes
-    (one expert's). modules: where each part is, for a device_map. merging: what putting a layer's experts together on the
-    GPU takes while the model quantises as it loads (gate and up projections, as read, merged and packed)."""
+    """Bytes: of each decoder layer's weights; of what stands before the layers (embeddings) and
+    behind (norm, lm_head); of the KV cache for one token in one layer; of the 16-bit weights that
+    are needed at a time while the model computes (one expert's). modules: where each part is, for a
+    device_map. merging: what putting a layer's experts together on the GPU takes while the model
+    quantises as it loads (gate and up projections, as read, merged and packed)."""
 
     layers: tuple[int, ...]
     before: int
@@ -51,8 +61,8 @@ def load_config(model_dir: str | Path) -> Any:
 
 
 def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
-    """Sizes of the model in model_dir when loaded in `dtype`, or with its linear layers and experts in 4 bits. The model
-    is built on the meta device, which takes no memory."""
+    """Sizes of the model in model_dir when loaded in `dtype`, or with its linear layers and experts
+    in 4 bits. The model is built on the meta device, which takes no memory."""
     config = load_config(model_dir)
     quantised = hasattr(config, "quantization_config")
     if quantised:
@@ -73,8 +83,12 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
             packed = four_bit and small and tensor.dim() > 1
             bytes_of[f"{name}.{key}"] = tensor.numel() * (NF4_BYTES if packed else wide)
         if experts and four_bit:
-            workspace = max(workspace, sum(getattr(module, key)[0].numel() * wide for key in PROJECTIONS))
-            merging = max(merging, 0 if quantised else round(2.25 * module.gate_up_proj.numel() * wide))
+            workspace = max(
+                workspace, sum(getattr(module, key)[0].numel() * wide for key in PROJECTIONS)
+            )
+            merging = max(
+                merging, 0 if quantised else round(2.25 * module.gate_up_proj.numel() * wide)
+            )
     layers: dict[int, float] = {}
     before = behind = 0.0
     modules: dict[str, str] = {}
@@ -100,7 +114,9 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
     heads, size = kv_shape(model.config)
     kv = 2 * heads * size * wide
     sized = tuple(round(layers[n]) for n in sorted(layers))
-    return Sizes(sized, round(before), round(behind), kv, workspace, tuple(modules.items()), merging)
+    return Sizes(
+        sized, round(before), round(behind), kv, workspace, tuple(modules.items()), merging
+    )
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
@@ -108,55 +124,65 @@ def kv_shape(config: Any) -> tuple[int, int]:
     config = config.get_text_config()
     if not hasattr(config, "num_key_value_heads"):
         raise ValueError(
-            f"models of type {config.model_type} are not known here: no num_key_value_heads in the config."
+            f"models of type {config.model_type} are not known here: no num_key_value_heads in the "
+            f"config."
         )
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, size
 
 
 def processes() -> PartialState:
-    """The processes of `accelerate launch` and this one's place among them. Makes the GPU of its rank the current one.
+    """The processes of `accelerate launch` and this one's place among them. Makes the GPU of its
+    rank the current one.
 
-    Raises RuntimeError where something made accelerate's state before, as if this process were alone: on a CPU it then
-    stays alone, and each process would train on all rows.
+    Raises RuntimeError where something made accelerate's state before, as if this process were
+    alone: on a CPU it then stays alone, and each process would train on all rows.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if state.num_processes != launched:
         raise RuntimeError(
-            f"accelerate launch started {launched} processes, accelerate's state knows of {state.num_processes}: it was"
+            f"accelerate launch started {launched} processes, accelerate's state knows of "
+            f"{state.num_processes}: it was"
             " made without cpu=True. Call memory.processes() before anything that uses accelerate."
         )
     return state
 
 
 def let_segments_grow() -> None:
-    """Let the allocator map memory as it is asked for, unless the environment says how it works: batches of many shapes
-    left 0.7 of 13.8 GiB unused between blocks of fixed size."""
+    """Let the allocator map memory as it is asked for, unless the environment says how it works:
+    batches of many shapes left 0.7 of 13.8 GiB unused between blocks of fixed size."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def free_memory() -> dict[int, int]:
-    """Free bytes by GPU that this process may use. One of several processes on a host (accelerate launch) has the GPU of
-    its rank for itself."""
+    """Free bytes by GPU that this process may use. One of several processes on a host (accelerate
+    launch) has the GPU of its rank for itself."""
     rank = os.environ.get("LOCAL_RANK")
-    devices = range(torch.cuda.device_count()) if rank is None else [int(rank) % torch.cuda.device_count()]
+    devices = (
+        range(torch.cuda.device_count())
+        if rank is None
+        else [int(rank) % torch.cuda.device_count()]
+    )
     return {device: torch.cuda.mem_get_info(device)[0] for device in devices}
 
 
 def free_on(model: Any, device: torch.device) -> int:
-    """Bytes that are free on a card, with those that torch holds and does not use, and dequantised weights."""
+    """Bytes that are free on a card, with those that torch holds and does not use, and dequantised
+    weights."""
     held = sum(workspace(experts).held(device) for experts in four_bit_experts(model)[:1])
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused + held
 
 
 def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list[int]:
-    """How many layers, in order, go to each GPU so that the fullest one, weights and KV cache of kv_tokens together, is
-    as empty as it can be. The fewest GPUs that have room are used; on one nothing is split. free: bytes of each.
+    """How many layers, in order, go to each GPU so that the fullest one, weights and KV cache of
+    kv_tokens together, is as empty as it can be. The fewest GPUs that have room are used; on one
+    nothing is split. free: bytes of each.
 
-    Raises TooLittleMemory with what is needed and what is there, if all of them together have too little room.
+    Raises TooLittleMemory with what is needed and what is there, if all of them together have too
+    little room.
     """
     for used in range(1, len(free) + 1):
         split = _balance(sizes, free[:used], kv_tokens)
@@ -165,14 +191,17 @@ def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list
     needed = sizes.weights + kv_tokens * sizes.kv * len(sizes.layers)
     each = sizes.workspace + RESERVE
     raise TooLittleMemory(
-        f"The model needs {needed / GIB:.1f} GiB (weights {sizes.weights / GIB:.1f}, KV cache of {kv_tokens} tokens) and "
-        f"{each / GIB:.1f} GiB of working room on each GPU; free are {[round(f / GIB, 1) for f in free]} GiB. Free the "
+        f"The model needs {needed / GIB:.1f} GiB (weights {sizes.weights / GIB:.1f}, KV cache of "
+        f"{kv_tokens} tokens) and "
+        f"{each / GIB:.1f} GiB of working room on each GPU; free are "
+        f"{[round(f / GIB, 1) for f in free]} GiB. Free the "
         "GPUs or add one; four_bit=True takes a quarter."
     )
 
 
 def _balance(sizes: Sizes, free: Sequence[int], kv_tokens: int) -> list[int] | None:
-    """The split over exactly these GPUs with the smallest largest share of room used; None if it does not fit."""
+    """The split over exactly these GPUs with the smallest largest share of room used; None if it
+    does not fit."""
     count, gpus = len(sizes.layers), len(free)
     if gpus > count:
         return None
@@ -182,7 +211,9 @@ def _balance(sizes: Sizes, free: Sequence[int], kv_tokens: int) -> list[int] | N
         sums.append(sums[-1] + cost)
 
     def share(gpu: int, first: int, last: int) -> float:
-        used = sums[last] - sums[first] + sizes.before * (gpu == 0) + sizes.behind * (gpu == gpus - 1)
+        used = (
+            sums[last] - sums[first] + sizes.before * (gpu == 0) + sizes.behind * (gpu == gpus - 1)
+        )
         room = free[gpu] - sizes.workspace - RESERVE
         return used / room if room > 0 else float("inf")
 
@@ -212,7 +243,8 @@ def stage_weights(sizes: Sizes, split: Sequence[int]) -> list[int]:
 
 
 def merges_on_cpu(sizes: Sizes, split: Sequence[int], free: Sequence[int]) -> bool:
-    """Whether some GPU has no room to put a layer's experts together beside the weights that it gets."""
+    """Whether some GPU has no room to put a layer's experts together beside the weights that it
+    gets."""
     used = [room for room, count in zip(free, split, strict=True) if count]
     return any(
         room - weights < sizes.merging + RESERVE
@@ -221,8 +253,8 @@ def merges_on_cpu(sizes: Sizes, split: Sequence[int], free: Sequence[int]) -> bo
 
 
 def device_map(sizes: Sizes, split: Sequence[int], devices: Sequence[int]) -> dict[str, int]:
-    """transformers' device_map of a split over these GPU numbers: the part before the layers stands on the first GPU,
-    that behind on the last one that has layers."""
+    """transformers' device_map of a split over these GPU numbers: the part before the layers stands
+    on the first GPU, that behind on the last one that has layers."""
     used = [device for device, layers in zip(devices, split, strict=True) for _ in range(layers)]
     where = {"before": used[0], "behind": used[-1]}
     return {name: where[part] if part in where else used[int(part)] for name, part in sizes.modules}

@@ -62,14 +62,17 @@ def merged(model: Any) -> Iterator[Any]:
             replaced.append((parent, name.rpartition(".")[2], layer))
         with torch.inference_mode():
             moved = base(input_ids=ids, use_cache=False).logits.float() - expected
-        # of the middle token: a single one can be so sharp a case that rounding moves it entirely (LOG.md)
+        # of the middle token: a single one can be so sharp a case that rounding moves it entirely
+        # (LOG.md)
         difference = (moved.norm(dim=-1) / expected.norm(dim=-1)).median()
-        # roundings of both ways pile up over the layers. Measured (LOG.md): 5e-3 in bf16 at Mixtral's shape, 3e-6 in fp32
-        # with a LoRA as large as the weights; fp16 passed there, its figure was not kept
+        # roundings of both ways pile up over the layers. Measured (LOG.md): 5e-3 in bf16 at
+        # Mixtral's shape, 3e-6 in fp32 with a LoRA as large as the weights; fp16 passed there, its
+        # figure was not kept
         limit = max(16 * torch.finfo(base.dtype).eps, 1e-4)
         if not difference <= limit:
             raise MergeError(
-                f"merging the adapter moved the logits by {difference:.1e} of their size (limit {limit:.1e}): its weights are"
+                f"merging the adapter moved the logits by {difference:.1e} of their size (limit "
+                f"{limit:.1e}): its weights are"
                 " too large for the base's precision, or the model magnifies rounding."
             )
         yield base
@@ -86,14 +89,20 @@ def mergeable(layer: LoraLayer) -> bool:
         type(layer) in (Linear, Linear4bit)
         and type(layer.get_base_layer()) in (nn.Linear, bnb.nn.Linear4bit)
         and not (layer.disable_adapters or layer.merged or layer.fan_in_fan_out)
-        and not any(layer.lora_variant.get(n) or layer.lora_bias.get(n) for n in layer.active_adapters)
+        and not any(
+            layer.lora_variant.get(n) or layer.lora_bias.get(n) for n in layer.active_adapters
+        )
     )
 
 
 def _merged_linear(name: str, layer: LoraLayer, dtype: torch.dtype) -> nn.Linear:
     stored = layer.get_base_layer()
     state = getattr(stored.weight, "quant_state", None)
-    weight = stored.weight.detach() if state is None else bnb_functional.dequantize_4bit(stored.weight.data, state)
+    weight = (
+        stored.weight.detach()
+        if state is None
+        else bnb_functional.dequantize_4bit(stored.weight.data, state)
+    )
     weight = weight.float()
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A:  # another adapter may not reach this layer
@@ -101,10 +110,13 @@ def _merged_linear(name: str, layer: LoraLayer, dtype: torch.dtype) -> nn.Linear
     weight = weight.to(dtype)
     if not weight.isfinite().all():
         raise MergeError(
-            f"{name} with the adapter is not finite in {str(dtype).removeprefix('torch.')}: a weight"
+            f"{name} with the adapter is not finite in {str(dtype).removeprefix('torch.')}: a "
+            f"weight"
             f" is above {torch.finfo(dtype).max:.0f}, or damaged."
         )
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=stored.bias is not None, device="meta")
+    linear = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=stored.bias is not None, device="meta"
+    )
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = stored.bias
     return linear

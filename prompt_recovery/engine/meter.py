@@ -10,9 +10,10 @@ from dataclasses import dataclass
 class Meter:
     """Counts of one or more runs of `generate`, and the rates that follow from them.
 
-    reading, writing: busy seconds of prefill and of decoding. wall: seconds since a run began, until its last batch.
-    longest: tokens of the longest answer. slowest: seconds of the slowest batch. left: estimate of the seconds that the
-    rest of the run will take.
+    reading, writing: busy seconds of prefill and of decoding. wall: seconds since a run began,
+    until its last batch.
+    longest: tokens of the longest answer. slowest: seconds of the slowest batch. left: estimate of
+    the seconds that the rest of the run will take.
     """
 
     rows: int = 0
@@ -25,7 +26,8 @@ class Meter:
     longest: int = 0
     slowest: float = 0.0
     left: float = float("nan")
-    first: tuple[int, int, float, float] = (0, 0, 0.0, 0.0)  # rows, tokens read, seconds of reading, of writing
+    # rows, tokens read, seconds of reading, of writing
+    first: tuple[int, int, float, float] = (0, 0, 0.0, 0.0)
 
     @property
     def seconds(self) -> float:
@@ -36,8 +38,11 @@ class Meter:
         """Tokens written a busy second."""
         return self.tokens_out / max(self.seconds, 1e-9)
 
-    def add(self, lengths: Sequence[int], written: Sequence[int], reading: float, writing: float) -> None:
-        """Count a batch. lengths, written: tokens of its prompts and of its answers. reading, writing: seconds."""
+    def add(
+        self, lengths: Sequence[int], written: Sequence[int], reading: float, writing: float
+    ) -> None:
+        """Count a batch. lengths, written: tokens of its prompts and of its answers. reading,
+        writing: seconds."""
         self.rows += len(lengths)
         self.tokens_in += sum(lengths)
         self.tokens_out += sum(written)
@@ -50,7 +55,8 @@ class Meter:
             self.first = self.rows, self.tokens_in, reading, writing
 
     def seconds_a_token_in(self) -> float:
-        """Of reading. The first batch compiles and captures: once there are others it says nothing about them."""
+        """Of reading. The first batch compiles and captures: once there are others it says nothing
+        about them."""
         _, tokens_in, reading, _ = self.first if self.batches > 1 else (0, 0, 0.0, 0.0)
         return (self.reading - reading) / max(self.tokens_in - tokens_in, 1)
 
@@ -65,6 +71,7 @@ class Meter:
 
     def __str__(self) -> str:
         return (
-            f"{self.rows} rows, {self.tokens_in} tokens read, {self.tokens_out} written in {self.seconds:.0f} s"
+            f"{self.rows} rows, {self.tokens_in} tokens read, {self.tokens_out} written in "
+            f"{self.seconds:.0f} s"
             f" ({self.rate:.0f} written a second), about {self.left:.0f} s left"
         )

@@ -1,4 +1,5 @@
-"""A model's layers in parts, one for each device that holds some, which are called without accelerate's hooks."""
+"""A model's layers in parts, one for each device that holds some, which are called without
+accelerate's hooks."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ class StageError(RuntimeError):
 
 
 class Part(NamedTuple):
-    """What a stage computes with: a module that takes token ids (the first) or hidden states, and gives logits (the last)
-    or hidden states; the numbers of its layers; where they are, and the dtype of what they compute; whether its attention
-    knows by itself what a row sees in a decode step (`layers.fast_layers`)."""
+    """What a stage computes with: a module that takes token ids (the first) or hidden states, and
+    gives logits (the last) or hidden states; the numbers of its layers; where they are, and the
+    dtype of what they compute; whether its attention knows by itself what a row sees in a decode
+    step (`layers.fast_layers`)."""
 
     module: Any
     layers: range
@@ -34,7 +36,8 @@ class Part(NamedTuple):
     knows_rows: bool = False
 
     def __call__(self, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """Logits [R, 1, vocabulary] after the last column, or hidden states [R, C, H], of ids [R, C] or hidden states."""
+        """Logits [R, 1, vocabulary] after the last column, or hidden states [R, C, H], of ids [R,
+        C] or hidden states."""
         given = {"input_ids": x} if self.first else {"inputs_embeds": x}
         if self.last:
             return self.module(**given, **inputs, logits_to_keep=1).logits
@@ -47,7 +50,8 @@ def layer_devices(model: Any) -> list[torch.device]:
 
 @contextmanager
 def in_parts(model: Any, counts: Sequence[int] | None = None) -> Iterator[list[Part]]:
-    """Inside the with block, the model without accelerate's hooks, in parts of `counts` layers; None: one a device.
+    """Inside the with block, the model without accelerate's hooks, in parts of `counts` layers;
+    None: one a device.
 
     Raises StageError for a model whose parts do not compute what it does as a whole.
     """
@@ -57,7 +61,10 @@ def in_parts(model: Any, counts: Sequence[int] | None = None) -> Iterator[list[P
     if len(counts) == 1:
         yield [Part(model, range(len(devices)), devices[0], dtype, True, True)]
         return
-    ids = torch.arange(3, 35, device=model.get_input_embeddings().weight.device)[None] % model.config.vocab_size
+    ids = (
+        torch.arange(3, 35, device=model.get_input_embeddings().weight.device)[None]
+        % model.config.vocab_size
+    )
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.float()
     try:
@@ -73,13 +80,19 @@ def in_parts(model: Any, counts: Sequence[int] | None = None) -> Iterator[list[P
                     with on(part.device):
                         found = part(found.to(part.device), use_cache=False)
                 found, expected = found.float().cpu(), expected.cpu()
-                finite = expected.isfinite()  # of a damaged base they are not: its rows say so themselves
+                # of a damaged base they are not: its rows say so themselves
+                finite = expected.isfinite()
                 same = torch.equal(found.isfinite(), finite)
                 found, expected = (each.where(finite, 0.0) for each in (found, expected))
-                error = ((found - expected).norm() / expected.norm().clamp(min=1e-9)).item() if same else torch.nan
+                error = (
+                    ((found - expected).norm() / expected.norm().clamp(min=1e-9)).item()
+                    if same
+                    else torch.nan
+                )
             if not error <= 16 * torch.finfo(dtype).eps:
                 raise StageError(
-                    f"{type(model).__name__} in parts of {[*counts]} layers gives other logits than as a whole (off by"
+                    f"{type(model).__name__} in parts of {[*counts]} layers gives other logits "
+                    f"than as a whole (off by"
                     f" {error:.1e}): its layers can't be split. Load it on one device."
                 )
             yield parts
@@ -100,7 +113,9 @@ def _part(model: Any, layers: range, device: torch.device, dtype: torch.dtype) -
             children[name] = nn.Identity()
     module = _twin(decoder, children)
     if last:
-        module = _twin(model, {name: module for name, child in model.named_children() if child is decoder})
+        module = _twin(
+            model, {name: module for name, child in model.named_children() if child is decoder}
+        )
     return Part(module, layers, device, dtype, first, last)
 
 
@@ -113,7 +128,8 @@ def _twin(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Inside the with block, the modules' own forward where accelerate wrapped it, to move what comes in to its device."""
+    """Inside the with block, the modules' own forward where accelerate wrapped it, to move what
+    comes in to its device."""
     wrapped = []
     for module in model.modules():
         forward = vars(module).get("forward")

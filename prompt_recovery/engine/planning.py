@@ -15,10 +15,11 @@ from prompt_recovery.engine.batching import MOST_ROWS
 from prompt_recovery.engine.forward import rows_at_once
 from prompt_recovery.engine.memory import GIB, Sizes, kv_shape
 
-# CUDA's context at load, which grows by 0.1 GiB until the end of a run (docs/MEASURED.md); that is in the margin, which
-# also leaves half a GiB free
+# CUDA's context at load, which grows by 0.1 GiB until the end of a run (docs/MEASURED.md); that is
+# in the margin, which also leaves half a GiB free
 CONTEXT = round(0.55 * GIB)
-GRAPHS = round(0.15 * GIB)  # a stage's captured steps and what they compute in; what the allocator holds in vain
+# a stage's captured steps and what they compute in; what the allocator holds in vain
+GRAPHS = round(0.15 * GIB)
 MARGIN = round(0.7 * GIB)
 PIECES = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # tokens that prefill reads at a time
 LONGEST = 4_096  # tokens of a prompt and its answer
@@ -29,8 +30,9 @@ ADAPTER_RANK = 16  # assumed where the adapter isn't known
 
 
 class Shape(NamedTuple):
-    """What a model's forward computes with: sizes of the hidden state, of an expert (or of a dense layer), of all query
-    heads and of all key heads; experts, and how many a token has; the vocabulary; bytes of a value."""
+    """What a model's forward computes with: sizes of the hidden state, of an expert (or of a dense
+    layer), of all query heads and of all key heads; experts, and how many a token has; the
+    vocabulary; bytes of a value."""
 
     hidden: int
     inner: int
@@ -45,20 +47,29 @@ class Shape(NamedTuple):
 def shape_of(config: Any, dtype: torch.dtype) -> Shape:
     config = config.get_text_config()
     heads, size = kv_shape(config)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    experts = (
+        getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    )
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     wide = torch.finfo(dtype).bits // 8
     return Shape(
-        config.hidden_size, inner, config.num_attention_heads * size, heads * size, experts, chosen, config.vocab_size,
+        config.hidden_size,
+        inner,
+        config.num_attention_heads * size,
+        heads * size,
+        experts,
+        chosen,
+        config.vocab_size,
         wide,
-    )  # fmt: skip
+    )
 
 
 class StageBytes(NamedTuple):
-    """Bytes on a card whose stage answers: the weights of its layers; the adapter's; the layers that it adapts once more,
-    merged in 16 bit; the KV cache; 16-bit weights of the experts that are computed at a time; what a piece of prefill
-    computes in; captured steps; CUDA's context; what is left free on purpose."""
+    """Bytes on a card whose stage answers: the weights of its layers; the adapter's; the layers
+    that it adapts once more, merged in 16 bit; the KV cache; 16-bit weights of the experts that are
+    computed at a time; what a piece of prefill computes in; captured steps; CUDA's context; what is
+    left free on purpose."""
 
     weights: int
     adapter: int
@@ -77,21 +88,39 @@ class StageBytes(NamedTuple):
 
 
 def bytes_of(
-    shape: Shape, layers: int, *, weights: int, last: bool, piece: int, rows: int, cells: int, merged: bool,
-    adapter: bool = True, grouped: bool = False, triton: bool = True, sampled: bool = False,
-) -> StageBytes:  # fmt: skip
+    shape: Shape,
+    layers: int,
+    *,
+    weights: int,
+    last: bool,
+    piece: int,
+    rows: int,
+    cells: int,
+    merged: bool,
+    adapter: bool = True,
+    grouped: bool = False,
+    triton: bool = True,
+    sampled: bool = False,
+) -> StageBytes:
     """What a stage of so many layers takes on its card.
 
-    last: it has the head. piece: tokens that prefill reads at a time. rows, cells: of the largest batch; a cell is a
-    token's keys and values in every layer. merged: the adapter is merged, else it stands beside the weights.
-    grouped: experts by one grouped GEMM, for which a layer's weights are dequantised; else an expert's. triton: its
-    kernels run; torch's SwiGLU has fp32 copies. sampled: some answers are drawn.
+    last: it has the head. piece: tokens that prefill reads at a time. rows, cells: of the largest
+    batch; a cell is a token's keys and values in every layer. merged: the adapter is merged, else
+    it stands beside the weights.
+    grouped: experts by one grouped GEMM, for which a layer's weights are dequantised; else an
+    expert's. triton: its kernels run; torch's SwiGLU has fp32 copies. sampled: some answers are
+    drawn.
     """
     hidden, wide = shape.hidden * shape.wide, shape.wide
-    sides = [shape.queries, shape.keys, shape.keys, shape.queries]  # of q, k, v and o beside the hidden state
+    # of q, k, v and o beside the hidden state
+    sides = [shape.queries, shape.keys, shape.keys, shape.queries]
     attention = wide * shape.hidden * sum(sides)
     # in fp32, and in 16 bit beside the weights
-    lora = (4 if merged else 6) * ADAPTER_RANK * sum(shape.hidden + side for side in sides) if adapter else 0
+    lora = (
+        (4 if merged else 6) * ADAPTER_RANK * sum(shape.hidden + side for side in sides)
+        if adapter
+        else 0
+    )
     # queries, keys and values, rotated and not, with the parts that the rotation makes
     looking = piece * wide * (5 * shape.queries + 6 * shape.keys)
     if adapter and not merged:
@@ -111,14 +140,20 @@ def bytes_of(
         computing += 0 if triton else 4 * at_once * 4
     logits = rows * shape.vocabulary * (60 if sampled else 14) if last else 0
     return StageBytes(
-        weights, layers * lora, layers * attention if merged and adapter else 0, layers * 2 * shape.keys * wide * cells,
-        weight, 5 * piece * hidden + piece * LONGEST * wide + max(looking, computing), GRAPHS + logits,
-    )  # fmt: skip
+        weights,
+        layers * lora,
+        layers * attention if merged and adapter else 0,
+        layers * 2 * shape.keys * wide * cells,
+        weight,
+        5 * piece * hidden + piece * LONGEST * wide + max(looking, computing),
+        GRAPHS + logits,
+    )
 
 
 class AnswerPlan(NamedTuple):
-    """How a model answers: layers of each stage; whether the adapter is merged into 16-bit weights or computed beside those
-    in 4 bits; tokens that prefill reads at a time; most rows * columns of a batch's KV cache."""
+    """How a model answers: layers of each stage; whether the adapter is merged into 16-bit weights
+    or computed beside those in 4 bits; tokens that prefill reads at a time; most rows * columns of
+    a batch's KV cache."""
 
     layers: tuple[int, ...]
     merged: bool
@@ -135,17 +170,32 @@ def answer_plan(
     rows: int = MOST_ROWS,
     **how: bool,
 ) -> AnswerPlan:
-    """The fastest plan, by `seconds_a_row`, for stages of so many layers with so many free bytes beside the weights.
-    how: grouped, triton and sampled of `bytes_of`. Where nothing fits, the smallest pieces and no cells."""
+    """The fastest plan, by `seconds_a_row`, for stages of so many layers with so many free bytes
+    beside the weights.
+    how: grouped, triton and sampled of `bytes_of`. Where nothing fits, the smallest pieces and no
+    cells."""
     best: tuple[float, AnswerPlan] | None = None
     for merged in (True, False) if adapter else (False,):
         for piece in PIECES:
             cells = min(
-                (room - bytes_of(shape, count, weights=0, last=number == len(layers) - 1, piece=piece, rows=rows, cells=0,
-                                 merged=merged, adapter=adapter, **how).to_come)
+                (
+                    room
+                    - bytes_of(
+                        shape,
+                        count,
+                        weights=0,
+                        last=number == len(layers) - 1,
+                        piece=piece,
+                        rows=rows,
+                        cells=0,
+                        merged=merged,
+                        adapter=adapter,
+                        **how,
+                    ).to_come
+                )
                 // (count * 2 * shape.keys * shape.wide)
                 for number, (count, room) in enumerate(zip(layers, free, strict=True))
-            )  # fmt: skip
+            )
             if cells >= LONGEST:
                 plan = AnswerPlan(tuple(layers), merged, piece, cells)
                 spent = seconds_a_row(plan, adapter)
@@ -154,12 +204,14 @@ def answer_plan(
     return best[1] if best else AnswerPlan(tuple(layers), False, PIECES[-1], 0)
 
 
-# A decode step's milliseconds by rows, fp16 lowered to sm_75 on an H100 (performance.md): merged, and beside 4-bit weights
+# A decode step's milliseconds by rows, fp16 lowered to sm_75 on an H100 (performance.md): merged,
+# and beside 4-bit weights
 STEPS = {
     True: ((1, 7.4), (16, 15.6), (32, 18.6), (64, 32.2)),
     False: ((1, 9.1), (8, 18.4), (16, 20.7), (24, 23.5), (32, 24.5), (40, 31.5), (64, 38.0)),
 }
-READ = 20_900  # tokens a second of prefill there, in pieces of 16,384; a ninth fewer beside 4-bit weights
+# tokens a second of prefill there, in pieces of 16,384; a ninth fewer beside 4-bit weights
+READ = 20_900
 DEQUANTISED = 800  # tokens in whose time all experts are dequantised, which each piece does
 
 
@@ -178,8 +230,9 @@ def seconds_a_row(plan: AnswerPlan, adapter: bool = True) -> float:
 
 
 class Planned(NamedTuple):
-    """A model on cards that need not be there: its sizes, its shape, its layers by card, how it answers, what that takes on
-    each card that has layers, and whether the 16-bit folder must be put together by the CPU."""
+    """A model on cards that need not be there: its sizes, its shape, its layers by card, how it
+    answers, what that takes on each card that has layers, and whether the 16-bit folder must be put
+    together by the CPU."""
 
     sizes: Sizes
     shape: Shape
@@ -189,7 +242,8 @@ class Planned(NamedTuple):
 
 
 def plan(model_dir: str | Path, cards: Sequence[float]) -> Planned:
-    """How the model of a folder answers in 4 bits, with an adapter, on cards that leave so many GiB to a process.
+    """How the model of a folder answers in 4 bits, with an adapter, on cards that leave so many GiB
+    to a process.
 
     Raises TooLittleMemory with what is needed and what there is.
     """
@@ -203,12 +257,23 @@ def plan(model_dir: str | Path, cards: Sequence[float]) -> Planned:
 
     def table(cells: int, merged: bool, piece: int) -> list[StageBytes]:
         return [
-            bytes_of(shape, count, weights=own, last=number == len(layers) - 1, piece=piece, rows=MOST_ROWS, cells=cells,
-                     merged=merged)
+            bytes_of(
+                shape,
+                count,
+                weights=own,
+                last=number == len(layers) - 1,
+                piece=piece,
+                rows=MOST_ROWS,
+                cells=cells,
+                merged=merged,
+            )
             for number, (count, own) in enumerate(zip(layers, weights, strict=True))
-        ]  # fmt: skip
+        ]
 
-    beside = [room - own - part.adapter for room, own, part in zip(used, weights, table(0, False, 1), strict=True)]
+    beside = [
+        room - own - part.adapter
+        for room, own, part in zip(used, weights, table(0, False, 1), strict=True)
+    ]
     answering = answer_plan(shape, layers, beside)
     found = table(answering.cells, answering.merged, answering.piece)
     return Planned(sizes, shape, answering, found, memory.merges_on_cpu(sizes, split, free))

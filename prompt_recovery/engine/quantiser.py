@@ -1,9 +1,10 @@
 """4-bit models with 4-bit experts: registered with transformers, loaded, checked, summed up, saved.
 
-transformers 5 keeps a layer's experts in two 3-D parameters, which its own 4-bit loading leaves in 16 bit (97% of
-Mixtral). `register()` adds a quantiser that turns them into NF4 as the loading path merges them, one projection of one
-layer at a time, and a forward that computes with them. The rest is bitsandbytes' own 4-bit loading: linear layers become
-`Linear4bit`; routers, norms, embeddings and the head stay in 16 bit. A dense model is loaded like bitsandbytes does it.
+transformers 5 keeps a layer's experts in two 3-D parameters, which its own 4-bit loading leaves in
+16 bit (97% of Mixtral). `register()` adds a quantiser that turns them into NF4 as the loading path
+merges them, one projection of one layer at a time, and a forward that computes with them. The rest
+is bitsandbytes' own 4-bit loading: linear layers become `Linear4bit`; routers, norms, embeddings
+and the head stay in 16 bit. A dense model is loaded like bitsandbytes does it.
 """
 
 from __future__ import annotations
@@ -53,34 +54,52 @@ class Nf4Error(ValueError):
 def fused_experts(module: nn.Module) -> bool:
     """Whether a module has transformers' fused experts, in 16 bit or already in 4."""
     return hasattr(module, "is_transposed") and any(
-        hasattr(module, name) or hasattr(module, f"{name}_packed") for name in (*PROJECTIONS, "up_proj")
+        hasattr(module, name) or hasattr(module, f"{name}_packed")
+        for name in (*PROJECTIONS, "up_proj")
     )
 
 
 def becomes_four_bit(name: str, module: nn.Module, head: nn.Module | None) -> bool:
-    """Whether a linear layer is one of those that 4-bit loading changes: not the head, a router or gate, or a LoRA's."""
-    return isinstance(module, nn.Linear) and module is not head and not name.endswith(GATE) and "lora_" not in name
+    """Whether a linear layer is one of those that 4-bit loading changes: not the head, a router or
+    gate, or a LoRA's."""
+    return (
+        isinstance(module, nn.Linear)
+        and module is not head
+        and not name.endswith(GATE)
+        and "lora_" not in name
+    )
 
 
 def check_supported(name: str, experts: nn.Module) -> None:
-    """Raises Nf4Error for experts in another form than gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+    """Raises Nf4Error for experts in another form than gate_up_proj [E, 2I, H] and down_proj [E, H,
+    I]."""
     flags = ("is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
     odd = [flag for flag in flags if getattr(experts, flag, False)]
-    odd += [] if experts.has_gate and experts.is_concatenated else ["no concatenated gate and up projections"]
+    odd += (
+        []
+        if experts.has_gate and experts.is_concatenated
+        else ["no concatenated gate and up projections"]
+    )
     for projection in PROJECTIONS:
         weight = getattr(experts, projection, None)
         if weight is not None and (weight.shape[1:].numel() % BLOCK or weight.shape[2] % 2):
-            odd.append(f"{projection} {tuple(weight.shape)}: an expert must have a multiple of {BLOCK} weights")
+            odd.append(
+                f"{projection} {tuple(weight.shape)}: an expert must have a multiple of {BLOCK} "
+                f"weights"
+            )
     if odd:
         raise Nf4Error(
-            f"The experts {name} can't become 4-bit ({', '.join(odd)}); load this model with four_bit=False."
+            f"The experts {name} can't become 4-bit ({', '.join(odd)}); load this model with "
+            f"four_bit=False."
         )
 
 
 class Nf4Config(BitsAndBytesConfig):
-    """The `quantization_config` for `from_pretrained`: NF4 with double quantisation, blocks of 64, experts included.
-    base: public name of the model that is quantised, kept in the saved folder. merge_on_cpu: a layer's experts, which the
-    hub has one by one, are put together in the host's memory, and go to the GPU one at a time.
+    """The `quantization_config` for `from_pretrained`: NF4 with double quantisation, blocks of 64,
+    experts included.
+    base: public name of the model that is quantised, kept in the saved folder. merge_on_cpu: a
+    layer's experts, which the hub has one by one, are put together in the host's memory, and go to
+    the GPU one at a time.
 
     Raises Nf4Error for the config of another layout (a folder saved by another version).
     """
@@ -88,26 +107,35 @@ class Nf4Config(BitsAndBytesConfig):
     def __init__(self, layout: str = LAYOUT, base: str = "", merge_on_cpu: bool = False, **_: Any):
         if layout != LAYOUT:
             raise Nf4Error(
-                f"The folder's 4-bit layout is {layout!r}, this version reads {LAYOUT!r}: quantise the 16-bit model again."
+                f"The folder's 4-bit layout is {layout!r}, this version reads {LAYOUT!r}: quantise "
+                f"the 16-bit model again."
             )
-        super().__init__(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        super().__init__(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
         self.quant_method = METHOD
         self.layout = layout
         self.base = base
         self.merge_on_cpu = merge_on_cpu
 
     def to_dict(self) -> dict[str, Any]:
-        # without load_in_4bit, by which transformers would take the folder for one of bitsandbytes' own layout
+        # without load_in_4bit, by which transformers would take the folder for one of bitsandbytes'
+        # own layout
         return {
-            "quant_method": METHOD, "layout": self.layout, "base": self.base, "quant_type": "nf4", "block": BLOCK,
-        }  # fmt: skip
+            "quant_method": METHOD,
+            "layout": self.layout,
+            "base": self.base,
+            "quant_type": "nf4",
+            "block": BLOCK,
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
 
 class _QuantiseOp(ConversionOps):
-    """Called by the loading path with one merged parameter: an experts' projection or a linear layer's weight."""
+    """Called by the loading path with one merged parameter: an experts' projection or a linear
+    layer's weight."""
 
     def __init__(self, stock: ConversionOps, places: dict[str, Any] | None):
         self.stock, self.places = stock, places
@@ -117,15 +145,29 @@ class _QuantiseOp(ConversionOps):
         for name, value in input_dict.items():
             module, attribute = get_module_from_name(model, name)
             if not fused_experts(module):
-                result |= self.stock.convert({name: value}, full_layer_name=name, model=model, **kwargs)
+                result |= self.stock.convert(
+                    {name: value}, full_layer_name=name, model=model, **kwargs
+                )
                 continue
             weight = value[0] if isinstance(value, list) else value
             expected = tuple(getattr(module, attribute).shape)
             if tuple(weight.shape) != expected:
-                raise Nf4Error(f"{name} has shape {tuple(weight.shape)} in the checkpoint, {expected} in the model.")
-            place = get_device(self.places, name, valid_torch_device=True) if self.places else weight.device
-            pieces = {f"{name}_{piece}": tensor for piece, tensor in quantise(weight, torch.device(place)).items()}
-            result |= {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in pieces.items()}
+                raise Nf4Error(
+                    f"{name} has shape {tuple(weight.shape)} in the checkpoint, {expected} in the "
+                    f"model."
+                )
+            place = (
+                get_device(self.places, name, valid_torch_device=True)
+                if self.places
+                else weight.device
+            )
+            pieces = {
+                f"{name}_{piece}": tensor
+                for piece, tensor in quantise(weight, torch.device(place)).items()
+            }
+            result |= {
+                key: nn.Parameter(tensor, requires_grad=False) for key, tensor in pieces.items()
+            }
             delattr(module, attribute)
             module._is_hf_initialized = True
             if missing_keys is not None:
@@ -137,7 +179,9 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
     """bitsandbytes' quantiser of transformers, and the experts."""
 
     @staticmethod
-    def get_modules_to_not_convert(model, skip_modules=None, keep_in_fp32_modules=None, add_default_skips=False):
+    def get_modules_to_not_convert(
+        model, skip_modules=None, keep_in_fp32_modules=None, add_default_skips=False
+    ):
         return Bnb4BitHfQuantizer.get_modules_to_not_convert(
             model, [*(skip_modules or []), GATE], keep_in_fp32_modules, add_default_skips=True
         )
@@ -152,7 +196,9 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
             check_supported(name, module)
             for projection in PROJECTIONS:
                 for piece, tensor in meta_pieces(getattr(module, projection)).items():
-                    module.register_parameter(f"{projection}_{piece}", nn.Parameter(tensor, requires_grad=False))
+                    module.register_parameter(
+                        f"{projection}_{piece}", nn.Parameter(tensor, requires_grad=False)
+                    )
                 if self.pre_quantized:
                     delattr(module, projection)
                     module._is_hf_initialized = True
@@ -162,10 +208,12 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         dtype = self.quantization_config.bnb_4bit_compute_dtype
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
-                # else, on CPUs with AVX-512 BF16, the first answer repacks the weights and rounds their scales
+                # else, on CPUs with AVX-512 BF16, the first answer repacks the weights and rounds
+                # their scales
                 module.support_avx512bf16_for_cpu = False
                 module.compute_dtype = dtype
-                if getattr(module.weight, "quant_state", None) is not None:  # else check_quantised names it
+                # else check_quantised names it
+                if getattr(module.weight, "quant_state", None) is not None:
                     module.weight.quant_state.dtype = dtype
                 continue
             # a saved folder's 16-bit parts come as they were stored, whatever dtype is asked for
@@ -184,15 +232,19 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         return super().param_needs_quantization(model, param_name, **kwargs)
 
     def param_element_size(self, model, param_name, param):
-        # the warm-up of the allocator counts the experts once: as their 3-D parameters, not as the pieces to come
-        if not self.pre_quantized and param_name.endswith(tuple(f"proj_{piece}" for piece in PIECES)):
+        # the warm-up of the allocator counts the experts once: as their 3-D parameters, not as the
+        # pieces to come
+        if not self.pre_quantized and param_name.endswith(
+            tuple(f"proj_{piece}" for piece in PIECES)
+        ):
             return 0.0
         return super().param_element_size(model, param_name, param)
 
     def get_quantize_ops(self):
         return _QuantiseOp(super().get_quantize_ops(), self.places)
 
-    def update_weight_conversions(self, weight_conversions, *args):  # transformers 5.23 gives the model too
+    # transformers 5.23 gives the model too
+    def update_weight_conversions(self, weight_conversions, *args):
         conversions = copy.deepcopy(super().update_weight_conversions(weight_conversions, *args))
         for conversion in conversions:
             if isinstance(conversion, WeightConverter) and self.quantization_config.merge_on_cpu:
@@ -201,7 +253,8 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
 
 def register() -> None:
-    """Make transformers know the quantiser, its config and the experts' forward; calling it again changes nothing."""
+    """Make transformers know the quantiser, its config and the experts' forward; calling it again
+    changes nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(Nf4Config)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -210,7 +263,8 @@ def register() -> None:
 
 
 def check_folder(model_dir: str | Path) -> bool:
-    """True if the folder holds a model saved in this module's 4-bit layout, False if it is not quantised.
+    """True if the folder holds a model saved in this module's 4-bit layout, False if it is not
+    quantised.
 
     Raises Nf4Error for every other quantisation, before anything loads.
     """
@@ -219,15 +273,19 @@ def check_folder(model_dir: str | Path) -> bool:
         return False
     if found.get("quant_method") != METHOD or found.get("layout") != LAYOUT:
         raise Nf4Error(
-            f"{model_dir} is quantised already, as {found.get('quant_method')!r} with layout {found.get('layout')!r};"
-            f" only {METHOD!r} with {LAYOUT!r} can be read. Give the folder of the 16-bit model (a checkpoint that"
-            " transformers 4 saved in 4 bits does not load in transformers 5 either) or save it again with this version."
+            f"{model_dir} is quantised already, as {found.get('quant_method')!r} with layout "
+            f"{found.get('layout')!r};"
+            f" only {METHOD!r} with {LAYOUT!r} can be read. Give the folder of the 16-bit model (a "
+            f"checkpoint that"
+            " transformers 4 saved in 4 bits does not load in transformers 5 either) or save it "
+            "again with this version."
         )
     return True
 
 
 class Part(NamedTuple):
-    """One row of `summary`: a part of the model, its parameters, how they are kept, and the memory they take."""
+    """One row of `summary`: a part of the model, its parameters, how they are kept, and the memory
+    they take."""
 
     part: str
     parameters: int
@@ -252,7 +310,8 @@ def _part(name: str, module: nn.Module, model: PreTrainedModel) -> str:
 
 
 def summary(model: PreTrainedModel) -> list[Part]:
-    """The model by part and precision, largest first. A part that is kept in two precisions gets two rows."""
+    """The model by part and precision, largest first. A part that is kept in two precisions gets
+    two rows."""
     rows: dict[tuple[str, str], list[int]] = {}
     seen: set[int] = set()  # a head that is tied to the embeddings is counted once, as embeddings
     for name, module in model.named_modules():
@@ -272,7 +331,10 @@ def summary(model: PreTrainedModel) -> list[Part]:
             total = rows.setdefault((_part(name, module, model), precision), [0, 0])
             total[0] += count
             total[1] += size
-    parts = [Part(part, count, precision, size / 2**30) for (part, precision), (count, size) in rows.items()]
+    parts = [
+        Part(part, count, precision, size / 2**30)
+        for (part, precision), (count, size) in rows.items()
+    ]
     return sorted(parts, key=lambda part: -part.gib)
 
 
@@ -280,7 +342,8 @@ def summary_text(model: PreTrainedModel) -> str:
     """`summary` as lines of text, with the sum."""
     parts = summary(model)
     lines = [
-        f"{part.part:<12}{part.parameters / 1e9:9.3f} B  {part.precision:<10}{part.gib:7.2f} GiB" for part in parts
+        f"{part.part:<12}{part.parameters / 1e9:9.3f} B  {part.precision:<10}{part.gib:7.2f} GiB"
+        for part in parts
     ]
     total = f"{'together':<12}{sum(part.parameters for part in parts) / 1e9:9.3f} B  {'':<10}"
     return "\n".join([*lines, f"{total}{sum(part.gib for part in parts):7.2f} GiB"])
@@ -297,28 +360,43 @@ def _computes_right(weight: bnb.nn.Params4bit) -> bool:
 
 
 def check_quantised(model: PreTrainedModel) -> None:
-    """Raises Nf4Error, naming them, if any experts or linear layers that should be 4-bit are not."""
+    """Raises Nf4Error, naming them, if any experts or linear layers that should be 4-bit are
+    not."""
     wrong = []
     for name, module in model.named_modules():
         if fused_experts(module):
             for projection in PROJECTIONS:
                 packed = getattr(module, f"{projection}_packed", None)
-                if hasattr(module, projection) or packed is None or packed.dtype != torch.uint8 or packed.is_meta:
+                if (
+                    hasattr(module, projection)
+                    or packed is None
+                    or packed.dtype != torch.uint8
+                    or packed.is_meta
+                ):
                     wrong.append(f"{name}.{projection}")
         elif isinstance(module, bnb.nn.Linear4bit):
             state = getattr(module.weight, "quant_state", None)
-            if state is None or state.quant_type != "nf4" or not state.nested or module.weight.dtype != torch.uint8:
+            if (
+                state is None
+                or state.quant_type != "nf4"
+                or not state.nested
+                or module.weight.dtype != torch.uint8
+            ):
                 wrong.append(f"{name}.weight")
             elif not _computes_right(module.weight):
                 raise Nf4Error(
-                    f"{name} has rows of {module.in_features} weights, no multiple of {BLOCK}, which bitsandbytes"
-                    f" {bnb.__version__} computes wrongly on this CPU. Load with four_bit=False, or on a GPU."
+                    f"{name} has rows of {module.in_features} weights, no multiple of {BLOCK}, "
+                    f"which bitsandbytes"
+                    f" {bnb.__version__} computes wrongly on this CPU. Load with four_bit=False, "
+                    f"or on a GPU."
                 )
         elif becomes_four_bit(name, module, model.get_output_embeddings()):
             wrong.append(f"{name}.weight")
     if wrong:
         shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise Nf4Error(
-            f"These parts should be in 4 bits and are not: {shown}. Load with quantization_config=Nf4Config() after"
-            " register(); if it persists, this model's layers are of a kind that is not supported: four_bit=False."
+            f"These parts should be in 4 bits and are not: {shown}. Load with "
+            f"quantization_config=Nf4Config() after"
+            " register(); if it persists, this model's layers are of a kind that is not supported: "
+            "four_bit=False."
         )

@@ -1,4 +1,5 @@
-"""What a whole test set takes: by rates measured on H100s with a T4's kernels, and reckoned for T4s."""
+"""What a whole test set takes: by rates measured on H100s with a T4's kernels, and reckoned for
+T4s."""
 
 from __future__ import annotations
 
@@ -25,29 +26,41 @@ def on_h100s(planned: Planned, lengths: Sequence[int], new_tokens: int) -> Secon
     """By the rates measured for Mixtral on H100s with a T4's kernels."""
     groups = _groups(planned, lengths, new_tokens)
     merged = planned.answering.merged
-    reading = sum(lengths) * (1 + DEQUANTISED / planned.answering.piece) / READ * (1 if merged else 9 / 8)
-    return Seconds(20.0, reading, sum(step_ms(rows, merged) for rows, _ in groups) / 1e3 * (new_tokens - 1))
+    reading = (
+        sum(lengths) * (1 + DEQUANTISED / planned.answering.piece) / READ * (1 if merged else 9 / 8)
+    )
+    return Seconds(
+        20.0, reading, sum(step_ms(rows, merged) for rows, _ in groups) / 1e3 * (new_tokens - 1)
+    )
 
 
 def on_t4s(planned: Planned, lengths: Sequence[int], new_tokens: int) -> Seconds:
-    """Reckoned, in one way only: a step is the largest of its bytes over 260 GB/s, and of what its tensor cores and its
-    instructions take, which is less (13 to 26 ms and 10 to 20 a card, where bytes take 54); prefill its multiplications at
-    25 TFLOP/s a card and, for each piece, the bytes of dequantising every expert, all cards at work; weights are read from
-    Kaggle's mount at 0.3 GB/s."""
+    """Reckoned, in one way only: a step is the largest of its bytes over 260 GB/s, and of what its
+    tensor cores and its instructions take, which is less (13 to 26 ms and 10 to 20 a card, where
+    bytes take 54); prefill its multiplications at 25 TFLOP/s a card and, for each piece, the bytes
+    of dequantising every expert, all cards at work; weights are read from Kaggle's mount at 0.3
+    GB/s."""
     shape, cards = planned.shape, len(planned.bytes)
     layers = sum(planned.answering.layers)
     pairs = shape.hidden * 2 * (shape.queries + shape.keys)
-    active = layers * (pairs + shape.chosen * 3 * shape.hidden * shape.inner) + shape.hidden * shape.vocabulary
+    active = (
+        layers * (pairs + shape.chosen * 3 * shape.hidden * shape.inner)
+        + shape.hidden * shape.vocabulary
+    )
     experts = layers * shape.experts * 3 * shape.hidden * shape.inner
     pieces = -(-sum(lengths) // planned.answering.piece)
-    reading = sum(lengths) * 2 * active / (T4_FLOPS * cards) + pieces * experts * 2.5 / (T4_BYTES * cards)
+    reading = sum(lengths) * 2 * active / (T4_FLOPS * cards) + pieces * experts * 2.5 / (
+        T4_BYTES * cards
+    )
     step = [part.weights + part.merged for part in planned.bytes]
     writing = sum(
         (sum(step) + rows * columns * layers * 2 * shape.keys * shape.wide) / T4_BYTES
         for rows, columns in _groups(planned, lengths, new_tokens)
     ) * (new_tokens - 1)  # fmt: skip
     stored = (
-        2 * (active + experts * (1 - shape.chosen / shape.experts)) if planned.sizes.merging else planned.sizes.weights
+        2 * (active + experts * (1 - shape.chosen / shape.experts))
+        if planned.sizes.merging
+        else planned.sizes.weights
     )
     return Seconds(stored / KAGGLE_BYTES, reading, writing)
 

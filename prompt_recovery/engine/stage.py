@@ -1,5 +1,6 @@
-"""Some consecutive layers of a model on one device: called without accelerate's hooks, with a KV cache and CUDA graphs of
-their own. A model on one card is one stage; one whose layers lie on several cards has a stage a card."""
+"""Some consecutive layers of a model on one device: called without accelerate's hooks, with a KV
+cache and CUDA graphs of their own. A model on one card is one stage; one whose layers lie on
+several cards has a stage a card."""
 
 from __future__ import annotations
 
@@ -22,21 +23,25 @@ AHEAD = 2  # pieces that a stage may be ahead of the next one, for which its hid
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream for a card's captures: torch's own one belongs to the card that captured first, and cuBLAS keeps a workspace
-    for each stream."""
+    """A stream for a card's captures: torch's own one belongs to the card that captured first, and
+    cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
 class Stage:
     """A part, the KV cache of its layers, and where the rows of the batch stand.
 
-    start: columns of the prefix. positions [R, 1]: of the next token. column [1]: where it goes. x: what a step takes, ids
-    [R, 1] or hidden states [R, 1, H]; y: what it gives.
+    start: columns of the prefix. positions [R, 1]: of the next token. column [1]: where it goes. x:
+    what a step takes, ids [R, 1] or hidden states [R, 1, H]; y: what it gives.
     """
 
-    def __init__(self, part: Part, start: int, *, rows: int, cells: int, graphs: bool, alone: bool) -> None:
+    def __init__(
+        self, part: Part, start: int, *, rows: int, cells: int, graphs: bool, alone: bool
+    ) -> None:
         self.part, self.device, self.start = part, part.device, start
-        self.cache = StaticCache(part.module.config, part.layers, cells, rows, start, part.device, part.dtype)
+        self.cache = StaticCache(
+            part.module.config, part.layers, cells, rows, start, part.device, part.dtype
+        )
         whole = dict(device=part.device, dtype=torch.long)
         self.padding, self.positions = self.cache.padding, torch.zeros(rows, 1, **whole)
         self.column = torch.zeros(1, **whole)
@@ -51,31 +56,46 @@ class Stage:
             self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
 
     def read(self, x: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-        """A piece of the prompts: ids or hidden states of these rows and columns, whose keys and values are kept. Gives
-        what the part gives."""
+        """A piece of the prompts: ids or hidden states of these rows and columns, whose keys and
+        values are kept. Gives what the part gives."""
         places = torch.arange(columns.start, columns.stop, device=self.device)
         # rows of the mask begin at multiples of 16 values, or SDPA would copy it in each layer
         seen = torch.arange(-(-columns.stop // 16) * 16, device=self.device)
         shift = self.padding[rows]
         visible = (seen[None] < self.start) | (seen[None] >= self.start + shift)
-        # a padded place sees itself, lest a softmax over nothing makes NaN that 0 weights would spread
-        visible = (visible[:, None] & (seen[None, :] <= places[:, None])) | (seen[None, :] == places[:, None])
+        # a padded place sees itself, lest a softmax over nothing makes NaN that 0 weights would
+        # spread
+        visible = (visible[:, None] & (seen[None, :] <= places[:, None])) | (
+            seen[None, :] == places[:, None]
+        )
         mask = self._added(visible)[..., : columns.stop]
         del visible
         self.cache.at(rows, columns)
-        positions = torch.where(places[None] < self.start, places[None], (places[None] - shift).clamp(min=0))
+        positions = torch.where(
+            places[None] < self.start, places[None], (places[None] - shift).clamp(min=0)
+        )
         return self._forward(x, positions, mask[:, None])
 
     def _added(self, visible: torch.Tensor) -> torch.Tensor:
-        """A mask to add to the scores, rather than true or false: SDPA would make the one of the other in every layer."""
+        """A mask to add to the scores, rather than true or false: SDPA would make the one of the
+        other in every layer."""
         mask = torch.zeros(visible.shape, dtype=self.part.dtype, device=self.device)
         return mask.masked_fill_(~visible, float("-inf"))
 
-    def _forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.part(x, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+    def _forward(
+        self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        return self.part(
+            x,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
 
     def keep_prefix(self) -> None:
-        """Keep the keys and values that the only row now holds, for the front of every row of the batches to come."""
+        """Keep the keys and values that the only row now holds, for the front of every row of the
+        batches to come."""
         self.prefix_kv = [[view.clone() for view in layer] for layer in self.cache.views]
 
     def begin(self, rows: int, columns: int, padding: torch.Tensor) -> None:
@@ -96,12 +116,16 @@ class Stage:
             state[: len(index)] = state.index_select(0, index)
 
     def step(self, rows: int, choose: Callable[[torch.Tensor, int], None]) -> None:
-        """One token of each row; the last stage hands its logits, fp32 [R, vocabulary], to `choose`."""
+        """One token of each row; the last stage hands its logits, fp32 [R, vocabulary], to
+        `choose`."""
         if self.part.knows_rows:
-            mask = torch.zeros(1, 1, dtype=self.part.dtype, device=self.device)  # for nobody but transformers
+            # for nobody but transformers
+            mask = torch.zeros(1, 1, dtype=self.part.dtype, device=self.device)
         else:
             seen = torch.arange(self.cache.columns, device=self.device)[None]
-            visible = ((seen < self.start) | (seen >= self.start + self.padding[:rows])) & (seen <= self.column)
+            visible = ((seen < self.start) | (seen >= self.start + self.padding[:rows])) & (
+                seen <= self.column
+            )
             mask = self._added(visible)
         y = self._forward(self.x[:rows], self.positions[:rows], mask[:, None, None])
         if self.part.last:
@@ -119,7 +143,8 @@ class Stage:
             with on(self.device):
                 self.graphs[key].replay()
             return
-        self.call(self.step, rows, choose).result()  # also what a capture needs: everything is compiled and allocated
+        # also what a capture needs: everything is compiled and allocated
+        self.call(self.step, rows, choose).result()
         if self.graphs is not None:
             self.call(self._capture, rows, key, choose).result()
 
@@ -138,7 +163,10 @@ class Stage:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:  # something in this model's step asks the host
-            print(f"steps run one by one, since this model's can't be a CUDA graph: {str(error).splitlines()[0]}")
+            print(
+                f"steps run one by one, since this model's can't be a CUDA graph: "
+                f"{str(error).splitlines()[0]}"
+            )
             torch.cuda.synchronize(self.device)
             self.graphs = None
         else:
@@ -167,14 +195,19 @@ def hand_over(source: torch.Tensor, target: torch.Tensor) -> None:
 def flow(
     stages: Sequence[Stage], pieces: Sequence[torch.Tensor], read: Callable[..., torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Pieces through the stages, a thread a stage, so that all cards work: read(stage, x, number of the piece) for each.
+    """Pieces through the stages, a thread a stage, so that all cards work: read(stage, x, number of
+    the piece) for each.
     Gives what the last stage gives.
 
-    A thread is the plain way because experts ask the host for their rows in each layer where there is no grouped GEMM.
+    A thread is the plain way because experts ask the host for their rows in each layer where there
+    is no grouped GEMM.
     """
     if len(stages) == 1:
         (only,) = stages
-        return [only.call(read, only, x.to(only.device), number).result() for number, x in enumerate(pieces)]
+        return [
+            only.call(read, only, x.to(only.device), number).result()
+            for number, x in enumerate(pieces)
+        ]
     free = [threading.Semaphore(AHEAD) for _ in stages]
     stopped = threading.Event()
 

@@ -1,8 +1,10 @@
-"""The storage of 4-bit experts: NF4 pieces of a 3-D projection, bit for bit bitsandbytes', and their way back to 16 bit.
+"""The storage of 4-bit experts: NF4 pieces of a 3-D projection, bit for bit bitsandbytes', and
+their way back to 16 bit.
 
-Each expert's matrix is quantised on its own: blocks of 64, their absmax in 8 bit in blocks of 256 (double quantisation).
-Dequantised weights go into a buffer of the model's workspace that remembers whose weights it holds, so that a layer's
-recomputation (activation checkpointing) and its backward share one dequantisation.
+Each expert's matrix is quantised on its own: blocks of 64, their absmax in 8 bit in blocks of 256
+(double quantisation). Dequantised weights go into a buffer of the model's workspace that remembers
+whose weights it holds, so that a layer's recomputation (activation checkpointing) and its backward
+share one dequantisation.
 """
 
 from __future__ import annotations
@@ -21,21 +23,28 @@ from prompt_recovery.engine.kernels.dispatch import on, training_kernels
 
 BLOCK, NESTED_BLOCK = 64, 256
 PROJECTIONS = ("gate_up_proj", "down_proj")
-# what a projection [E, N, K] becomes; fp32 values are kept as int32 bits so that `model.to(dtype)` can't round them
+# what a projection [E, N, K] becomes; fp32 values are kept as int32 bits so that `model.to(dtype)`
+# can't round them
 PIECES = ("packed", "absmax", "nested", "offset")
 
 
 def quantise(weight: torch.Tensor, device: torch.device | None = None) -> dict[str, torch.Tensor]:
-    """NF4 pieces of a projection [E, N, K] of 16 or 32 bit: packed uint8 [E, N, K / 2], absmax uint8 [E, B],
-    nested int32 (bits of fp32) [E, ceil(B / 256)], offset int32 (bits of fp32) [E], with B = N * K / 64.
+    """NF4 pieces of a projection [E, N, K] of 16 or 32 bit: packed uint8 [E, N, K / 2], absmax
+    uint8 [E, B], nested int32 (bits of fp32) [E, ceil(B / 256)], offset int32 (bits of fp32) [E],
+    with B = N * K / 64.
 
     device: of the pieces; a matrix at a time goes there to be quantised. None: the weight's.
     """
     device = device or weight.device
-    pieces = {name: torch.empty_like(empty, device=device) for name, empty in meta_pieces(weight).items()}
+    pieces = {
+        name: torch.empty_like(empty, device=device) for name, empty in meta_pieces(weight).items()
+    }
     for expert, matrix in enumerate(weight):
         packed, state = bnb_functional.quantize_4bit(
-            matrix.to(device).contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+            matrix.to(device).contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=True,
+            quant_type="nf4",
         )
         pieces["packed"][expert] = packed.view(matrix.shape[0], -1)
         pieces["absmax"][expert] = state.absmax
@@ -67,18 +76,22 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_formula(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """NF4 values [N] of packed bytes [N / 2] in any shape, scale fp32 [N / 64]. For CPUs, where bitsandbytes 0.50.2 takes
-    wrong scales if there is AVX512 and a row is no multiple of the block: off by 0.12 where weights are up to 1."""
+    """NF4 values [N] of packed bytes [N / 2] in any shape, scale fp32 [N / 64]. For CPUs, where
+    bitsandbytes 0.50.2 takes wrong scales if there is AVX512 and a row is no multiple of the block:
+    off by 0.12 where weights are up to 1."""
     nf4 = _tables(packed.device)[1]
     nibbles = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), -1)
     return (nf4[nibbles.long()].view(-1, BLOCK) * scale[:, None]).flatten().to(dtype)
 
 
 def dequantise(
-    pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None, first: int = 0
+    pieces: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
-    """The weights [E, N, K] in `dtype`, bit for bit bitsandbytes' dequantisation of every expert; or, into `out`, those of
-    the experts from `first` on that it has room for."""
+    """The weights [E, N, K] in `dtype`, bit for bit bitsandbytes' dequantisation of every expert;
+    or, into `out`, those of the experts from `first` on that it has room for."""
     packed, absmax = pieces["packed"], pieces["absmax"]
     nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
     code, nf4 = _tables(packed.device)
@@ -104,7 +117,8 @@ def dequantise(
 
 
 class _Buffer:
-    """Room for one projection's 16-bit weights, and a weak reference to the packed tensor that it holds now."""
+    """Room for one projection's 16-bit weights, and a weak reference to the packed tensor that it
+    holds now."""
 
     room: torch.Tensor | None = None
     owner: weakref.ref | None = None
@@ -112,8 +126,8 @@ class _Buffer:
 
 
 class Workspace:
-    """The 16-bit weights of one layer's experts, a buffer for each device, projection and dtype. All experts of a model
-    share one, which is freed with the model or by `release_buffers`."""
+    """The 16-bit weights of one layer's experts, a buffer for each device, projection and dtype.
+    All experts of a model share one, which is freed with the model or by `release_buffers`."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple, _Buffer] = {}
@@ -145,13 +159,15 @@ def share_workspace(model: nn.Module) -> None:
 
 
 def release_buffers(model: nn.Module) -> None:
-    """Give back the memory of a model's dequantised weights (one layer's experts in 16 bit a device)."""
+    """Give back the memory of a model's dequantised weights (one layer's experts in 16 bit a
+    device)."""
     for experts in four_bit_experts(model):
         workspace(experts).buffers.clear()
 
 
 def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Tensor:
-    """A projection's weights [E, N, K] in `dtype`, valid until the same projection of another layer is asked for."""
+    """A projection's weights [E, N, K] in `dtype`, valid until the same projection of another layer
+    is asked for."""
     pieces = {piece: getattr(experts, f"{projection}_{piece}").detach() for piece in PIECES}
     packed = getattr(experts, f"{projection}_packed")
     buffer = workspace(experts).buffers.setdefault((packed.device, projection, dtype), _Buffer())
@@ -170,10 +186,17 @@ def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Te
 
 
 def expert_weights(experts: nn.Module, dtype: torch.dtype) -> Callable[[str, int], torch.Tensor]:
-    """A function (projection, expert) -> that expert's weight [N, K] in `dtype`, valid until another one is asked for."""
-    pieces = {name: {piece: getattr(experts, f"{name}_{piece}") for piece in PIECES} for name in PROJECTIONS}
+    """A function (projection, expert) -> that expert's weight [N, K] in `dtype`, valid until
+    another one is asked for."""
+    pieces = {
+        name: {piece: getattr(experts, f"{name}_{piece}") for piece in PIECES}
+        for name in PROJECTIONS
+    }
     device = pieces["down_proj"]["packed"].device
-    shapes = {name: (1, each["packed"].shape[1], 2 * each["packed"].shape[2]) for name, each in pieces.items()}
+    shapes = {
+        name: (1, each["packed"].shape[1], 2 * each["packed"].shape[2])
+        for name, each in pieces.items()
+    }
     sizes = {name: rows * columns for name, (_, rows, columns) in shapes.items()}
     buffer = workspace(experts).buffers.setdefault((device, "expert", dtype), _Buffer())
     if buffer.room is None or buffer.room.numel() < max(sizes.values()):
@@ -190,11 +213,17 @@ def expert_weights(experts: nn.Module, dtype: torch.dtype) -> Callable[[str, int
 
 
 def linear_pieces(layer: bnb.nn.Linear4bit) -> dict[str, torch.Tensor] | None:
-    """bitsandbytes' own 4-bit matrix as pieces [1, N, K], which share its memory; None for another layout than ours."""
+    """bitsandbytes' own 4-bit matrix as pieces [1, N, K], which share its memory; None for another
+    layout than ours."""
     state = layer.weight.quant_state
     size, columns = state.shape
     ours = state.quant_type == "nf4" and state.blocksize == BLOCK and state.nested
-    if not ours or state.state2.blocksize != NESTED_BLOCK or columns % BLOCK or layer.bias is not None:
+    if (
+        not ours
+        or state.state2.blocksize != NESTED_BLOCK
+        or columns % BLOCK
+        or layer.bias is not None
+    ):
         return None
     return {
         "packed": layer.weight.data.view(1, size, columns // 2),

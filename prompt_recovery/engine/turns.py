@@ -1,7 +1,8 @@
-"""Threads that launch work, each on a card of its own, take turns, and let go while they wait for their card.
+"""Threads that launch work, each on a card of its own, take turns, and let go while they wait for
+their card.
 
-Without turns they would hand Python's lock to and fro at every operation: two stages that read pieces of 2,048 tokens
-at once took 195 ms each, where one alone takes 113 (LOG.md).
+Without turns they would hand Python's lock to and fro at every operation: two stages that read
+pieces of 2,048 tokens at once took 195 ms each, where one alone takes 113 (LOG.md).
 """
 
 from __future__ import annotations

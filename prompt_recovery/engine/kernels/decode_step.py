@@ -1,6 +1,8 @@
-"""Triton kernels for the small work of a decode step: what takes some twenty launches a layer in transformers takes four.
+"""Triton kernels for the small work of a decode step: what takes some twenty launches a layer in
+transformers takes four.
 
-Rows and columns of the cache are read from the device, so that one captured step serves batches of all lengths.
+Rows and columns of the cache are read from the device, so that one captured step serves batches of
+all lengths.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import triton.language as tl
 
 from prompt_recovery.engine.kernels.dispatch import card, launch_options
 
-# Programs that a launch of attention should have: twice the multiprocessors of an H100, three times those of a T4
+# Programs that a launch of attention should have: twice the multiprocessors of an H100, three times
+# those of a T4
 PROGRAMS = 264
 
 
@@ -28,9 +31,13 @@ def _rotate_and_store(
     low, high = tl.load(source + at), tl.load(source + HALF + at)
     kind = qkv.dtype.element_ty
     place, columns = tl.load(column), tl.load(now)
-    there = (head < HEADS) | (row < tl.load(now + 1))  # rows beyond those of the batch have no cache
+    # rows beyond those of the batch have no cache
+    there = (head < HEADS) | (row < tl.load(now + 1))
     if head < HEADS + KEY_HEADS:
-        cosine, sine = tl.load(cos + row * size + at).to(tl.float32), tl.load(sin + row * size + at).to(tl.float32)
+        cosine, sine = (
+            tl.load(cos + row * size + at).to(tl.float32),
+            tl.load(sin + row * size + at).to(tl.float32),
+        )
         left, right = low.to(tl.float32), high.to(tl.float32)
         low, high = (left * cosine - right * sine).to(kind), (right * cosine + left * sine).to(kind)
     if head < HEADS:
@@ -53,11 +60,13 @@ def rotate_and_store(
     now: torch.Tensor,
     key_heads: int,
 ) -> torch.Tensor:
-    """Rotary embedding of one token a row; its key and value go to `column` of the cache. Gives the query [R, heads, D].
+    """Rotary embedding of one token a row; its key and value go to `column` of the cache. Gives the
+    query [R, heads, D].
 
-    qkv: [R, (heads + 2 * key heads) * D], one after the other; cos, sin: [R, D], both halves alike; keys, values: memory
-    that begins with [rows, key heads, columns, D]; column: int64 [1]; now: int64 [2], columns and rows of the cache. Rows
-    of qkv beyond those of the cache leave nothing there.
+    qkv: [R, (heads + 2 * key heads) * D], one after the other; cos, sin: [R, D], both halves alike;
+    keys, values: memory that begins with [rows, key heads, columns, D]; column: int64 [1]; now:
+    int64 [2], columns and rows of the cache. Rows of qkv beyond those of the cache leave nothing
+    there.
     """
     rows, size = cos.shape
     heads = qkv.shape[1] // size - 2 * key_heads
@@ -71,20 +80,38 @@ def rotate_and_store(
 
 @triton.jit(do_not_specialize=["start"])
 def _attend(
-    query, keys, values, padding, column, now, partial, sums, start, scale,
-    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    query,
+    keys,
+    values,
+    padding,
+    column,
+    now,
+    partial,
+    sums,
+    start,
+    scale,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
-):  # fmt: skip
+):
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KEY_HEADS
     columns, place = tl.load(now), tl.load(column)
     pad = tl.load(padding + row)
-    cell = tl.minimum(row, tl.load(now + 1) - 1) * KEY_HEADS + head  # rows beyond the batch's read its last one's
+    # rows beyond the batch's read its last one's
+    cell = tl.minimum(row, tl.load(now + 1) - 1) * KEY_HEADS + head
     keys += cell * columns * SIZE
     values += cell * columns * SIZE
     mine, at, near = tl.arange(0, ROOM), tl.arange(0, SIZE), tl.arange(0, BLOCK)
     own = mine < group
-    q = tl.load(query + (row * HEADS + head * group + mine[:, None]) * SIZE + at[None, :], mask=own[:, None], other=0.0)
+    q = tl.load(
+        query + (row * HEADS + head * group + mine[:, None]) * SIZE + at[None, :],
+        mask=own[:, None],
+        other=0.0,
+    )
     each = tl.cdiv(tl.cdiv(place + 1, BLOCK), SPLIT) * BLOCK
     top = tl.full((ROOM,), float("-inf"), tl.float32)
     total = tl.zeros((ROOM,), tl.float32)
@@ -135,10 +162,13 @@ def attend(
     key_heads: int,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of one token a row over the columns of the cache up to `column`, but for `padding` columns from `start` on.
+    """Attention of one token a row over the columns of the cache up to `column`, but for `padding`
+    columns from `start` on.
 
-    query: [R, heads, D] of 16 bit, D a power of 2 from 16 on; padding: int64 [R, 1]; the others as in `rotate_and_store`.
-    Gives [R, heads, D]. The columns are split among programs where rows are few, and summed in a fixed order.
+    query: [R, heads, D] of 16 bit, D a power of 2 from 16 on; padding: int64 [R, 1]; the others as
+    in `rotate_and_store`.
+    Gives [R, heads, D]. The columns are split among programs where rows are few, and summed in a
+    fixed order.
     """
     rows, heads, size = query.shape
     group, device = heads // key_heads, query.device
@@ -147,10 +177,25 @@ def attend(
     sums = torch.empty(rows, key_heads, split, group, 2, dtype=torch.float32, device=device)
     options = {"num_stages": 1 if card(device).lowered else 2, **launch_options(device)}
     _attend[(rows, key_heads, split)](
-        query, keys, values, padding, column, now, partial, sums, start, scale,
-        HEADS=heads, KEY_HEADS=key_heads, SIZE=size, ROOM=max(16, triton.next_power_of_2(group)), BLOCK=64, SPLIT=split,
-        num_warps=4, **options,
-    )  # fmt: skip
+        query,
+        keys,
+        values,
+        padding,
+        column,
+        now,
+        partial,
+        sums,
+        start,
+        scale,
+        HEADS=heads,
+        KEY_HEADS=key_heads,
+        SIZE=size,
+        ROOM=max(16, triton.next_power_of_2(group)),
+        BLOCK=64,
+        SPLIT=split,
+        num_warps=4,
+        **options,
+    )
     out = torch.empty_like(query)
     _join_parts[(rows, heads)](
         partial, sums, out, HEADS=heads, KEY_HEADS=key_heads, SIZE=size, SPLIT=split, num_warps=1,
@@ -161,7 +206,15 @@ def attend(
 
 @triton.jit
 def _choose_experts(
-    x, gate, weights, index, hidden, EXPERTS: tl.constexpr, ROOM: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    gate,
+    weights,
+    index,
+    hidden,
+    EXPERTS: tl.constexpr,
+    ROOM: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, ROOM)
@@ -171,7 +224,9 @@ def _choose_experts(
         inside = (expert[:, None] < EXPERTS) & (at < hidden)[None, :]
         value = tl.load(x + row * hidden + at, mask=at < hidden, other=0.0).to(tl.float32)
         total += (
-            tl.load(gate + expert[:, None] * hidden + at[None, :], mask=inside, other=0.0).to(tl.float32)
+            tl.load(gate + expert[:, None] * hidden + at[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
             * value[None, :]
         )
     # rounded as the linear layer of transformers rounds it, so that ties fall as there
@@ -192,15 +247,25 @@ def _choose_experts(
         left = tl.where(expert == best, -1.0, left)
 
 
-def choose_experts(x: torch.Tensor, gate: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixtral's router: the top_k of softmax(x gate^T), their weights made to sum to 1. x: [T, H]; gate: [E, H] of the
-    same 16 bit. Gives weights fp32 [T, top_k] and experts int64 [T, top_k]."""
+def choose_experts(
+    x: torch.Tensor, gate: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixtral's router: the top_k of softmax(x gate^T), their weights made to sum to 1. x: [T, H];
+    gate: [E, H] of the same 16 bit. Gives weights fp32 [T, top_k] and experts int64 [T, top_k]."""
     tokens, experts = x.shape[0], gate.shape[0]
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
     _choose_experts[(tokens,)](
-        x, gate, weights, index, x.shape[1], EXPERTS=experts, ROOM=triton.next_power_of_2(experts), TOP_K=top_k,
-        BLOCK=2048, num_warps=8,  # one token is one program: long reads, few of them
+        x,
+        gate,
+        weights,
+        index,
+        x.shape[1],
+        EXPERTS=experts,
+        ROOM=triton.next_power_of_2(experts),
+        TOP_K=top_k,
+        BLOCK=2048,
+        num_warps=8,  # one token is one program: long reads, few of them
         **launch_options(x.device),
-    )  # fmt: skip
+    )
     return weights, index

@@ -1,6 +1,7 @@
 """Which kernels run on a device, and with which launch parameters.
 
-Triton's run on NVIDIA cards of compute capability 7.5 and newer (on 7.5 by the lowering of `sm75`), plain torch
+Triton's run on NVIDIA cards of compute capability 7.5 and newer (on 7.5 by the lowering of `sm75`),
+plain torch
 everywhere else: right, and slow. There is no third path.
 """
 
@@ -18,19 +19,22 @@ KERNELS = ("triton", "torch")
 VARIABLE = "PROMPT_RECOVERY_KERNELS"
 OLDEST = 75
 KIB = 1024
-# Static shared memory of the experts' decode kernel: a table of 256 pairs for each lane, and 256 absmax levels
+# Static shared memory of the experts' decode kernel: a table of 256 pairs for each lane, and 256
+# absmax levels
 TABLES = 33 * KIB
-# A program gets this much shared memory unasked. Triton 3.6 asks the driver for more only where its own, dynamic part
-# alone is larger, and then for all that there is.
+# A program gets this much shared memory unasked. Triton 3.6 asks the driver for more only where its
+# own, dynamic part alone is larger, and then for all that there is.
 UNASKED = 48 * KIB
-# Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on an H100 at 384
-# tokens: 57 ms in bf16 and 97 lowered to sm_75, where the way of many rows takes 96 and 97 to 138 (docs/MEASURED.md).
+# Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on
+# an H100 at 384
+# tokens: 57 ms in bf16 and 97 lowered to sm_75, where the way of many rows takes 96 and 97 to 138
+# (docs/MEASURED.md).
 FEW_TOKENS = 384
 
 
 class Card(NamedTuple):
-    """What launch parameters depend on. capability: 75 for 7.5; shared: bytes of shared memory that a program may
-    have, static arrays included."""
+    """What launch parameters depend on. capability: 75 for 7.5; shared: bytes of shared memory that
+    a program may have, static arrays included."""
 
     capability: int
     shared: int
@@ -41,8 +45,9 @@ class Card(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Launch parameters of the decode kernel's `_project`. A program works on warps * rows_per_warp rows of the weights
-    (twice that with a gate), blocks * 64 columns an iteration. split: parts of the columns, each summed by a program
+    """Launch parameters of the decode kernel's `_project`. A program works on warps * rows_per_warp
+    rows of the weights (twice that with a gate), blocks * 64 columns an iteration. split: parts of
+    the columns, each summed by a program
     of its own. registers: the most that a thread may have; None leaves it to the compiler."""
 
     rows_per_warp: int
@@ -64,20 +69,24 @@ def interpreted() -> bool:
 
 
 def choose(device: torch.device, kernels: str | None = None) -> str:
-    """Decide which kernels run on a device from now on, for all models there, and print it. "triton" or "torch".
+    """Decide which kernels run on a device from now on, for all models there, and print it.
+    "triton" or "torch".
 
-    kernels: the choice; None takes that of PROMPT_RECOVERY_KERNELS in the environment, and without one Triton's
-    wherever they run.
+    kernels: the choice; None takes that of PROMPT_RECOVERY_KERNELS in the environment, and without
+    one Triton's wherever they run.
     Raises ValueError for another word, and for "triton" on a device that can't run it.
     """
     wanted = kernels or os.environ.get(VARIABLE) or None
     if wanted not in (None, *KERNELS):
         raise ValueError(
-            f"kernels={wanted!r}: choose one of {', '.join(KERNELS)} (also {VARIABLE} in the environment)."
+            f"kernels={wanted!r}: choose one of {', '.join(KERNELS)} (also {VARIABLE} in the "
+            f"environment)."
         )
     why = _unable(device)
     if wanted == "triton" and why:
-        raise ValueError(f"kernels='triton' can't run on {device}: {why}. Leave it at None, or take 'torch'.")
+        raise ValueError(
+            f"kernels='triton' can't run on {device}: {why}. Leave it at None, or take 'torch'."
+        )
     if device in _failed:
         return "torch"  # which was said then
     before = _chosen.get(device)
@@ -85,7 +94,13 @@ def choose(device: torch.device, kernels: str | None = None) -> str:
     if _chosen[device] == before:
         return before
     if _chosen[device] == "triton":
-        how = " in its interpreter" if interpreted() else ", lowered to sm_75" if card(device).lowered else ""
+        how = (
+            " in its interpreter"
+            if interpreted()
+            else ", lowered to sm_75"
+            if card(device).lowered
+            else ""
+        )
         print(f"kernels on {device}: triton{how}")
     elif device.type == "cuda":
         print(f"kernels on {device}: torch, which is right and slow ({why or 'as asked for'})")
@@ -96,12 +111,15 @@ def refuse(device: torch.device, why: str) -> None:
     """Let plain torch compute on a device whose Triton kernels failed, and say so in one line."""
     _failed.add(device)
     _chosen[device] = "torch"
-    print(f"kernels on {device}: torch, which is right and slow: triton's failed their check ({why})")
+    print(
+        f"kernels on {device}: torch, which is right and slow: triton's failed their check ({why})"
+    )
 
 
 @contextmanager
 def using(device: torch.device, kernels: str) -> Iterator[None]:
-    """Let these kernels run on a device inside the block, and what was chosen before it afterwards."""
+    """Let these kernels run on a device inside the block, and what was chosen before it
+    afterwards."""
     before = uses_triton(device)
     _chosen[device] = kernels
     try:
@@ -144,7 +162,8 @@ def training_kernels(device: torch.device) -> ModuleType | None:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one for the while: Triton launches on that, whichever card its tensors lie on."""
+    """Make a GPU the current one for the while: Triton launches on that, whichever card its tensors
+    lie on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -160,18 +179,21 @@ def card(device: torch.device) -> Card:
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:
-    """Options of every launch on a device: on sm_75 the code of sm_80 without pipelining, which `sm75` lowers."""
+    """Options of every launch on a device: on sm_75 the code of sm_80 without pipelining, which
+    `sm75` lowers."""
     return {"arch": "sm80", "num_stages": 1} if card(device).lowered else {}
 
 
-# --- the experts' decode kernel -----------------------------------------------------------------------------
+# --- the experts' decode kernel -------------------------------------------------------------------
 
 
 def tile_rows(card: Card, tokens: int) -> int:
-    """Rows of a tile for so many tokens, by what a model's step takes on an H100 (docs/MEASURED.md).
+    """Rows of a tile for so many tokens, by what a model's step takes on an H100
+    (docs/MEASURED.md).
 
-    With uniform routing tiles of 8 are as fast up to 24 tokens. Where the router prefers some experts, more of those
-    have over 8 rows, and each tile reads the weights again: 16 tokens take 13.3 ms with tiles of 8, 11.8 with 16.
+    With uniform routing tiles of 8 are as fast up to 24 tokens. Where the router prefers some
+    experts, more of those have over 8 rows, and each tile reads the weights again: 16 tokens take
+    13.3 ms with tiles of 8, 11.8 with 16.
     """
     if tokens <= 8:
         return 8
@@ -179,10 +201,11 @@ def tile_rows(card: Card, tokens: int) -> int:
 
 
 def configs(card: Card, rows: int) -> tuple[Config, Config]:
-    """Launch parameters of the gate and up, and of the down projection, by rows of a tile: the fastest on an H100 of
-    those that do not spill and have room on the card.
+    """Launch parameters of the gate and up, and of the down projection, by rows of a tile: the
+    fastest on an H100 of those that do not spill and have room on the card.
 
-    A T4 has room for one program a multiprocessor, hence 8 warps in each, which cost up to 7% on an H100.
+    A T4 has room for one program a multiprocessor, hence 8 warps in each, which cost up to 7% on an
+    H100.
     """
     if card.lowered:
         if rows <= 8:
@@ -192,11 +215,12 @@ def configs(card: Card, rows: int) -> tuple[Config, Config]:
         return Config(32, 4, 2, 4), Config(16, 8, 4, 4, split=4, registers=128)
     if rows <= 16:
         return Config(16, 4, 2, 6), Config(32, 8, 2, 4, split=4, registers=128)
-    stages = 6 if card.shared >= 128 * KIB else 5  # 6 take 113 KiB with the tables, and sm_86, 89 and 120 have 99
+    # 6 take 113 KiB with the tables, and sm_86, 89 and 120 have 99
+    stages = 6 if card.shared >= 128 * KIB else 5
     return Config(16, 4, 2, stages), Config(32, 4, 2, stages, split=4)
 
 
 def fits(card: Card, dynamic: int) -> bool:
-    """Whether a kernel with the tables and so much dynamic shared memory can be launched: in all no more than a program
-    gets unasked, or so much that Triton asks."""
+    """Whether a kernel with the tables and so much dynamic shared memory can be launched: in all no
+    more than a program gets unasked, or so much that Triton asks."""
     return dynamic <= UNASKED - TABLES or UNASKED < dynamic <= card.shared - TABLES

@@ -1,15 +1,18 @@
 """Experts of a decode step in Triton: each packed NF4 weight is read once for the rows of a tile.
 
-Four launches, no host sync, no atomics: `_route` lists each expert's rows, `_project` (twice) multiplies them, `_combine`
-sums over the choices of a token. Reading the weights is the floor, so the arithmetic a weight costs is what counts:
+Four launches, no host sync, no atomics: `_route` lists each expert's rows, `_project` (twice)
+multiplies them, `_combine` sums over the choices of a token. Reading the weights is the floor, so
+the arithmetic a weight costs is what counts:
 
-- one byte (two weights) is looked up by one load from shared memory, in a table of 256 pairs that each of the 32 lanes
-  has a copy of (32 KiB, no bank conflicts). Triton can't address shared memory, hence the inline PTX; its array is static
-  and Triton's own is dynamic, so they add up. Lookups in registers by `prmt` cost 1.6 times the instructions (sm90).
-- the weights are the left operand of a batched dot, a batch entry a warp: mma.sync with operands straight from the tile,
-  each weight decoded by one warp (a 2-D dot of this size becomes wgmma or repeats the decoding along the columns).
-- scales multiply fp32 sums of 64 products instead of weights. They're loaded by inline PTX because Triton would load them
-  in another layout and exchange them through shared memory behind a barrier.
+- one byte (two weights) is looked up by one load from shared memory, in a table of 256 pairs that
+  each of the 32 lanes has a copy of (32 KiB, no bank conflicts). Triton can't address shared
+  memory, hence the inline PTX; its array is static and Triton's own is dynamic, so they add up.
+  Lookups in registers by `prmt` cost 1.6 times the instructions (sm90).
+- the weights are the left operand of a batched dot, a batch entry a warp: mma.sync with operands
+  straight from the tile, each weight decoded by one warp (a 2-D dot of this size becomes wgmma or
+  repeats the decoding along the columns).
+- scales multiply fp32 sums of 64 products instead of weights. They're loaded by inline PTX because
+  Triton would load them in another layout and exchange them through shared memory behind a barrier.
 """
 
 from __future__ import annotations
@@ -26,24 +29,31 @@ from prompt_recovery.engine import storage
 from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.kernels.dispatch import Config
 
-# Fills the tables, 256 pairs (a copy a lane) and 256 absmax levels. $1: thread; $2, $3: their addresses; $4: threads.
+# Fills the tables, 256 pairs (a copy a lane) and 256 absmax levels. $1: thread; $2, $3: their
+# addresses; $4: threads.
 # The declarations stay outside the braces: later PTX of the kernel refers to them.
 _FILL = tl.constexpr(
     ".shared .align 16 .b8 nf4_levels[1024]; .shared .align 128 .b8 nf4_pairs[32768];"
     "{ .reg .b32 i, v, t, a, l; .reg .b64 o, p; .reg .pred more; mov.u32 i, $1; "
     "nf4_fill: mul.wide.u32 o, i, 4; add.u64 p, $3, o; ld.global.nc.b32 v, [p]; "
     "mov.u32 t, nf4_levels; mad.lo.u32 a, i, 4, t; st.shared.b32 [a], v; "
-    "add.u64 p, $2, o; ld.global.nc.b32 v, [p]; mov.u32 t, nf4_pairs; mad.lo.u32 t, i, 128, t; shl.b32 l, i, 4; "
-    + "and.b32 a, l, 112; add.u32 a, a, t; st.shared.v4.b32 [a], {v, v, v, v}; add.u32 l, l, 16; " * 8
+    "add.u64 p, $2, o; ld.global.nc.b32 v, [p]; mov.u32 t, nf4_pairs; mad.lo.u32 t, i, 128, t; "
+    "shl.b32 l, i, 4; "
+    + "and.b32 a, l, 112; add.u32 a, a, t; st.shared.v4.b32 [a], {v, v, v, v}; add.u32 l, l, 16; "
+    * 8
     + "add.u32 i, i, $4; setp.lt.u32 more, i, 256; @more bra nf4_fill; bar.sync 0; mov.u32 $0, i; }"
 )
 _PAIR_OF_BYTE = tl.constexpr(
     "{ .reg .b32 a, l, t; mov.u32 l, %laneid; mov.u32 t, nf4_pairs; mad.lo.u32 l, l, 4, t; "
-    + " ".join(f"prmt.b32 a, $4, 0, {0x4440 + i}; mad.lo.u32 a, a, 128, l; ld.shared.b32 ${i}, [a];" for i in range(4))
+    + " ".join(
+        f"prmt.b32 a, $4, 0, {0x4440 + i}; mad.lo.u32 a, a, 128, l; ld.shared.b32 ${i}, [a];"
+        for i in range(4)
+    )
     + " }"
 )
 _SHARED_LEVEL = tl.constexpr(
-    "{ .reg .b32 a, t; mov.u32 t, nf4_levels; bfe.u32 a, $1, $2, 8; mad.lo.u32 a, a, 4, t; ld.shared.b32 $0, [a]; }"
+    "{ .reg .b32 a, t; mov.u32 t, nf4_levels; bfe.u32 a, $1, $2, 8; mad.lo.u32 a, a, 4, t; "
+    "ld.shared.b32 $0, [a]; }"
 )
 
 
@@ -52,7 +62,8 @@ def _nf4_values() -> torch.Tensor:
 
 
 def pair_table(dtype: torch.dtype) -> torch.Tensor:
-    """int32 [256] on the CPU: for each packed byte its two NF4 values in `dtype`, the even column in the low half."""
+    """int32 [256] on the CPU: for each packed byte its two NF4 values in `dtype`, the even column
+    in the low half."""
     bits = _nf4_values().to(dtype).view(torch.int16).int() & 0xFFFF
     byte = torch.arange(256)
     return bits[byte >> 4] | bits[byte & 15] << 16
@@ -65,8 +76,11 @@ def _tables(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 
 
 @triton.jit(do_not_specialize=["rows", "m"])
-def _route(index, order, tiles, rows, m, ROWS: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr):
-    """index [rows]: experts; m: most rows of a tile. order [rows]: rows by expert. tiles [TILES, 3]: expert, first place
+def _route(
+    index, order, tiles, rows, m, ROWS: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr
+):
+    """index [rows]: experts; m: most rows of a tile. order [rows]: rows by expert. tiles [TILES,
+    3]: expert, first place
     in order, number of rows (0: no such tile)."""
     row = tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
@@ -87,7 +101,14 @@ def _route(index, order, tiles, rows, m, ROWS: tl.constexpr, EXPERTS: tl.constex
 
 
 @triton.jit
-def _tile_weights(byte, pairs, kind: tl.constexpr, INTERPRETED: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
+def _tile_weights(
+    byte,
+    pairs,
+    kind: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    WARPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Packed tile [WARPS * ROWS, 32] -> NF4 values [WARPS, ROWS, 64] of `kind`, unscaled."""
     # (the interpreter's dot takes no bf16, hence fp32 there)
     if INTERPRETED:
@@ -112,11 +133,17 @@ def _load_levels(absmax, at, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr):
         return levels
     address = (absmax + at).to(tl.int64)
     if BLOCKS == 4:
-        return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [address], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [address], tl.int32, True, 1
+        )
     elif BLOCKS == 2:
-        return tl.inline_asm_elementwise("ld.global.nc.u16 $0, [$1];", "=r,l", [address], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.u16 $0, [$1];", "=r,l", [address], tl.int32, True, 1
+        )
     else:
-        return tl.inline_asm_elementwise("ld.global.nc.u8 $0, [$1];", "=r,l", [address], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.u8 $0, [$1];", "=r,l", [address], tl.int32, True, 1
+        )
 
 
 @triton.jit
@@ -125,7 +152,9 @@ def _load_nested(nested, block, INTERPRETED: tl.constexpr):
         bits = tl.load(nested + (block >> 8))
     else:
         address = (nested + (block >> 8)).to(tl.int64)
-        bits = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [address], tl.int32, True, 1)
+        bits = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [address], tl.int32, True, 1
+        )
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -135,27 +164,53 @@ def _scale(levels, i: tl.constexpr, second, offset, table, INTERPRETED: tl.const
     if INTERPRETED:
         level = tl.load(table + ((levels >> 8 * i) & 255))
     else:
-        level = tl.inline_asm_elementwise(_SHARED_LEVEL, "=r,r,r", [levels, 8 * i], tl.float32, True, 1)
+        level = tl.inline_asm_elementwise(
+            _SHARED_LEVEL, "=r,r,r", [levels, 8 * i], tl.float32, True, 1
+        )
     return level * second + offset
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _project(
-    x, packed, absmax, nested, offset, order, tiles, routing, out, pairs, table, rows,
-    K: tl.constexpr, N: tl.constexpr, X_PER_ROW: tl.constexpr, GATE: tl.constexpr, M: tl.constexpr,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """GATE: out [rows, N] = silu(x gate) * (x up) * routing weight, with gate and up of packed [E, 2N, K / 2] and row r
-    of x at r // X_PER_ROW. Else out fp32 [SPLIT, rows, N] = part of x [rows, K] times packed [E, N, K / 2]."""
+    x,
+    packed,
+    absmax,
+    nested,
+    offset,
+    order,
+    tiles,
+    routing,
+    out,
+    pairs,
+    table,
+    rows,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    X_PER_ROW: tl.constexpr,
+    GATE: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """GATE: out [rows, N] = silu(x gate) * (x up) * routing weight, with gate and up of packed [E,
+    2N, K / 2] and row r of x at r // X_PER_ROW. Else out fp32 [SPLIT, rows, N] = part of x [rows,
+    K] times packed [E, N, K / 2]."""
     tile = tiles + tl.program_id(0) * 3
     count = tl.load(tile + 2)
     if count == 0:
         return
     if not INTERPRETED:
         tl.inline_asm_elementwise(
-            _FILL, "=r,r,l,l,r", [tl.arange(0, WARPS * 32), pairs.to(tl.int64), table.to(tl.int64), WARPS * 32],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+            _FILL,
+            "=r,r,l,l,r",
+            [tl.arange(0, WARPS * 32), pairs.to(tl.int64), table.to(tl.int64), WARPS * 32],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     kind: tl.constexpr = x.dtype.element_ty
     PER_ROW: tl.constexpr = K // 64
     STEPS: tl.constexpr = PER_ROW // BLOCKS // SPLIT
@@ -179,7 +234,9 @@ def _project(
     # absmax bytes are loaded an iteration ahead
     levels = _load_levels(absmax, by_warp + begin * BLOCKS, BLOCKS, INTERPRETED)
     if GATE:
-        up_levels = _load_levels(absmax, by_warp + N * PER_ROW + begin * BLOCKS, BLOCKS, INTERPRETED)
+        up_levels = _load_levels(
+            absmax, by_warp + N * PER_ROW + begin * BLOCKS, BLOCKS, INTERPRETED
+        )
     for step in range(begin, begin + STEPS):
         block = by_warp + step * BLOCKS
         following = by_warp + tl.minimum(step + 1, begin + STEPS - 1) * BLOCKS
@@ -195,7 +252,9 @@ def _project(
             if INTERPRETED:
                 values = values.to(tl.float32)
             values = tl.broadcast_to(values[None, :, :], (WARPS, 64, M))
-            weight = _tile_weights(tl.load(bytes_of + column * 32), pairs, kind, INTERPRETED, WARPS, ROWS)
+            weight = _tile_weights(
+                tl.load(bytes_of + column * 32), pairs, kind, INTERPRETED, WARPS, ROWS
+            )
             scale = _scale(levels, i, nested_scale, shift, table, INTERPRETED)
             first += tl.dot(weight, values) * scale[:, :, None]
             if GATE:
@@ -228,7 +287,9 @@ def _combine(partial, out, rows, N, TOP_K: tl.constexpr, SPLIT: tl.constexpr, BL
     tl.store(out + token * N + at, total.to(out.dtype.element_ty), mask=at < N)
 
 
-def _route_rows(top_k_index: torch.Tensor, experts: int, m: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _route_rows(
+    top_k_index: torch.Tensor, experts: int, m: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """order int32 [R], tiles int32 [.., 3] and how many tiles there can be at most."""
     rows = top_k_index.numel()
     most = min(rows, experts + rows // m)
@@ -254,13 +315,16 @@ def _launch_project(
     per_row: int,
     config: Config,
 ) -> torch.Tensor:
-    """`_project` with a gate where there are routing weights; [R, N] in the dtype of x, or fp32 [split, R, N].
+    """`_project` with a gate where there are routing weights; [R, N] in the dtype of x, or fp32
+    [split, R, N].
 
-    Raises ValueError for config.blocks other than 1, 2 or 4: the absmax bytes of an iteration are read as one word.
+    Raises ValueError for config.blocks other than 1, 2 or 4: the absmax bytes of an iteration are
+    read as one word.
     """
     if config.blocks not in (1, 2, 4):
         raise ValueError(
-            f"Config.blocks is {config.blocks}; an iteration reads 1, 2 or 4 blocks of absmax as one word."
+            f"Config.blocks is {config.blocks}; an iteration reads 1, 2 or 4 blocks of absmax as "
+            f"one word."
         )
     packed, rows, gate = pieces["packed"], order.numel(), routing is not None
     columns = packed.shape[2] * 2
@@ -275,13 +339,33 @@ def _launch_project(
     pairs, table = _tables(x.device, x.dtype)
     grid = (most, triton.cdiv(size, config.warps * config.rows_per_warp), split)
     arguments = (
-        x, packed, pieces["absmax"], pieces["nested"], pieces["offset"], order, tiles, routing, out, pairs, table, rows,
-    )  # fmt: skip
+        x,
+        packed,
+        pieces["absmax"],
+        pieces["nested"],
+        pieces["offset"],
+        order,
+        tiles,
+        routing,
+        out,
+        pairs,
+        table,
+        rows,
+    )
     options = dispatch.launch_options(x.device) | {
-        "K": columns, "N": size, "X_PER_ROW": per_row, "GATE": gate, "M": m, "ROWS": config.rows_per_warp,
-        "WARPS": config.warps, "BLOCKS": blocks, "SPLIT": split, "INTERPRETED": dispatch.interpreted(),
-        "num_warps": config.warps, "maxnreg": config.registers,
-    }  # fmt: skip
+        "K": columns,
+        "N": size,
+        "X_PER_ROW": per_row,
+        "GATE": gate,
+        "M": m,
+        "ROWS": config.rows_per_warp,
+        "WARPS": config.warps,
+        "BLOCKS": blocks,
+        "SPLIT": split,
+        "INTERPRETED": dispatch.interpreted(),
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
     options["num_stages"] = _stages(arguments, grid, options, config.stages, x.device, x.dtype)
     _project[grid](*arguments, **options)
     return out
@@ -291,15 +375,23 @@ _fitting: dict[tuple, int] = {}
 
 
 def _stages(
-    arguments: tuple, grid: tuple, options: dict[str, Any], stages: int, device: torch.device, dtype: torch.dtype
+    arguments: tuple,
+    grid: tuple,
+    options: dict[str, Any],
+    stages: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> int:
-    """The stages asked for, or one where a small shape's shared memory can't be launched with them."""
+    """The stages asked for, or one where a small shape's shared memory can't be launched with
+    them."""
     if dispatch.interpreted() or dispatch.card(device).lowered:
         return 1  # nothing is pipelined there
     key = (device, dtype, stages, *options.values())
     if key not in _fitting:
         kernel = _project.warmup(*arguments, grid=grid, **options | {"num_stages": stages})
-        _fitting[key] = stages if dispatch.fits(dispatch.card(device), kernel.metadata.shared) else 1
+        _fitting[key] = (
+            stages if dispatch.fits(dispatch.card(device), kernel.metadata.shared) else 1
+        )
     return _fitting[key]
 
 
@@ -311,13 +403,17 @@ def few_rows(
     configs: tuple[Config, Config] | None = None,
     rows: int | None = None,
 ) -> torch.Tensor | None:
-    """The experts' output [T, H] for x [T, H] of 16 bit, top_k_index int [T, K] and top_k_weights [T, K] of 16 or 32 bit.
-    experts: module with the NF4 pieces of `storage`. configs, rows of a tile: other ones than dispatch's, to tune them.
+    """The experts' output [T, H] for x [T, H] of 16 bit, top_k_index int [T, K] and top_k_weights
+    [T, K] of 16 or 32 bit.
+    experts: module with the NF4 pieces of `storage`. configs, rows of a tile: other ones than
+    dispatch's, to tune them.
 
-    Can be captured in a CUDA graph. None where the shape does not fit (hidden or expert size no multiple of 64).
+    Can be captured in a CUDA graph. None where the shape does not fit (hidden or expert size no
+    multiple of 64).
     """
     gate_up, down = (
-        {piece: getattr(experts, f"{name}_{piece}") for piece in storage.PIECES} for name in storage.PROJECTIONS
+        {piece: getattr(experts, f"{name}_{piece}") for piece in storage.PIECES}
+        for name in storage.PROJECTIONS
     )
     count, hidden = gate_up["packed"].shape[0], x.shape[1]
     if hidden % 64 or down["packed"].shape[2] % 32:
@@ -327,13 +423,16 @@ def few_rows(
     m = rows or dispatch.tile_rows(card, tokens)
     first, second = configs or dispatch.configs(card, m)
     order, tiles, most = _route_rows(top_k_index.contiguous(), count, m)
-    inner = _launch_project(x.contiguous(), gate_up, order, tiles, most, top_k_weights.contiguous(), m, top_k, first)
+    inner = _launch_project(
+        x.contiguous(), gate_up, order, tiles, most, top_k_weights.contiguous(), m, top_k, first
+    )
     partial = _launch_project(inner, down, order, tiles, most, None, m, 1, second)
     return _sum(partial, tokens, x.dtype)
 
 
 def _sum(partial: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """[tokens, N] of `dtype`: the parts [split, tokens * choices, N] of each token, added in fp32."""
+    """[tokens, N] of `dtype`: the parts [split, tokens * choices, N] of each token, added in
+    fp32."""
     split, rows, size = partial.shape
     out = torch.empty(tokens, size, dtype=dtype, device=partial.device)
     block = min(1024, triton.next_power_of_2(size))

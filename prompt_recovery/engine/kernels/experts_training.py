@@ -1,7 +1,8 @@
-"""Triton kernels of the 4-bit experts for many rows: dequantisation, routing gather and sum, SwiGLU.
+"""Triton kernels of the 4-bit experts for many rows: dequantisation, routing gather and sum,
+SwiGLU.
 
-Imported only where Triton runs; `storage` and `forward` have the same in plain torch. No kernel uses atomics, so results
-do not vary between runs.
+Imported only where Triton runs; `storage` and `forward` have the same in plain torch. No kernel
+uses atomics, so results do not vary between runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from prompt_recovery.engine.kernels.dispatch import launch_options
 
 @triton.jit(do_not_specialize=["first"])
 def _dequantise(
-    packed, absmax, nested, offset, code, table, out, first, blocks_per_expert, nested_per_expert, BLOCKS: tl.constexpr
+    packed,
+    absmax,
+    nested,
+    offset,
+    code,
+    table,
+    out,
+    first,
+    blocks_per_expert,
+    nested_per_expert,
+    BLOCKS: tl.constexpr,
 ):
     number = tl.program_id(1).to(tl.int64)
     expert = first + number
@@ -25,7 +36,9 @@ def _dequantise(
     level = tl.load(absmax + where, mask=inside, other=0).to(tl.int32)
     second = tl.load(nested + expert * nested_per_expert + block // 256, mask=inside, other=0.0)
     scale = tl.load(code + level) * second + tl.load(offset + expert)
-    byte = tl.load(packed + where[:, None] * 32 + tl.arange(0, 32)[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    byte = tl.load(
+        packed + where[:, None] * 32 + tl.arange(0, 32)[None, :], mask=inside[:, None], other=0
+    ).to(tl.int32)
     kind = out.dtype.element_ty
     high = (tl.load(table + (byte >> 4)) * scale[:, None]).to(kind)
     low = (tl.load(table + (byte & 15)) * scale[:, None]).to(kind)
@@ -45,11 +58,12 @@ def dequantise(
     blocks: int = 64,
     warps: int = 4,
 ) -> None:
-    """Write the weights of the experts from `first` on that `out` has room for, bit for bit what bitsandbytes' two
-    dequantisations give.
+    """Write the weights of the experts from `first` on that `out` has room for, bit for bit what
+    bitsandbytes' two dequantisations give.
 
-    packed: [E, rows, columns / 2] uint8; absmax: [E, B] uint8, one a block of 64 weights; nested: [E, ceil(B / 256)]
-    fp32; offset: [E] fp32; code: [256] fp32; table: [16] fp32; out: [N, rows, columns] of 16 or 32 bit.
+    packed: [E, rows, columns / 2] uint8; absmax: [E, B] uint8, one a block of 64 weights; nested:
+    [E, ceil(B / 256)] fp32; offset: [E] fp32; code: [256] fp32; table: [16] fp32; out: [N, rows,
+    columns] of 16 or 32 bit.
     """
     experts, per_expert = out.shape[0], absmax.shape[1]
     # no fused multiply-add: bitsandbytes rounds the product before it adds the offset
@@ -66,14 +80,18 @@ def _gather(x, order, out, columns, K: tl.constexpr, BLOCK: tl.constexpr):
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < columns
-        tl.store(out + row * columns + at, tl.load(x + source * columns + at, mask=inside), mask=inside)
+        tl.store(
+            out + row * columns + at, tl.load(x + source * columns + at, mask=inside), mask=inside
+        )
 
 
 def gather(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
     """Rows of x [T, H] in expert order: row r is x[order[r] // top_k]. Gives [T * top_k, H]."""
     out = x.new_empty(order.numel(), x.shape[1])
     block = min(4096, triton.next_power_of_2(x.shape[1]))
-    _gather[(order.numel(),)](x, order, out, x.shape[1], K=top_k, BLOCK=block, num_warps=4, **launch_options(x.device))
+    _gather[(order.numel(),)](
+        x, order, out, x.shape[1], K=top_k, BLOCK=block, num_warps=4, **launch_options(x.device)
+    )
     return out
 
 
@@ -90,11 +108,21 @@ def _combine(rows, inverse, out, columns, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def combine(rows: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Sum, in fp32, of the top_k rows of each token: rows [T * top_k, H] in expert order -> [T, H]."""
+    """Sum, in fp32, of the top_k rows of each token: rows [T * top_k, H] in expert order -> [T,
+    H]."""
     out = rows.new_empty(inverse.numel() // top_k, rows.shape[1])
     block = min(2048, triton.next_power_of_2(rows.shape[1]))
     grid = (out.shape[0], triton.cdiv(rows.shape[1], block))
-    _combine[grid](rows, inverse, out, rows.shape[1], K=top_k, BLOCK=block, num_warps=4, **launch_options(rows.device))
+    _combine[grid](
+        rows,
+        inverse,
+        out,
+        rows.shape[1],
+        K=top_k,
+        BLOCK=block,
+        num_warps=4,
+        **launch_options(rows.device),
+    )
     return out
 
 
@@ -110,8 +138,11 @@ def _swiglu(gate_up, weights, order, out, width, stride, BLOCK: tl.constexpr):
     tl.store(out + row * stride + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, in_place: bool = False) -> torch.Tensor:
-    """silu(gate) * up * routing weight: gate_up [R, 2 * I], weights [T, K], order [R] -> [R, I], in_place over the gates."""
+def swiglu(
+    gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, in_place: bool = False
+) -> torch.Tensor:
+    """silu(gate) * up * routing weight: gate_up [R, 2 * I], weights [T, K], order [R] -> [R, I],
+    in_place over the gates."""
     width = gate_up.shape[1] // 2
     out = gate_up[:, :width] if in_place else gate_up.new_empty(gate_up.shape[0], width)
     block = min(2048, triton.next_power_of_2(width))
@@ -123,7 +154,9 @@ def swiglu(gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, in
 
 
 @triton.jit
-def _swiglu_backward(gate_up, weights, order, grad, grad_gate_up, grad_weights, width, BLOCK: tl.constexpr):
+def _swiglu_backward(
+    gate_up, weights, order, grad, grad_gate_up, grad_weights, width, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(order + row)
     weight = tl.load(weights + place).to(tl.float32)
@@ -149,7 +182,8 @@ def _swiglu_backward(gate_up, weights, order, grad, grad_gate_up, grad_weights, 
 def swiglu_backward(
     gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `swiglu` to gate_up [R, 2 * I] and to the routing weights [T, K], from grad [R, I]."""
+    """Gradients of `swiglu` to gate_up [R, 2 * I] and to the routing weights [T, K], from grad [R,
+    I]."""
     width = gate_up.shape[1] // 2
     grad_gate_up, grad_weights = torch.empty_like(gate_up), torch.empty_like(weights)
     block = min(2048, triton.next_power_of_2(width))

@@ -1,9 +1,10 @@
 """Triton's kernels on a T4: tensor-core code of sm_80, lowered to what sm_75 has.
 
-Triton picks tensor cores for `tl.dot` by the launch option `arch`, and makes PTX for the card. Launched with arch="sm80"
-and without pipelining (num_stages=1: sm_75 has no cp.async), a kernel differs from what sm_75 takes in one instruction
-only, mma.m16n8k16, which is two mma.m16n8k8. A hook on the PTX text splits it. It works on launches of that kind alone:
-no other kernel has the `arch` of one card and the target of another.
+Triton picks tensor cores for `tl.dot` by the launch option `arch`, and makes PTX for the card.
+Launched with arch="sm80" and without pipelining (num_stages=1: sm_75 has no cp.async), a kernel
+differs from what sm_75 takes in one instruction only, mma.m16n8k16, which is two mma.m16n8k8. A
+hook on the PTX text splits it. It works on launches of that kind alone: no other kernel has the
+`arch` of one card and the target of another.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ _MMA = re.compile(
 
 
 def lower(ptx: str) -> str:
-    """PTX in which each m16n8k16 stands as two m16n8k8: registers a0, a1 and b0 hold columns 0 to 7, a2, a3 and b1
-    columns 8 to 15 (PTX ISA, fragments of mma.m16n8k16 and m16n8k8)."""
+    """PTX in which each m16n8k16 stands as two m16n8k8: registers a0, a1 and b0 hold columns 0 to
+    7, a2, a3 and b1 columns 8 to 15 (PTX ISA, fragments of mma.m16n8k16 and m16n8k8)."""
 
     def halves(match: re.Match[str]) -> str:
         kind = f"mma.sync.aligned.m16n8k8.row.col.{match[1]}.f16.f16.{match[2]}"
-        d, a, b, c = ([register.strip() for register in match[group].split(",")] for group in (3, 4, 5, 6))
+        d, a, b, c = (
+            [register.strip() for register in match[group].split(",")] for group in (3, 4, 5, 6)
+        )
         to, added = ", ".join(d), ", ".join(c)
         return (
             f"{kind} {{{to}}}, {{{a[0]}, {a[1]}}}, {{{b[0]}}}, {{{added}}};\n"
@@ -36,9 +39,11 @@ def lower(ptx: str) -> str:
 
 
 def install() -> str:
-    """Hook the lowering into Triton; calling it again changes nothing. Returns why it can't be done, or "".
+    """Hook the lowering into Triton; calling it again changes nothing. Returns why it can't be
+    done, or "".
 
-    Triton's cache of compiled kernels does not know of the hook, so it gets a folder named by this file's text.
+    Triton's cache of compiled kernels does not know of the hook, so it gets a folder named by this
+    file's text.
     """
     import triton
     from triton import knobs
@@ -46,9 +51,14 @@ def install() -> str:
 
     parameters = [*inspect.signature(CUDABackend.make_ptx).parameters]
     hooked = "add_stages_inspection_hook" in dir(knobs.runtime)
-    if not hooked or parameters[1:] != ["src", "metadata", "opt", "capability"] or not hasattr(CUDAOptions, "arch"):
+    if (
+        not hooked
+        or parameters[1:] != ["src", "metadata", "opt", "capability"]
+        or not hasattr(CUDAOptions, "arch")
+    ):
         return (
-            f"Triton {triton.__version__} can't be hooked as 3.6 can, by which its code is lowered to"
+            f"Triton {triton.__version__} can't be hooked as 3.6 can, by which its code is lowered "
+            f"to"
             " sm_75"
         )
     before = knobs.runtime.add_stages_inspection_hook
@@ -59,7 +69,9 @@ def install() -> str:
         if before is not None:
             before(backend, stages, options, language, capability)
         if options.arch == "sm80" and backend.target.arch != 80:
-            stages["ptx"] = lambda src, metadata: lower(backend.make_ptx(src, metadata, options, 75))
+            stages["ptx"] = lambda src, metadata: lower(
+                backend.make_ptx(src, metadata, options, 75)
+            )
 
     hook.lowers_to_sm75 = True  # type: ignore[attr-defined]  # a mark, not a part of its type
     knobs.runtime.add_stages_inspection_hook = hook
