@@ -317,8 +317,9 @@ def test_the_adapter_of_2024_that_this_design_comes_from_is_used_and_not_publish
         "/home/me/mixtral", "~/models/x", "C:\\models\\mixtral", "./out", None, "",
         "mistral-ai/mixtral/transformers/8x7b-instruct-v0.1/1",
         "https://huggingface.co/mistralai/Mixtral-8x7B-Instruct-v0.1",
-        "mistralai/Mixtral-8x7B-v0.1",
-        "8x7b", "/work/llama-factory/mixtral/out",
+        "mistralai/Mixtral-8x7B-v0.1", "8x7b", "/work/llama-factory/mixtral/out", "01-ai/Yi-6B",
+        "deepseek-ai/deepseek-llm-7b-base",
+        "nomic-ai/gpt4all-13b",
     ],
 )  # fmt: skip
 def test_any_name_of_the_base_is_used_and_said(copy, name, capsys):
