@@ -275,6 +275,54 @@ My apologies! I can't seem to find any text in your message to revise.
 The text is incoherent, and I am unable to determine its meaning.
 I am not sure I understand. Do you want me to shorten the text?
 I cannot translate the text into Elvish because I don't speak it fluently.
+I'm sorry, but I can't condense this any further without losing its meaning.
+I can't render this in Old English with any accuracy.
+I cannot execute code or run commands on your computer.
+That's a request I have to turn down.
+I'm choosing not to rewrite this as a manifesto.
+I don't think I should write this.
+Of course, but first: which text do you mean?
+I understand that this is meant as satire, but I don't feel right writing it.
+I hear you, and I'm sorry, but I can't help you write a threatening note.
+The text holds nothing about pirates, therefore I could not rewrite it in that sense.
+There is no information about the author in the provided passage.
+Nothing in this paragraph relates to finance, so a financial report can't be written from it.
+This looks like a list of keywords rather than a paragraph. What should I do with it?
+Your text stops in the middle of a word. Can you send the rest?
+You mentioned an essay, but I don't see one.
+I only received the instruction and not the text itself.
+No input detected.
+No content to rewrite.
+I need a bit more to go on. What is the text about, and who will read it?
+Before I start, could you tell me who the audience is?
+Could you let me know the purpose of this rewrite?
+Would you like me to keep the original structure, or may I change it?
+It's unclear which part of the text should be changed.
+I am having difficulty interpreting your instruction.
+The text consists of random characters, which cannot be rewritten in a meaningful way.
+I do not have the capability to browse the web or open attachments.
+I don't retain memory of previous chats, so I don't know which draft you mean.
+I can't look up current prices because I don't have browsing capabilities.
+As a machine learning model, I don't have a favourite food.
+I am a computer program and cannot attend the meeting.
+I am Bard, and I can't help with images of people yet.
+Sharing private details of individuals is something I don't do.
+This falls outside of what I am allowed to write.
+The request has been flagged as inappropriate, and no rewrite will be given.
+Writing this would encourage dangerous behaviour, so I'm going to stop here.
+The text includes a racial slur. I can rewrite it without the slur if you wish.
+If you have a different text you'd like me to work on, I'd be happy to help.
+Let me know if you'd like me to rewrite something else.
+Go ahead and paste the text!
+I'm ready to rewrite. What's the text?
+Got it! I'll wait for your text.
+The text is fine as it is.
+This is already in the first person, so nothing has to change.
+Sorry, that's beyond me.
+Unfortunately, this is not a task I can perform.
+Unfortunately, without more context it's difficult to rewrite this.
+It is difficult to rewrite this text without additional information.
+Given the sensitive subject, I don't believe a comic version would be appropriate.
 """
 TRUE_REWRITES = """\
 I'm sorry, but I can't come to the wedding; the train from Leeds doesn't run on Sundays.
@@ -528,6 +576,39 @@ The text is set in a small type that my father could not read.
 The passage to India took six months.
 The story does not mention the mother, and I wonder why.
 It is not possible to rewrite the past.
+I can't answer your question about the missing silver, inspector, for I was in the garden.
+I don't have enough information about the supplier to recommend a contract.
+The text does not name its author, but scholars believe that it was a monk from Kent.
+The text of the speech does not mention the miners, and therefore the unions stayed away.
+The passage does not lead to the treasure, therefore we turned back.
+The paragraph about overtime is unclear, and the union wants it rewritten.
+The prompt payment discount does not apply to this invoice.
+The question cannot be answered by science alone.
+The task cannot be done by one person, so let us divide it.
+Please send me the text of your toast, darling, so that ours don't clash.
+What do you want me to do with your grandmother's piano?
+How can I help you, young man? asked the witch, and closed the door.
+How can I assist you today? The clerk at the hotel asked it of everyone, even of the cat.
+I'd be happy to help you move, if you provide the pizza.
+It is impossible to translate the smell of rain into words.
+It is impossible to summarize her life in a single speech, so I will tell you about one day.
+It is not possible to edit your order after it has shipped.
+There's no need to change your shoes; we don't mind the mud.
+No changes are needed to the budget, the treasurer reported.
+The committee was unable to complete its task, because the documents had not been provided.
+The chair said that the text of the motion was unclear and asked for it to be rewritten.
+He asked me to rewrite the ending, but I can't. The hero has to die.
+My editor wants me to rewrite the chapter, but I cannot bring myself to cut the dog.
+I can't rewrite what the stars have written, nor erase your name from the sand.
+I can't edit out the years we lost.
+I cannot translate my grandmother's silence into any language.
+I cannot paraphrase thunder, and I won't try to summarize the sea.
+I can't convert a single friend to my diet.
+I can't transform lead into gold, my lord, but I can make you a decent soup.
+I don't understand your question, officer. I have lived here all my life.
+I'm confused by your request to move my car, as I own a horse.
+Dear Sir, I regret that I am unable to write the preface you requested, as my health has failed.
+"Unfortunately, your request cannot be processed," droned the voice, and Ada hung up.
 """
 
 
