@@ -6,8 +6,8 @@ speaks as the assistant about the task, in its first sentences; a rewrite speaks
 matter, with people, dates and a past. So signs have points: acts of refusing, things of the task,
 and, with negative points, a life of its own. A refusal has an act and THRESHOLD points or more.
 
-The points are a logistic regression's on the lists of LOG.md's entry, rounded, the rare signs' by
-hand.
+The points began as a logistic regression over the lists that LOG.md names, rounded and then set by
+hand where a sign is rare.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THRESHOLD = 4.0
 FIRST, SENTENCES = 600, 4  # characters and sentences looked at: a refusal says so at once
 SHORT = 300  # characters; "I can't do that." and no more refuses, a diary goes on
 
-# These names stand for, in the patterns:
+# What the names in the patterns stand for
 _NAMES = {
     "<TEXT>": (r"(?:texts?|passages?|paragraphs?|prompts?|excerpts?|snippets?|sentences?|input)\b"),
     "<FILE>": (
@@ -42,8 +42,8 @@ _NAMES = {
         r"(?:generat|creat|produc|provid|complet|fulfil|compl(?:y|ies)|process|perform|engag|"
         r"assist|help|continu|craft|respon[ds]|answer|participat|discuss|reproduc|support|"
         r"writ(?:e|ing)|shar|determin|redact|carry out|execut|deliver|oblig|honou?r|modif|"
-        r"improv|remov|replac|extract|add\b|insert|expand|compos|mak(?:e|ing)|merge|render|"
-        r"replicat|say\b|tell\b)\w*"
+        r"improv|remov|replac|extract|add\b|insert|includ|expand|compos|mak(?:e|ing)|merge|"
+        r"render|replicat|say\b|tell\b)\w*"
     ),
     "<NOT>": (
         r"(?:we (?:cannot|can't|are unable to) (?=<REWORK>)|i(?:'ll| will)? (?:\w+ly |also |"
@@ -71,8 +71,8 @@ _NAMES = {
         r"corrupted|unfinished|nonsens\w+|gibberish|incoherent|fragment\w*|missing|empty|blank|"
         r"too (?:short|long|brief)|(?:not|n't) (?:\w+ ){0,2}?(?:clear|complete|provided|"
         r"included|attached|available|enough|sufficient|suitable|make (?:any )?sense)|"
-        r"random (?:characters|letters|string)|mid-sentence|confusing|abruptly|contradict\w*|"
-        r"lacks)\b"
+        r"random (?:characters|letters|string)|mid-sentence|confusing|abruptly|breaks? off|"
+        r"not a valid|contradict\w*|lacks)\b"
     ),
 }
 # What a refusal does: says no, speaks of itself, misses something, asks back
@@ -96,7 +96,7 @@ _ACTS: dict[str, tuple] = {
     ),
     "bare": (
         3.5,
-        r"(?<!why i )(?:^|\bi |\bi'm |\bam |\bi'll |\band |\bbe )(?:\w+ly |also |"
+        r"(?<!why i )(?:^|(?<!why )\bi |\bi'm |\bam |\bi'll |\band |\bbe )(?:\w+ly |also |"
         r"still )?(?:cannot|can't|unable to|not (?:\w+ )?able to|won't|will not)(?: (?:be|able|"
         r"to|help|assist|do|comply|proceed|fulfill?|engage|generate|perform|create|write|"
         r"complete|with|in|this|that|so|you|for|kind|sort|of|any|such|requests?|action|at|"
@@ -132,7 +132,7 @@ _ACTS: dict[str, tuple] = {
     ),
     "itself": (
         4,
-        r"\b(?:as|being) (?:an? )?(?:[\w-]+ ){0,3}?<MODEL>",
+        r"\b(?:as|being) (?:an? )?(?:[\w-]+ ){0,3}?<MODEL>(?! \w+ (?:for|at|in)\b)",
         r"\b(?:i am|i'm) (?:\w+ ){0,2}(?:an? )?(?:[\w-]+ ){0,2}?<MODEL>",
         r"^the (?:assistant|model) (?:cannot|is unable|declined|refused)",
         r"^\W?the model (?:declined|refused)",
@@ -245,7 +245,7 @@ _ACTS: dict[str, tuple] = {
         1,
         r"\b(?:please|could you|can you|would you(?: mind)?|kindly|did you mean to|"
         r"go ahead and) (?:\w+ )?(?:provid|shar|past|clarif|specif|rephras|elaborat|explain|"
-        r"send|giv|re-?send|upload|enter|tell me more|let me know)\w*",
+        r"send|giv|re-?send|upload|enter|tell me|let me know)\w*",
         r"\blet me know\b",
         r"\b(?:if|once|when) you (?:could |can |have |provid|shar|past|clarif|specif|let)\w*",
         r"\b(?:what|which|who|how|whose)\b[^.]*\b(?:should|would you|do you|me to|'s the text|"
@@ -271,6 +271,7 @@ _THINGS: dict[str, tuple] = {
         2,
         r"\b(?:the|any|no|full|that|what|which|some|a) (?:[\w'-]+ ){0,2}?<TEXT>",
         r"^no <TEXT>",
+        r"\benough <TEXT>",
     ),
     "this text": (
         2.5,
@@ -311,7 +312,7 @@ _THINGS: dict[str, tuple] = {
     "rework it": (
         3,
         r"\b(?:<REWORK>|improve|change|work on|work with|transform\w*)(?: on)? (?:this|it|that|"
-        r"the (?:\w+ )?(?:<TEXT>)|something else)\b",
+        r"the (?:\w+ )?(?:<TEXT>|<FILE>)|something else)\b",
     ),
     "want": (
         3,
@@ -324,7 +325,7 @@ _THINGS: dict[str, tuple] = {
         r"\bdo with (?:this|it)\b",
         r"\bi (?:should|shall) re",
         r"\byou're going for\b|\bas satire\b|\bi do with it\b",
-        r"\bwhat you want\b|\b(?:kind|sort) of \w+ you want\b|\bwho it is for\b|"
+        r"\bwhat you want me to do\b|\b(?:kind|sort) of \w+ you want\b|\bwho it is for\b|"
         r"\bdo you mean by\b",
     ),
     "harm": (
@@ -344,14 +345,6 @@ _THINGS: dict[str, tuple] = {
         r"\bsee the (?:image|picture|page)s?\b",
         r"\bwatching videos\b|\brun commands\b|\bedit images\b|\breal-time\b",
     ),
-    "more": (
-        0.5,
-        r"\b(?:more|enough|additional|further|sufficient|necessary|some) (?:\w+ )?(?:context|"
-        r"information|details|clarification|instructions)\b",
-        r"\b(?:rest|remainder|remaining|second half|whole|full) (?:of )?(?:the |your )?(?:part|"
-        r"text|passage|paragraph|sentence|message|it\b)",
-        r"\brest of (?:the|your) <TEXT>",
-    ),
     "back text": (
         1.5,
         r"^[^.]{0,60}\b(?:style|tone|audience)\b[^.]*\?",
@@ -359,12 +352,6 @@ _THINGS: dict[str, tuple] = {
         r"which|what|let me know|resend)\w*\b[^.]{0,40}\b(?:<TEXT>|rewrite|re-?written|"
         r"what text|style|tone|audience)\b",
         r"\bsend (?:me )?the rest\b",
-    ),
-    "so": (
-        0.5,
-        r"\b(?:therefore|thus|hence|consequently)\b",
-        r"[,;] so\b",
-        r"^(?:as|since|because|due to|given|without|based on)\b",
     ),
 }
 # What a rewrite has instead: a life of its own, with people and dates
@@ -418,9 +405,10 @@ _LIFE: dict[str, tuple] = {
         r"context))\w+",
         r", for (?:the|my|i|his|her|mine|it)\b",
         r"\bpassage (?-i:to [A-Z])",
-        r"\b(?:message|question|content|document|article|request|information) (?:of|about|in|"
-        r"for|on) (?:the|your|my|our|a)\b(?! (?:text|passage|prompt|context|user|\w+ (?:text|"
-        r"passage)|link|page|file|author|cook|weather|price))",
+        r"\b(?:message|question|content|document|article|request) (?:of|about|in|"
+        r"for|on) (?:the|your|my|our|a)\b(?! (?:text|message|request|passage|prompt|context|"
+        r"user|\w+ (?:text|passage)|file|link|page))",
+        r"\byour (?:last )?(?:e-?mail|letter)\b",
     ),
 }
 
@@ -437,16 +425,16 @@ _ALL = _ACTS | _THINGS | _LIFE
 _SIGNS = {name: (points, _compiled(*patterns)) for name, (points, *patterns) in _ALL.items()}
 # a first sentence that decides nothing
 _PREFACE = _compiled(
-    r"(?:oh,? )?(?:<SORRY>.{0,60}|(?:thank you|thanks)\b.{0,80}|what an? .{0,60}|no|"
-    r"it is important .{0,90}|"
+    r"(?:oh,? )?(?:<SORRY>.{0,60}|(?:thank you|thanks)\b.{0,80}|what an? .{0,60}|"
+    r"no(?: problem)?|it is important .{0,90}|"
     r"i (?:\w+ )?(?:understand|appreciate|see|know|hear)\b.{0,120}|"
     r"(?:sure|certainly|of course|absolutely|okay|ok|hello|hi|hey|great|got it)\b.{0,30}|"
     r"(?:i'd|i would|i'm|i am) (?:be )?(?:\w+ )?(?:happy|glad|here|ready)\b.{0,60})[.!:,]*"
 )
 _LABEL = re.compile(
     r"[\s\"'\u201c*_#>\[(`-]*"
-    r"(?:(?:note|response|answer|output|assistant|model|ai|disclaimer|error|request denied)\b"
-    r"\s*[:\n][\s*\"']*)?",
+    r"(?:(?:note|response|answer|output|assistant|model|ai|disclaimer|error|"
+    r"request denied)\b\s*[:\n][\s*\"']*)?",
     re.IGNORECASE,
 )
 # "ALICE: I can't help you with that."

@@ -102,8 +102,8 @@ def prompt_groups(
 
     encoder: also joins prompts that are near in meaning ("use few words", "be brief"), see
     `embedding_threshold`; it costs the encoding of all prompts (311 a second with MiniLM on two
-    cores). Without it 100,000 distinct prompts take 3 to 8 seconds on one core. Raises DataError for
-    a similarity that is no share.
+    cores). Without it 100,000 distinct prompts take 3 to 8 seconds on one core. Raises DataError
+    for a similarity that is no share.
     """
     if not 0 < similarity <= 1:
         raise DataError(f"similarity={similarity}: give a share above 0 and up to 1, such as 0.9.")
