@@ -182,7 +182,7 @@ def tune(layers: list[SimpleNamespace], dtype: torch.dtype, seconds: float, lowe
             tokens = [count for tile, count in sizes if tile == rows]
             print(
                 f"{('up', 'down')[place]}, tiles of {rows}, tokens {tokens}: ms of both "
-                f"projections",
+                "projections",
                 flush=True,
             )
             for config in configs:

@@ -233,13 +233,13 @@ def job(fast: Any, rows: int, name: str, rate: float) -> None:
     )
     report(
         f"  reading {meter.reading:.0f} s, writing {meter.writing:.0f} s in {meter.batches} "
-        f"batches;"
+        "batches;"
         f" the prefill's multiplications at the matrix rate would be {share:.0%}"
     )
     if early:
         report(
             f"  after a tenth: {early[1]:.0f} s left by its estimate, {spent - early[0]:.0f} s in "
-            f"truth"
+            "truth"
         )
 
 

@@ -158,7 +158,7 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / GIB
     report(
         f"load {size:.0f} GiB of 16 bit and quantise: {fresh:.0f} s (zeros from a sparse file: no "
-        f"disk read is in it)"
+        "disk read is in it)"
     )
     report(f"resident {resident:.1f} GiB, GPU peak while loading {peak:.1f} GiB")
     report(f"host peak {host:.1f} GiB, of which {anonymous:.1f} GiB are not pages of the files")
@@ -203,7 +203,7 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
     saved_per_token = checkpointing.saved_bytes(lora, torch.bfloat16)
     report(
         f"activations saved for the backward pass: {saved_per_token / args.layers / 1024:.0f} KiB "
-        f"a token and layer"
+        "a token and layer"
     )
     total = torch.cuda.get_device_properties(0).total_memory
     plans = [("B8, every layer checkpointed", checkpointing.TrainingPlan(8, 1, args.layers, 0))]

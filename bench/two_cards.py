@@ -255,7 +255,7 @@ def t4(work: Work) -> None:
         reckoned = sum(part) - part.context - part.margin
         print(
             f"card {device}: torch's own peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} "
-            f"GiB, reserved"
+            "GiB, reserved"
             f" {torch.cuda.max_memory_reserved(device) / GIB:.2f}; by the table "
             f"{reckoned / GIB:.2f}"
         )
@@ -351,7 +351,7 @@ def one(work: Work) -> None:
             f"one card, {name} {each}: {alike / tokens:.2%} of {tokens} tokens equal, {first} of "
             f"{len(prompts)} rows"
             f" differ; up to and with the first that differs {(upto - first) / upto:.2%} of {upto} "
-            f"equal; the two logits"
+            "equal; the two logits"
             f" there are apart by {worst} of the logits' spread",
             flush=True,
         )
@@ -431,7 +431,7 @@ def speed(work: Work) -> None:
                 )
             print(
                 f"both at work: {times['a stage at a time'] / times['both at work']:.2f} times as "
-                f"fast"
+                "fast"
             )
         stage.Stage.read, decoding.flow = plain_read, flow
 
@@ -452,7 +452,7 @@ def speed(work: Work) -> None:
             decoding.hand_over = hand_over
             print(
                 f"decode, {count} rows x 704: {step * 1e3:.2f} ms a step, {count / step:.0f} "
-                f"tokens/s; copies through"
+                "tokens/s; copies through"
                 f" pinned memory {slow * 1e3:.2f} ms; {work.peak()}",
                 flush=True,
             )

@@ -123,19 +123,19 @@ def report(rows: Path, seconds: float) -> None:
     print("\n== report")
     print(
         f"rows        {len(data.read_rows(rows))} in {rows.name}, {evaluation['n']} of them held "
-        f"out for the report"
+        "out for the report"
     )
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"time        {seconds:.0f} s, peak memory {memory:.1f} GiB")
     interval = "{:.3f} to {:.3f}".format(*evaluation["scs_after_ci"])
     print(
         f"held out    SCS {evaluation['scs_before']:.3f} before, {evaluation['scs_after']:.3f} "
-        f"after "
+        "after "
         f"(95%: {interval}), {evaluation['stopped_by_eos']:.0%} of answers ended by themselves"
     )
     print(
         f"test.csv    SCS {scores.mean():.3f} (95%: {low:.3f} to {high:.3f}), {len(answers)} rows "
-        f"with other wordings"
+        "with other wordings"
     )
     if rows == DEMO / "rows.csv":  # the families are those of the embedded rows
         print(

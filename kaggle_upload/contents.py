@@ -72,12 +72,12 @@ def base_content(folder: Path) -> tuple[Content, dict[str, Any]]:
     if not check_folder(folder):
         raise UploadError(
             f"{folder} is not in 4 bits and would not fit 2x T4: load it with four_bit and save it "
-            f"again."
+            "again."
         )
     if not {"tokenizer.json", "tokenizer.model"} & paths.keys():
         raise UploadError(
             f"{folder} holds neither tokenizer.json nor tokenizer.model: copy them from the 16-bit "
-            f"model."
+            "model."
         )
     weights = {name for name in paths if name.endswith(".safetensors")}
     index = _json(folder / "model.safetensors.index.json")

@@ -107,7 +107,7 @@ class Page:
         if not least <= len(parts[1]) <= 50:
             raise UploadError(
                 f"The {what} slug {parts[1]!r} has {len(parts[1])} characters; it needs {least} to "
-                f"50."
+                "50."
             )
         return cls(parts[0], parts[1], version)
 

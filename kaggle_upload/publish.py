@@ -74,20 +74,20 @@ class Publish:
             ]:
                 raise UploadError(
                     f"{folder}/files/{longest[0]} is too long for the kaggle program: give a "
-                    f"shorter --work."
+                    "shorter --work."
                 )
             lay_out(self.content, folder / "files", self.metadata)
             numbers = self._send(folder)
             if changed := self.content.changed():
                 raise UploadError(
                     f"{changed} changed while being published; {self.remote.handle}/{numbers[0]} "
-                    f"holds neither state for "
+                    "holds neither state for "
                     "sure. Publish again when nothing writes to the folder."
                 )
             if self.remote.private() is not True:
                 raise UploadError(
                     f"{self.remote.handle}/{numbers[0]} stands, but it is PUBLIC: make it private "
-                    f"now."
+                    "now."
                 )
             self._record(numbers)
             shutil.rmtree(folder)
@@ -95,7 +95,7 @@ class Publish:
         for copy in copies:
             print(
                 f"duplicate: {copy} holds the same bytes (the creation was repeated); you may "
-                f"delete it."
+                "delete it."
             )
         print(handle)
         return numbers[0]
@@ -109,7 +109,7 @@ class Publish:
         if private is False:
             raise UploadError(
                 f"{self.remote.handle} is public, and so would the new version be. Make it private "
-                f"on its page, or choose "
+                "on its page, or choose "
                 "another handle."
             )
         standing = self.remote.versions()
@@ -137,7 +137,7 @@ class Publish:
             if ours and first:
                 print(
                     f"note: Kaggle takes no notes for a first version; {self.versions_csv} has "
-                    f"them."
+                    "them."
                 )
             if ours:
                 return ours
@@ -238,7 +238,7 @@ class Publish:
         if base and others:
             print(
                 f"note: {handle} holds versions of another base ({', '.join(sorted(others))}); "
-                f"this "
+                "this "
                 f"one is of {base}. Pin the versions that belong together, or use another handle."
             )
 

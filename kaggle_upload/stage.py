@@ -203,7 +203,7 @@ def notebook_metadata(
     ):
         raise UploadError(
             f"kernel-metadata.json: the title {title!r} must give the slug {handle.slug!r}; empty "
-            f"it."
+            "it."
         )
     return data | {
         "id": str(handle),
@@ -229,7 +229,7 @@ def _template(name: str, *texts: str) -> dict[str, Any]:
         if bad:
             raise UploadError(
                 f"kaggle_upload/{name}: {key} holds {bad}, which the kaggle program garbles; "
-                f"reword it."
+                "reword it."
             )
     return data
 

@@ -75,7 +75,7 @@ def collect(folder: Path, pythons: Sequence[str] = PYTHONS) -> list[Path]:
         if names - found:
             raise UploadError(
                 f"pip gave no wheel for {sorted(names - found)} on Python {python}; correct "
-                f"wheels.txt."
+                "wheels.txt."
             )
     return wheels
 
@@ -128,7 +128,7 @@ def check_wheel(path: Path, pythons: Sequence[str] = PYTHONS[:1]) -> None:
         shown = ", ".join(sorted(map(str, tags)))
         raise UploadError(
             f"{path.name} ({shown}) does not install on Kaggle's Python {' or '.join(pythons)}, "
-            f"x86_64."
+            "x86_64."
         )
 
 

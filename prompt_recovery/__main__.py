@@ -91,7 +91,7 @@ def print_plan(
     answering, gib = planned.answering, 2**30
     print(
         f"layers a card: {', '.join(map(str, answering.layers))} of {sum(answering.layers)}, in 4 "
-        f"bits\n"
+        "bits\n"
     )
     print(f"{'GiB':<12}" + "".join(f"{f'card {n}':>8}" for n in range(len(planned.bytes))))
     for field in planned.bytes[0]._fields:
@@ -111,7 +111,7 @@ def print_plan(
         )
     print(
         f"\n{len(lengths)} rows, {sum(lengths)} tokens to read, answers of {NEW_TOKENS}; seconds "
-        f"to load, read and write:"
+        "to load, read and write:"
     )
     times = {
         "at the rates measured on H100s with a T4's kernels": on_h100s(planned, lengths, NEW_TOKENS)

@@ -232,7 +232,7 @@ def check_to_publish(adapter_dir: str | Path) -> dict[str, Any]:
     if base.startswith(("/", ".", "~")) or "\\" in base or base.count("/") > 1:
         raise AdapterError(
             f"{Path(adapter_dir) / CONFIG} names the base by the local path {base!r}; write its "
-            f"public id instead."
+            "public id instead."
         )
     return about
 
@@ -305,7 +305,8 @@ def read_header(adapter_dir: str | Path) -> dict[str, str]:
 def _read(folder: Path, model_dir: str | Path | None, four_bit: bool | None) -> _Adapter:
     if not folder.is_dir():
         raise AdapterError(
-            f"adapter_dir {folder} is not a folder; train writes it as <output_dir>/adapter."
+            f"adapter_dir {folder.absolute()} is not a folder; train writes it as "
+            "<output_dir>/adapter."
         )
     names = {path.name for path in folder.iterdir()}
     if not {CONFIG, WEIGHTS} <= names:
@@ -367,7 +368,7 @@ def _read_config(folder: Path) -> tuple[LoraConfig, list[str]]:
     if used:
         raise AdapterError(
             f"{folder / CONFIG} has {used[0]}={getattr(config, used[0])!r}, which nothing here "
-            f"computes;"
+            "computes;"
             " train without it."
         )
     entries = [name for name in raw.keys() - known - {"auto_mapping", "peft_version"} if raw[name]]
@@ -441,7 +442,7 @@ def _check_finite(tensors: dict[str, torch.Tensor], where: str) -> None:
     if bad:
         raise AdapterError(
             f"{where}: {len(bad)} tensors hold NaN or infinity, the first is {bad[0]}; lower the "
-            f"rate."
+            "rate."
         )
 
 
@@ -487,7 +488,7 @@ def _check_fingerprint(
             f"{folder} was trained on another base: its fingerprint is {distance:.3f} from that of "
             f"{model_dir} "
             f"(at most {FINGERPRINT_TOLERANCE:.4f}). Load the base it was trained on, or train "
-            f"again."
+            "again."
         )
     return True
 
@@ -511,14 +512,14 @@ def _check_names(
         except Exception as error:
             raise AdapterError(
                 f"{folder} does not fit the base in {model_dir}: {error} It belongs to another "
-                f"base."
+                "base."
             ) from error
         expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
         experts = sorted(name for name in [*expected, *tensors] if ".experts." in name)
         if experts and four_bit:
             raise AdapterError(
                 f"{folder} adapts the experts ({experts[0]}): they are kept in 4 bits, a layer's "
-                f"in one"
+                "in one"
                 " tensor, and no LoRA can be put on that (all-linear, or w1, w2, w3 of "
                 "transformers 4)."
                 " Load with four_bit=False, or train on the attention's layers alone."
@@ -542,7 +543,7 @@ def _check_names(
             here = f" {found.get(wrong[0], '')} where the base needs {shapes.get(wrong[0], 'none')}"
             raise AdapterError(
                 f"{folder} does not fit the base in {model_dir}: it {kind} {len(wrong)} tensors, "
-                f"the first is "
+                "the first is "
                 f"{wrong[0]}{here}. It belongs to another base, rank or config."
             )
     return tensors
@@ -556,7 +557,7 @@ def _check_ranks(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: P
     if not ranks <= {config.r, *config.rank_pattern.values()}:
         raise AdapterError(
             f"{folder}: {CONFIG} says rank {config.r}, the tensors have {sorted(ranks)}; retrain "
-            f"or fix r."
+            "or fix r."
         )
 
 
@@ -575,7 +576,7 @@ def _check_update(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: 
     if not scaled or not any(down is not None and down.any() and up.any() for down, up in pairs):
         raise AdapterError(
             f"{folder} changes no logits: alpha {config.lora_alpha}, lora_B or lora_A zero "
-            f"everywhere; it is untrained."
+            "everywhere; it is untrained."
         )
 
 
@@ -597,7 +598,7 @@ def _check_beginning(
     way = str(config.init_lora_weights)
     remedy = (
         f"{folder / CONFIG} says init_lora_weights={way!r}: the adapter is a difference from "
-        f"weights"
+        "weights"
         " that were changed when training began. Save it by peft's save_pretrained with"
         " path_initial_model_for_weight_conversion, as an ordinary LoRA."
     )

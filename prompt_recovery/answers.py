@@ -86,7 +86,7 @@ def answer_prompts(
     if broken:
         print(
             f"{broken} answers are none, since their logits were not finite: the weights are "
-            f"damaged, or too large for"
+            "damaged, or too large for"
             f" {str(model.dtype).removeprefix('torch.')}."
         )
 

@@ -98,7 +98,7 @@ def combine(
     if threshold is not None and not mean_prompt:
         raise ValueError(
             f"threshold={threshold}, but there is no mean_prompt to fall back to: give one, or no "
-            f"threshold."
+            "threshold."
         )
     answers = [answer.strip() for answer in answers if answer.strip()]
     if not answers and not mean_prompt:
@@ -169,7 +169,7 @@ def pick_threshold(
     ):
         raise ValueError(
             f"Shapes {shapes}: give agreement and both scores of the same rows, at least one, all "
-            f"finite."
+            "finite."
         )
     order = np.argsort(columns[0], kind="stable")
     agreed, scores, mean_scores = (each[order] for each in columns)

@@ -56,7 +56,7 @@ def make_cells(
         if single:
             raise ComparisonError(
                 f"grid has {', '.join(single)}: give a list of values for each name, or put it in "
-                f"shared."
+                "shared."
             )
         parts = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     elif isinstance(grid, (list, tuple)) and all(isinstance(part, Mapping) for part in grid):
@@ -82,7 +82,7 @@ def make_cells(
     if not cells or any(cell in cells[:n] for n, cell in enumerate(cells)):
         raise ComparisonError(
             f"{len(cells)} cells, and none may stand twice: give each another value of some "
-            f"setting."
+            "setting."
         )
     return cells
 
@@ -161,7 +161,7 @@ def check_cells(
                 if left_out:
                     print(
                         f"cell {number}: {left_out} of {len(rows)} rows can't be taught and are "
-                        f"left out"
+                        "left out"
                     )
             room = cell.max_tokens - cell.max_new_tokens
             encode_rows(
@@ -183,7 +183,7 @@ def shots_of(cell: Cell, rows: pd.DataFrame) -> list[dict[Any, Any]]:
     if cell.few_shot > len(rows):
         raise ComparisonError(
             f"few_shot={cell.few_shot}, and the cell has {len(rows)} rows: give fewer, or more "
-            f"rows."
+            "rows."
         )
     return rows.sample(cell.few_shot, random_state=cell.seed).to_dict("records")
 

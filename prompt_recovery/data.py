@@ -68,7 +68,7 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         )
         rows["id"] = names + "-" + rows["id"]
         print(
-            f"ids stand in several files: each has its file's name before it, as in "
+            "ids stand in several files: each has its file's name before it, as in "
             f"{rows['id'].iloc[0]!r}"
         )
     _refuse_bad_ids(rows)
@@ -138,7 +138,7 @@ def _refuse_bad_ids(rows: pd.DataFrame) -> None:
         places = ", ".join(blank["source"].head(10))
         raise DataError(
             f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill "
-            f"them in."
+            "them in."
         )
     doubled = rows[rows["id"].duplicated(keep=False)]
     if len(doubled):

@@ -33,15 +33,15 @@ def load_encoder(encoder_dir: str | Path, device: str | None = None) -> Sentence
     if not folder.is_dir():
         raise FileNotFoundError(
             f"No encoder folder at {folder.absolute()}. Give a local folder in "
-            f"sentence-transformers format "
-            f"(sentence-t5-base, "
+            "sentence-transformers format "
+            "(sentence-t5-base, "
             "or metric.minilm_dir() for the one that the requirements install)."
         )
     if not (folder / "modules.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no modules.json, so it is not in sentence-transformers format. Point "
-            f"to the "
-            f"folder that "
+            "to the "
+            "folder that "
             "has modules.json: without it the pooling would be guessed and the score would mean "
             "something else."
         )
@@ -113,15 +113,15 @@ def sharpened_cosine(
     if len(predictions) != len(truths):
         raise ValueError(
             f"{len(predictions)} predictions but {len(truths)} truths: give one prediction per "
-            f"truth."
+            "truth."
         )
     for name, texts in (("predictions", predictions), ("truths", truths)):
         bad = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
         if bad:
             raise ValueError(
                 f"{len(bad)} {name} are blank or not text, at positions {bad[:10]} (from 0): a "
-                f"blank "
-                f"scores as noise. "
+                "blank "
+                "scores as noise. "
                 "Fill in the fallback prompt first, or drop the row."
             )
     if not predictions:
@@ -162,7 +162,7 @@ def bootstrap_interval(
         )
     if not np.isfinite(values).all():
         raise ValueError(
-            f"Scores are not finite at positions "
+            "Scores are not finite at positions "
             f"{np.flatnonzero(~np.isfinite(values))[:10].tolist()}."
         )
     if not 0 < confidence < 1:
@@ -201,7 +201,7 @@ def paired_difference(
     if later.shape != earlier.shape:
         raise ValueError(
             f"after has shape {later.shape}, before {earlier.shape}: score the same rows both "
-            f"times."
+            "times."
         )
     low, high = bootstrap_interval(later - earlier, confidence, samples, seed)
     return float((later - earlier).mean()), low, high
@@ -232,7 +232,7 @@ def exact_match(predictions: Sequence[str], truths: Sequence[str]) -> float:
     if len(predictions) != len(truths) or not predictions:
         raise ValueError(
             f"{len(predictions)} predictions, {len(truths)} truths: give as many of each, at least "
-            f"one."
+            "one."
         )
     equal = sum(
         normalise(left) == normalise(right) for left, right in zip(predictions, truths, strict=True)

@@ -215,7 +215,7 @@ class Answering(Settings):
         if self.temperature < 0.01 and (self.answers_per_row > 1 or self.temperature > 0):
             yield (
                 f"temperature={self.temperature:g}: all answers_per_row={self.answers_per_row} "
-                f"answers would be the "
+                "answers would be the "
                 "same; give a number from 0.01 up to 5, or 0 with answers_per_row=1."
             )
 
@@ -349,7 +349,7 @@ class SubmissionSettings(Answering):
         if self.threshold is not None and self.mean_prompt is None:
             yield (
                 f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, "
-                f"or no"
+                "or no"
                 " threshold."
             )
 

@@ -69,7 +69,7 @@ def claim(output_dir: str | Path) -> None:
         except OSError as error:  # a network drive without locks
             print(
                 f"{path.parent} can't be locked ({error}): see to it that no second run writes "
-                f"there."
+                "there."
             )
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
@@ -138,7 +138,7 @@ def _refusal(path: Path, owner: dict[str, str]) -> RunFolderError:
         f"{path.parent} belongs to a run of process {owner.get('process', '?')} on "
         f"{owner.get('host', '?')} since "
         f"{owner.get('since', '?')}. Wait for it or end it (a notebook's kernel holds it until it "
-        f"is shut down), or "
+        "is shut down), or "
         f"give another output_dir. If that host is gone, remove {path}."
     )
 

@@ -333,7 +333,7 @@ def _held_out(groups: list[int], wordings: list[str], fraction: float, seed: int
     if len(sizes) < 2:
         raise DataError(
             f"All {len(groups)} rows have the same or nearly the same prompt, so none can be held "
-            f"out without "
+            "out without "
             "leaking. Add rows with other prompts, or set eval_fraction=0."
         )
     prompts = {group: 0 for group in sizes}  # distinct ones
@@ -397,13 +397,13 @@ def read_or_split(
         if list(kept.columns) != list(SPLIT_COLUMNS):
             raise DataError(
                 f"{path} has the columns {list(kept.columns)}, not {list(SPLIT_COLUMNS)}: remove "
-                f"it."
+                "it."
             )
         for name in ("id", "rewrite_prompt"):
             if kept[name].to_list() != rows[name].to_list():
                 raise DataError(
                     f"{path} is the split of other rows: {len(kept)} rows there, {len(rows)} now, "
-                    f"and the column "
+                    "and the column "
                     f"{name} differs. Give those rows back, or take another output_dir, or remove "
                     f"{path.name} to "
                     "split anew."
@@ -411,7 +411,7 @@ def read_or_split(
         if not kept["made_with"].eq(made_with).all():
             raise DataError(
                 f"{path} was made with {kept['made_with'].iloc[0]}, now it is {made_with}. Give "
-                f"those settings "
+                "those settings "
                 f"back, or take another output_dir, or remove {path.name} to split anew."
             )
         groups, held_out = (
@@ -424,7 +424,7 @@ def read_or_split(
         groups, held_out = _sides(rows, eval_fraction, seed, encoder)
         if encoder is not None:
             print(
-                f"prompts count as one task by their words, or from a cosine of "
+                "prompts count as one task by their words, or from a cosine of "
                 f"{embedding_threshold(encoder):.2f} of "
                 f"their embeddings: {len(set(groups))} tasks, found in "
                 f"{time.monotonic() - started:.0f} s"
@@ -450,7 +450,7 @@ def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataF
         if len(held_out):
             print(
                 f"{len(held_out)} held-out rows, fewer than {LEAST_TO_SHARE}: the same rows choose "
-                f"the checkpoint and "
+                "the checkpoint and "
                 "are reported, so the score is too favourable. Raise eval_fraction, or give more "
                 "rows."
             )
@@ -463,7 +463,7 @@ def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataF
         chooses = np.random.default_rng(seed).permutation(len(held_out)) < share * len(held_out)
     print(
         f"{chooses.sum()} of the held-out rows choose the checkpoint, {(~chooses).sum()} are for "
-        f"the report"
+        "the report"
     )
     return held_out[chooses].reset_index(drop=True), held_out[~chooses].reset_index(drop=True)
 
@@ -486,7 +486,7 @@ def describe_split(train: pd.DataFrame, held_out: pd.DataFrame) -> str:
                 prompt = part.loc[part["group"] == counts.index[0], "rewrite_prompt"].iloc[0]
                 warnings.append(
                     f"WARNING: {share:.0%} of the rows {side} have the prompt {prompt[:80]!r} or "
-                    f"nearly that. A model "
+                    "nearly that. A model "
                     "that answers it to everything looks good there: add rows with other prompts."
                 )
         lines.append(line)

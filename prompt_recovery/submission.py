@@ -128,7 +128,7 @@ def _checked_fallback(settings: SubmissionSettings) -> str:
     if not fallback:
         raise SubmissionError(
             f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a word "
-            f"for "
+            "for "
             "missing, fails the whole submission. Give a real prompt."
         )
     mean_prompt = (settings.mean_prompt or "").strip()
@@ -137,7 +137,7 @@ def _checked_fallback(settings: SubmissionSettings) -> str:
     if count_tokens(behind) > LIMIT:
         raise SubmissionError(
             f"mean_prompt={mean_prompt[:80]!r} has {count_tokens(mean_prompt)} tokens: behind an "
-            f"answer it would stand in "
+            "answer it would stand in "
             f"no row, since the scorer reads {LIMIT}. Give a shorter one."
         )
     return combine([fallback])

@@ -88,7 +88,7 @@ def read_table(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[
         if set(needed) <= {_name(value) for value in record}:
             raise DataError(
                 f"{path} has another header as row {number}, {record}: give files with other "
-                f"columns apart."
+                "columns apart."
             )
     if notes:
         print(f"{path}: read as {', '.join(notes)}")
@@ -146,7 +146,7 @@ def _decoded(path: Path, content: bytes) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{path} is not UTF-8: byte {content[error.start]:#04x} in line {line}. Save it as "
-            f"'CSV UTF-8'."
+            "'CSV UTF-8'."
         ) from error
 
 
@@ -187,7 +187,7 @@ def _json(path: Path, text: str) -> tuple[list[str], list[list[str]]] | None:
             raise DataError(f"{path} is JSON, and broken ({where}); write it again.") from error
         raise DataError(
             f"{path} is one JSON object: write an object a line (pandas: to_json(orient='records', "
-            f"lines=True))."
+            "lines=True))."
         ) from error
     wrong = [n for n, row in enumerate(rows, 1) if not isinstance(row, dict)]
     if wrong:

@@ -29,7 +29,7 @@ SYSTEM_PROMPTS = {
     "json": f'{_TASK} Answer only with JSON: {{"prompt": "..."}}',
     "reason_json": (
         f"{_TASK} First give the reason, what was changed from the original text, then the prompt "
-        f"as JSON, "
+        "as JSON, "
         'in the form:\n1. <reason>\n2. {"prompt": "..."}'
     ),
 }
@@ -145,7 +145,7 @@ def render_answer(rewrite_prompt: str, style: str, response: str = "") -> str:
             return text
     raise TemplateError(
         f"response={response[:80]!r} holds braces that would be read as the answer: take them out "
-        f"of the reason."
+        "of the reason."
     )
 
 
@@ -230,7 +230,7 @@ def reason_of(response: str, prompt: str = "") -> str:
     if not reason or wording and len(wording) >= 10 and wording in normalise(reason):
         raise TemplateError(
             f"response={response[:80]!r} holds no reason before its prompt, and style "
-            f"'reason_json' teaches one. "
+            "'reason_json' teaches one. "
             "Fill the response column, drop the row, or use style 'json'."
         )
     return reason

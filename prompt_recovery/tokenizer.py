@@ -62,14 +62,14 @@ def load_tokenizer(
     else:
         raise TokenizerError(
             f"{folder} has neither tokenizer.model nor tokenizer.json; give the base model's "
-            f"folder."
+            "folder."
         )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=side, **SPECIALS)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()]
     if ids != [0, 1, 2]:
         raise TokenizerError(
             f"{folder}: <unk>, <s>, </s> have the ids {ids}; Mistral's are 0, 1, 2. Use Mixtral's "
-            f"files."
+            "files."
         )
     if pad == "<pad>":
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -79,12 +79,12 @@ def load_tokenizer(
     if any(i < 3 for i in probe):
         raise TokenizerError(
             f"{folder}: text such as </s> becomes a special token; use the folder's "
-            f"tokenizer.model."
+            "tokenizer.model."
         )
     if tokenizer.decode(probe) != PROBE:
         raise TokenizerError(
             f"{folder}: {PROBE!r} comes back as {tokenizer.decode(probe)!r}: a broken tokenizer. "
-            f"Use"
+            "Use"
             " the files of the base model as the hub has them."
         )
     return tokenizer
@@ -99,7 +99,7 @@ def check_tokenizer(
     if not 0.95 * vocab_size <= size <= vocab_size:
         raise TokenizerError(
             f"{model_dir}: the tokenizer has {size} pieces, the model {vocab_size} embeddings: it "
-            f"is"
+            "is"
             " another model's. Put this base's own tokenizer.model there."
         )
 
@@ -127,7 +127,7 @@ def _from_json(path: Path) -> Tokenizer:
     if "Prepend" not in normaliser:
         raise TokenizerError(
             f"{path} puts no space before a text, as transformers 5 saves it, and gives other ids "
-            f"than"
+            "than"
             " the model was trained with: put the base's tokenizer.model there."
         )
     try:
@@ -140,7 +140,7 @@ def _refuse_later_versions(path: Path, pieces: set[str]) -> None:
     if "[INST]" in pieces:
         raise TokenizerError(
             f"{path} has a control token [INST]: it is Mistral's v2 or v3, of later models, and "
-            f"only"
+            "only"
             " v1 is written here (Mixtral-8x7B-Instruct-v0.1, Mistral-7B-Instruct-v0.1 and v0.2)."
         )
 
@@ -274,7 +274,7 @@ def encode_row(
     fixed = len(encode("", "")[0])
     raise TokenizerError(
         f"max_tokens is {max_tokens}, but instruction, examples and answer alone take {fixed} "
-        f"tokens and are never cut; "
+        "tokens and are never cut; "
         f"raise max_tokens to {fixed + 64} or more, or give fewer examples."
     )
 

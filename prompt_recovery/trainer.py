@@ -159,7 +159,7 @@ class RowTrainer(Trainer):
             raise TrainingError(
                 f"The checkpoint of step {self.state.global_step} could not be written to {folder} "
                 f"({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there): {error}. Make "
-                f"room or give another "
+                "room or give another "
                 f"output_dir; {going_on}."
             ) from error
 
@@ -169,7 +169,7 @@ class RowTrainer(Trainer):
         if self.args.world_size > 1 or (rows == 1 and self.all_recomputed):
             raise TooLittleMemory(
                 f"Out of memory with {rows} rows at a time and no way left to use less: {error}. "
-                f"Lower max_tokens or, with "
+                "Lower max_tokens or, with "
                 "several processes, batch_size."
             ) from error
         if rows == 1:

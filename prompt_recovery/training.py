@@ -199,7 +199,7 @@ def _ending(state: Mapping[str, Any], total: int, patience: int) -> str:
         return f"{kept}; all {total} steps done"
     return (
         f"{kept}; STOPPED EARLY at step {state['global_step']} of {total}, since {patience} "
-        f"evaluations in a row "
+        "evaluations in a row "
         f"brought no better {' or, where equal, '.join(measures)}"
     )
 

@@ -485,7 +485,7 @@ def test_a_full_disk_is_said_with_path_and_room(tmp_path, room):
     assert done.returncode == 1
     said = done.stderr
     assert (
-        f"TrainingError: The checkpoint of step 1 could not be written to "
+        "TrainingError: The checkpoint of step 1 could not be written to "
         f"{tmp_path / 'checkpoints'} (" in said
     )
     assert "MiB free there)" in said and "no checkpoint is there yet" in said

@@ -37,8 +37,9 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"model_dir {model_dir} has no config.json; give the folder of a base model as the hub "
-            f"has it."
+            f"model_dir {path.parent.absolute()} has no config.json; give the folder of a base "
+            "model as the hub "
+            "has it."
         )
     return _json(path)
 
@@ -55,8 +56,9 @@ def check_model_dir(model_dir: str | Path) -> Path:
     config = read_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(
-            f"model_dir {folder} has no *.safetensors; pickle weights (.bin) are not loaded, "
-            f"convert them."
+            f"model_dir {folder.absolute()} has no *.safetensors; pickle weights (.bin) are not "
+            "loaded, "
+            "convert them."
         )
     quantised = quantiser.check_folder(folder)
     kind = config.get("model_type")
@@ -143,7 +145,7 @@ def _headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
         found = sorted(path.name for path in folder.glob("*.safetensors"))
         raise ModelError(
             f"{folder} holds {', '.join(found[:3])}, neither {WEIGHTS} nor {INDEX}, of which one "
-            f"must"
+            "must"
             f" be there: {AGAIN}."
         )
     headers: dict[str, tuple[str, list[int]]] = {}
@@ -179,7 +181,7 @@ def _check_tensors(
     if foreign and not quantised:
         raise ModelError(
             f"{folder} holds {foreign[0]} as {headers[foreign[0]][0]}: another tool quantised it. "
-            f"Give"
+            "Give"
             " the model in 16 bits, as its makers published it, or one that `python -m "
             "prompt_recovery"
             " quantise` made."

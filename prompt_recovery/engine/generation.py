@@ -72,14 +72,14 @@ def check_attention(model: Any, longest: int) -> None:
     if window and longest > window:
         raise AttentionError(
             f"{type(base).__name__} has a sliding window of {window} tokens, which is not built "
-            f"here, and a prompt with its"
+            "here, and a prompt with its"
             f" answer takes {longest}: shorten the texts (max_tokens) to {window}, or take a model "
-            f"without a window."
+            "without a window."
         )
     if not getattr(base, "_supports_sdpa", True):
         raise AttentionError(
             f"{type(base).__name__} can't compute its attention by SDPA, the only one that is "
-            f"built here."
+            "built here."
         )
 
 
@@ -250,7 +250,7 @@ def generate(
                 if not waiting.shrink():
                     raise torch.OutOfMemoryError(
                         f"One prompt of {lengths[batch[0]]} tokens with {share} answers does not "
-                        f"fit in memory: "
+                        "fit in memory: "
                         "give fewer answers_per_row, or shorter texts (max_tokens)."
                     )
                 continue

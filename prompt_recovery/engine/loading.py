@@ -86,7 +86,7 @@ def load_base(
     if kernels and not how.four_bit:
         raise ValueError(
             f"kernels={kernels!r} is for 4-bit experts, and this model is loaded in 16 bits: leave "
-            f"it at None."
+            "it at None."
         )
     placed, four_bit = how.device_map, how.four_bit
     processes = memory.processes()

@@ -125,7 +125,7 @@ def kv_shape(config: Any) -> tuple[int, int]:
     if not hasattr(config, "num_key_value_heads"):
         raise ValueError(
             f"models of type {config.model_type} are not known here: no num_key_value_heads in the "
-            f"config."
+            "config."
         )
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, size

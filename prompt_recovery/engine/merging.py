@@ -111,7 +111,7 @@ def _merged_linear(name: str, layer: LoraLayer, dtype: torch.dtype) -> nn.Linear
     if not weight.isfinite().all():
         raise MergeError(
             f"{name} with the adapter is not finite in {str(dtype).removeprefix('torch.')}: a "
-            f"weight"
+            "weight"
             f" is above {torch.finfo(dtype).max:.0f}, or damaged."
         )
     linear = nn.Linear(

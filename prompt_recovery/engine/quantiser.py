@@ -85,12 +85,12 @@ def check_supported(name: str, experts: nn.Module) -> None:
         if weight is not None and (weight.shape[1:].numel() % BLOCK or weight.shape[2] % 2):
             odd.append(
                 f"{projection} {tuple(weight.shape)}: an expert must have a multiple of {BLOCK} "
-                f"weights"
+                "weights"
             )
     if odd:
         raise Nf4Error(
             f"The experts {name} can't become 4-bit ({', '.join(odd)}); load this model with "
-            f"four_bit=False."
+            "four_bit=False."
         )
 
 
@@ -108,7 +108,7 @@ class Nf4Config(BitsAndBytesConfig):
         if layout != LAYOUT:
             raise Nf4Error(
                 f"The folder's 4-bit layout is {layout!r}, this version reads {LAYOUT!r}: quantise "
-                f"the 16-bit model again."
+                "the 16-bit model again."
             )
         super().__init__(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -154,7 +154,7 @@ class _QuantiseOp(ConversionOps):
             if tuple(weight.shape) != expected:
                 raise Nf4Error(
                     f"{name} has shape {tuple(weight.shape)} in the checkpoint, {expected} in the "
-                    f"model."
+                    "model."
                 )
             place = (
                 get_device(self.places, name, valid_torch_device=True)
@@ -276,7 +276,7 @@ def check_folder(model_dir: str | Path) -> bool:
             f"{model_dir} is quantised already, as {found.get('quant_method')!r} with layout "
             f"{found.get('layout')!r};"
             f" only {METHOD!r} with {LAYOUT!r} can be read. Give the folder of the 16-bit model (a "
-            f"checkpoint that"
+            "checkpoint that"
             " transformers 4 saved in 4 bits does not load in transformers 5 either) or save it "
             "again with this version."
         )
@@ -386,9 +386,9 @@ def check_quantised(model: PreTrainedModel) -> None:
             elif not _computes_right(module.weight):
                 raise Nf4Error(
                     f"{name} has rows of {module.in_features} weights, no multiple of {BLOCK}, "
-                    f"which bitsandbytes"
+                    "which bitsandbytes"
                     f" {bnb.__version__} computes wrongly on this CPU. Load with four_bit=False, "
-                    f"or on a GPU."
+                    "or on a GPU."
                 )
         elif becomes_four_bit(name, module, model.get_output_embeddings()):
             wrong.append(f"{name}.weight")
@@ -396,7 +396,7 @@ def check_quantised(model: PreTrainedModel) -> None:
         shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise Nf4Error(
             f"These parts should be in 4 bits and are not: {shown}. Load with "
-            f"quantization_config=Nf4Config() after"
+            "quantization_config=Nf4Config() after"
             " register(); if it persists, this model's layers are of a kind that is not supported: "
             "four_bit=False."
         )

@@ -164,7 +164,7 @@ class Stage:
                     graph.capture_end()
         except RuntimeError as error:  # something in this model's step asks the host
             print(
-                f"steps run one by one, since this model's can't be a CUDA graph: "
+                "steps run one by one, since this model's can't be a CUDA graph: "
                 f"{str(error).splitlines()[0]}"
             )
             torch.cuda.synchronize(self.device)

@@ -80,7 +80,7 @@ def choose(device: torch.device, kernels: str | None = None) -> str:
     if wanted not in (None, *KERNELS):
         raise ValueError(
             f"kernels={wanted!r}: choose one of {', '.join(KERNELS)} (also {VARIABLE} in the "
-            f"environment)."
+            "environment)."
         )
     why = _unable(device)
     if wanted == "triton" and why:

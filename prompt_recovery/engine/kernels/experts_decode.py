@@ -324,7 +324,7 @@ def _launch_project(
     if config.blocks not in (1, 2, 4):
         raise ValueError(
             f"Config.blocks is {config.blocks}; an iteration reads 1, 2 or 4 blocks of absmax as "
-            f"one word."
+            "one word."
         )
     packed, rows, gate = pieces["packed"], order.numel(), routing is not None
     columns = packed.shape[2] * 2

@@ -58,7 +58,7 @@ def install() -> str:
     ):
         return (
             f"Triton {triton.__version__} can't be hooked as 3.6 can, by which its code is lowered "
-            f"to"
+            "to"
             " sm_75"
         )
     before = knobs.runtime.add_stages_inspection_hook
