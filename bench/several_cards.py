@@ -67,15 +67,14 @@ def main() -> None:
     free = memory.free_memory()
     for split in (False, True):
         # as cards of which none has room for the model
-        few = {number: int((5 + args.layers / 2) * 2**30) for number in free}
+        few = {number: int((1.8 + 0.46 * args.layers) * 2**30) for number in free}
         memory.free_memory = lambda few=few, split=split: few if split else free
         torch.manual_seed(0)
         base = load_base(args.work / "zeros", torch.bfloat16, four_bit=True)
         fill(base)
-        print(
-            "cards with layers:",
-            sorted({str(next(layer.parameters()).device) for layer in base.model.layers}),
-        )
+        where = {str(next(layer.parameters()).device) for layer in base.model.layers}
+        print("cards with layers:", sorted(where))
+        assert len(where) == 1 + split, "not the cards that are to be compared"
         found.append(answers(base))
         train(base, args.work, True)
         del base
