@@ -13,7 +13,7 @@ import pandas as pd
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, moved there at the end. Several processes may write the
     same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 def write_text(text: str, path: Path) -> None:
     """Write a UTF-8 text so that a reader never sees half a file."""
-    with _replaced(path) as partial:
+    with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -39,7 +39,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """
     texts = frame.select_dtypes(exclude="number")
     returns = texts.map(lambda value: "\r" in str(value)).any(axis=None)
-    with _replaced(path) as partial:
+    with replaced(path) as partial:
         frame.to_csv(
             partial, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from prompt_recovery.examples import Example
+from prompt_recovery.files import replaced
 
 if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
@@ -89,12 +89,9 @@ def whole_texts(table: pd.DataFrame) -> Styler:
 
 
 def save_figure(figure: Any, path: Path, **about: str) -> None:
-    """Write a PNG, with `about` as texts in it, and close the figure. Several processes may draw
-    the
-    same picture: each one's file is whole when it takes its place."""
+    """Write a PNG, with `about` as texts in it, and close the figure."""
     import matplotlib.pyplot as plt
 
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.png")
-    figure.savefig(partial, dpi=120, metadata=about)
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=120, metadata=about, format="png")
     plt.close(figure)
-    os.replace(partial, path)

@@ -5,6 +5,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,23 @@ def mistral_dir(tmp_path_factory):
     source = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     shutil.copy(source, folder / "tokenizer.model")
     return folder
+
+
+def table(rows):
+    """Rows of (original, rewritten, prompt) as read_rows gives them."""
+    return pd.DataFrame(
+        [(f"r{i}", *row, "", f"t.csv:{i + 1}", "t.csv") for i, row in enumerate(rows)],
+        columns=[
+            "id",
+            "original_text",
+            "rewritten_text",
+            "rewrite_prompt",
+            "response",
+            "source",
+            "file",
+        ],
+        dtype=str,
+    )
 
 
 @cache

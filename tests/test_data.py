@@ -3,6 +3,7 @@ leaks."""
 
 import pandas as pd
 import pytest
+from conftest import table
 
 from prompt_recovery.data import (
     DataError,
@@ -21,23 +22,6 @@ HEADER = "id,original_text,rewritten_text,rewrite_prompt\n"
 def write(path, text, encoding="utf-8"):
     path.write_bytes(text.encode(encoding))
     return path
-
-
-def table(rows):
-    """Rows of (original, rewritten, prompt) as read_rows gives them."""
-    return pd.DataFrame(
-        [(f"r{i}", *row, "", f"t.csv:{i + 1}", "t.csv") for i, row in enumerate(rows)],
-        columns=[
-            "id",
-            "original_text",
-            "rewritten_text",
-            "rewrite_prompt",
-            "response",
-            "source",
-            "file",
-        ],
-        dtype=str,
-    )
 
 
 def test_nasty_texts_survive_reading(tmp_path):

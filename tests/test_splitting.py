@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,23 +26,6 @@ from prompt_recovery.splitting import (
 
 # 1,000 row files are a run of some minutes: SPLIT_EXAMPLES=1000 pytest tests/test_splitting.py
 EXAMPLES = int(os.environ.get("SPLIT_EXAMPLES", "50"))
-
-
-def table(rows):
-    """Rows of (original, rewritten, prompt) as read_rows gives them."""
-    return pd.DataFrame(
-        [(f"r{i}", *row, "", f"t.csv:{i + 1}", "t.csv") for i, row in enumerate(rows)],
-        columns=[
-            "id",
-            "original_text",
-            "rewritten_text",
-            "rewrite_prompt",
-            "response",
-            "source",
-            "file",
-        ],
-        dtype=str,
-    )
 
 
 def rows_of(prompts):

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prompt_recovery.engine.batching import MOST_ROWS
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, card, on, uses_triton
+from prompt_recovery.engine.merging import mergeable
 from prompt_recovery.engine.storage import dequantise, linear_pieces
 
 ATTENTION = "prompt_recovery_decode"
@@ -134,24 +135,19 @@ def _lora_forward(self, x, *args, **kwargs):
     return torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ down, up).view(y.shape)
 
 
-def _sixteen(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _sixteen(layer: LoraLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A LoRA's two matrices, [in, r] and [r, out], the second scaled; None for one that is more
     than that."""
-    if (
-        type(layer).__name__ not in ("Linear", "Linear4bit")
-        or layer.disable_adapters
-        or layer.merged
-        or len(layer.active_adapters) != 1
-        or layer.lora_variant
-    ):
+    if not mergeable(layer) or len(layer.active_adapters) != 1:
         return None
     (name,) = layer.active_adapters
-    if name not in layer.lora_A or layer.lora_bias.get(name):
+    if name not in layer.lora_A:
         return None
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return down.detach().t().to(dtype).contiguous(), (up.detach().t() * layer.scaling[name]).to(
-        dtype
-    ).contiguous()
+    return (
+        down.detach().t().to(dtype).contiguous(),
+        (up.detach().t() * layer.scaling[name]).to(dtype).contiguous(),
+    )
 
 
 def _join(attention: nn.Module) -> torch.Tensor | None:
