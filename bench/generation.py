@@ -74,10 +74,9 @@ def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> No
     prefill, peak = rows * PROMPT / decoder.prefill_seconds, torch.cuda.max_memory_allocated() / GIB
     how = "graph" if decoder.stages[0].graphs else "eager"
     report(
-        f"{name:<22} B{rows:<3} decode {step * 1e3:7.2f} ms/step ({floor / step:4.0%} of the floor "
-        f"{floor * 1e3:.1f}, {how},"
-        f" {distinct_experts(fast, prompts):.1f} experts a layer), prefill {prefill:7.0f} tok/s, "
-        f"peak {peak:.1f} GiB"
+        f"{name:<22} B{rows:<3} decode {step * 1e3:7.2f} ms/step ({floor / step:4.0%} of the "
+        f"floor {floor * 1e3:.1f}, {how}, {distinct_experts(fast, prompts):.1f} experts a layer), "
+        f"prefill {prefill:7.0f} tok/s, peak {peak:.1f} GiB"
     )
 
 
@@ -233,8 +232,7 @@ def job(fast: Any, rows: int, name: str, rate: float) -> None:
     )
     report(
         f"  reading {meter.reading:.0f} s, writing {meter.writing:.0f} s in {meter.batches} "
-        "batches;"
-        f" the prefill's multiplications at the matrix rate would be {share:.0%}"
+        f"batches; the prefill's multiplications at the matrix rate would be {share:.0%}"
     )
     if early:
         report(

@@ -245,18 +245,16 @@ def t4(work: Work) -> None:
     print(f"{by_model} of {len(report)} rows by the model in {spent:.0f} s; {work.peak()}")
     print(
         f"{meter.tokens_in} tokens read in {meter.reading:.0f} s, "
-        f"{meter.tokens_in / meter.reading:.0f} a second;"
-        f" {meter.tokens_out} written in {meter.writing:.0f} s, "
-        f"{meter.tokens_out / meter.writing:.0f} a second, in"
-        f" {meter.batches} batches of {meter.rows / meter.batches:.1f} rows"
+        f"{meter.tokens_in / meter.reading:.0f} a second; {meter.tokens_out} written in "
+        f"{meter.writing:.0f} s, {meter.tokens_out / meter.writing:.0f} a second, in "
+        f"{meter.batches} batches of {meter.rows / meter.batches:.1f} rows"
     )
     table = planning.plan(work.nf4, [work.args.leave] * torch.cuda.device_count()).bytes
     for device, part in enumerate(table):
         reckoned = sum(part) - part.context - part.margin
         print(
             f"card {device}: torch's own peak {torch.cuda.max_memory_allocated(device) / GIB:.2f} "
-            "GiB, reserved"
-            f" {torch.cuda.max_memory_reserved(device) / GIB:.2f}; by the table "
+            f"GiB, reserved {torch.cuda.max_memory_reserved(device) / GIB:.2f}; by the table "
             f"{reckoned / GIB:.2f}"
         )
 
@@ -349,10 +347,9 @@ def one(work: Work) -> None:
         worst = ", ".join(f"{gap:.2g}" for gap in sorted(gaps, reverse=True)) or "0"
         print(
             f"one card, {name} {each}: {alike / tokens:.2%} of {tokens} tokens equal, {first} of "
-            f"{len(prompts)} rows"
-            f" differ; up to and with the first that differs {(upto - first) / upto:.2%} of {upto} "
-            "equal; the two logits"
-            f" there are apart by {worst} of the logits' spread",
+            f"{len(prompts)} rows differ; up to and with the first that differs "
+            f"{(upto - first) / upto:.2%} of {upto} equal; the two logits there are apart by "
+            f"{worst} of the logits' spread",
             flush=True,
         )
 
@@ -425,8 +422,7 @@ def speed(work: Work) -> None:
                 shares = ", ".join(f"{each / times[name]:.0%}" for each in busy)
                 print(
                     f"prefill of {rows} x {length} in pieces of {piece}, {name}: "
-                    f"{rows * length / times[name]:.0f} tok/s,"
-                    f" busy {shares}",
+                    f"{rows * length / times[name]:.0f} tok/s, busy {shares}",
                     flush=True,
                 )
             print(
@@ -452,8 +448,7 @@ def speed(work: Work) -> None:
             decoding.hand_over = hand_over
             print(
                 f"decode, {count} rows x 704: {step * 1e3:.2f} ms a step, {count / step:.0f} "
-                "tokens/s; copies through"
-                f" pinned memory {slow * 1e3:.2f} ms; {work.peak()}",
+                f"tokens/s; copies through pinned memory {slow * 1e3:.2f} ms; {work.peak()}",
                 flush=True,
             )
 

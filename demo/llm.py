@@ -112,8 +112,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if {0, 1, 2, 3, 4, 105, 106} & set(ids):  # so it is with 5.17's
         raise SystemExit(
             f"{folder}: text gives control tokens, because another version of transformers made "
-            "this tokenizer from the GGUF"
-            " file. Remove the folder and run again with the version of requirements.txt."
+            "this tokenizer from the GGUF file. Remove the folder and run again with the version "
+            "of requirements.txt."
         )
     return tokenizer
 

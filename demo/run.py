@@ -130,8 +130,8 @@ def report(rows: Path, seconds: float) -> None:
     interval = "{:.3f} to {:.3f}".format(*evaluation["scs_after_ci"])
     print(
         f"held out    SCS {evaluation['scs_before']:.3f} before, {evaluation['scs_after']:.3f} "
-        "after "
-        f"(95%: {interval}), {evaluation['stopped_by_eos']:.0%} of answers ended by themselves"
+        f"after (95%: {interval}), {evaluation['stopped_by_eos']:.0%} of answers ended by "
+        "themselves"
     )
     print(
         f"test.csv    SCS {scores.mean():.3f} (95%: {low:.3f} to {high:.3f}), {len(answers)} rows "

@@ -94,9 +94,8 @@ def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> 
     if wrong:
         raise UploadError(
             f"{handle}/{version} was pushed, but {'; '.join(wrong)}. Check that each source "
-            "exists, "
-            "that you may use it and that you have accepted the competition's rules, then push "
-            "again."
+            "exists, that you may use it and that you have accepted the competition's rules, "
+            "then push again."
         )
     return version
 

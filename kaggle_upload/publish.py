@@ -81,8 +81,8 @@ class Publish:
             if changed := self.content.changed():
                 raise UploadError(
                     f"{changed} changed while being published; {self.remote.handle}/{numbers[0]} "
-                    "holds neither state for "
-                    "sure. Publish again when nothing writes to the folder."
+                    "holds neither state for sure. Publish again when nothing writes to the "
+                    "folder."
                 )
             if self.remote.private() is not True:
                 raise UploadError(
@@ -108,9 +108,8 @@ class Publish:
             private = self.remote.private()
         if private is False:
             raise UploadError(
-                f"{self.remote.handle} is public, and so would the new version be. Make it private "
-                "on its page, or choose "
-                "another handle."
+                f"{self.remote.handle} is public, and so would the new version be. Make it "
+                "private on its page, or choose another handle."
             )
         standing = self.remote.versions()
         # the newest version before an earlier, interrupted run for this content
@@ -238,8 +237,8 @@ class Publish:
         if base and others:
             print(
                 f"note: {handle} holds versions of another base ({', '.join(sorted(others))}); "
-                "this "
-                f"one is of {base}. Pin the versions that belong together, or use another handle."
+                f"this one is of {base}. Pin the versions that belong together, or use another "
+                "handle."
             )
 
     def _record(self, numbers: list[int]) -> None:
@@ -264,8 +263,7 @@ class Publish:
         except OSError as error:
             raise UploadError(
                 f"{handle}/{numbers[0]} stands, but {self.versions_csv} can't be written "
-                f"({error}): "
-                "run the same command again, it records the version and sends nothing."
+                f"({error}): run the same command again, it records the version and sends nothing."
             ) from error
 
 

@@ -39,13 +39,11 @@ SECRETS = (
 )
 # https://github.com/Kaggle/kaggle-cli/blob/main/docs/models_metadata.md
 LICENCES = (
-    "Apache 2.0|Attribution 3.0 IGO (CC BY 3.0 IGO)|Attribution 3.0 Unported (CC BY 3.0)|"
-    "Attribution 4.0 International (CC BY 4.0)|Attribution-NoDerivatives 4.0 International (CC "
-    "BY-ND 4.0)|"
-    "Attribution-NonCommercial 4.0 International (CC BY-NC 4.0)|BSD-3-Clause|CC BY-NC-SA 4.0|CC "
-    "BY-SA 3.0|CC BY-SA 4.0|"
-    "CC0: Public Domain|GNU Affero General Public License 3.0|GNU Lesser General Public License "
-    "3.0|GPL 2|GPL 3|MIT"
+    "Apache 2.0|Attribution 3.0 IGO (CC BY 3.0 IGO)|Attribution 3.0 Unported (CC BY "
+    "3.0)|Attribution 4.0 International (CC BY 4.0)|Attribution-NoDerivatives 4.0 International "
+    "(CC BY-ND 4.0)|Attribution-NonCommercial 4.0 International (CC BY-NC 4.0)|BSD-3-Clause|CC "
+    "BY-NC-SA 4.0|CC BY-SA 3.0|CC BY-SA 4.0|CC0: Public Domain|GNU Affero General Public License "
+    "3.0|GNU Lesser General Public License 3.0|GPL 2|GPL 3|MIT"
 ).split("|")
 DATASET_LICENCES = (
     "CC0-1.0",
@@ -86,8 +84,8 @@ class Content:
 
 def pick(folder: Path, allowed: Iterable[str]) -> list[Path]:
     """The folder's files that match the allow-list. Raises UploadError where it is no folder, or
-    holds a symlink or what
-    may be a credential: kaggle's program would send such a file, or what the link points to."""
+    holds a symlink or what may be a credential: kaggle's program would send such a file, or what
+    the link points to."""
     if not folder.is_dir():
         raise UploadError(f"{folder} is not a folder.")
     for path in sorted([folder, *folder.iterdir()]):

@@ -66,8 +66,8 @@ def resize_input_embeddings(model: PreTrainedModel, rows: int) -> None:
     as it is.
 
     A pad token is read but never predicted. `resize_token_embeddings` would give it a row of
-    lm_head too, which takes
-    a share of every softmax: losses with `<pad>` and with `unk` would differ.
+    lm_head too, which takes a share of every softmax: losses with `<pad>` and with `unk` would
+    differ.
     """
     old = model.get_input_embeddings()
     if rows <= old.num_embeddings:
@@ -368,8 +368,7 @@ def _read_config(folder: Path) -> tuple[LoraConfig, list[str]]:
     if used:
         raise AdapterError(
             f"{folder / CONFIG} has {used[0]}={getattr(config, used[0])!r}, which nothing here "
-            "computes;"
-            " train without it."
+            "computes; train without it."
         )
     entries = [name for name in raw.keys() - known - {"auto_mapping", "peft_version"} if raw[name]]
     return config, [f"{CONFIG}: {name}" for name in sorted(entries)]
@@ -485,10 +484,9 @@ def _check_fingerprint(
     distance = (torch.tensor(trained_on) - torch.tensor(here)).norm() / torch.tensor(here).norm()
     if not distance <= FINGERPRINT_TOLERANCE:
         raise AdapterError(
-            f"{folder} was trained on another base: its fingerprint is {distance:.3f} from that of "
-            f"{model_dir} "
-            f"(at most {FINGERPRINT_TOLERANCE:.4f}). Load the base it was trained on, or train "
-            "again."
+            f"{folder} was trained on another base: its fingerprint is {distance:.3f} from that "
+            f"of {model_dir} (at most {FINGERPRINT_TOLERANCE:.4f}). Load the base it was trained "
+            "on, or train again."
         )
     return True
 
@@ -519,10 +517,9 @@ def _check_names(
         if experts and four_bit:
             raise AdapterError(
                 f"{folder} adapts the experts ({experts[0]}): they are kept in 4 bits, a layer's "
-                "in one"
-                " tensor, and no LoRA can be put on that (all-linear, or w1, w2, w3 of "
-                "transformers 4)."
-                " Load with four_bit=False, or train on the attention's layers alone."
+                "in one tensor, and no LoRA can be put on that (all-linear, or w1, w2, w3 of "
+                "transformers 4). Load with four_bit=False, or train on the attention's layers "
+                "alone."
             )
         if tensors.keys() - expected.keys():  # perhaps those of transformers 4
             moved = convert_peft_adapter_state_dict_for_transformers(
@@ -543,8 +540,7 @@ def _check_names(
             here = f" {found.get(wrong[0], '')} where the base needs {shapes.get(wrong[0], 'none')}"
             raise AdapterError(
                 f"{folder} does not fit the base in {model_dir}: it {kind} {len(wrong)} tensors, "
-                "the first is "
-                f"{wrong[0]}{here}. It belongs to another base, rank or config."
+                f"the first is {wrong[0]}{here}. It belongs to another base, rank or config."
             )
     return tensors
 
@@ -598,9 +594,8 @@ def _check_beginning(
     way = str(config.init_lora_weights)
     remedy = (
         f"{folder / CONFIG} says init_lora_weights={way!r}: the adapter is a difference from "
-        "weights"
-        " that were changed when training began. Save it by peft's save_pretrained with"
-        " path_initial_model_for_weight_conversion, as an ordinary LoRA."
+        "weights that were changed when training began. Save it by peft's save_pretrained with "
+        "path_initial_model_for_weight_conversion, as an ordinary LoRA."
     )
     name = next((name for name in sorted(tensors) if name.endswith(".lora_A.weight")), "")
     layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

@@ -86,8 +86,7 @@ def answer_prompts(
     if broken:
         print(
             f"{broken} answers are none, since their logits were not finite: the weights are "
-            "damaged, or too large for"
-            f" {str(model.dtype).removeprefix('torch.')}."
+            f"damaged, or too large for {str(model.dtype).removeprefix('torch.')}."
         )
 
 

@@ -148,8 +148,7 @@ def _refuse_bad_ids(rows: pd.DataFrame) -> None:
         files = ", ".join(dict.fromkeys(doubled["file"]))
         raise DataError(
             f"{files}: column id has {doubled['id'].nunique()} values more than once (file:row): "
-            f"{'; '.join(shown)}. "
-            "Make every id unique within and across the files."
+            f"{'; '.join(shown)}. Make every id unique within and across the files."
         )
 
 
@@ -161,8 +160,8 @@ def clean_rows(
     account has one line per dropped or changed row: id, source, reason, action ('dropped' |
     'changed').
     Reasons: "blank <column>", "<column> is 'nan'" (or another of MISSING), "identical original and
-    rewritten", "refusal", "exact duplicate" (the first one stays), and with
-    strip_lead_ins "lead-in stripped" (changed). The tables given are not altered.
+    rewritten", "refusal", "exact duplicate" (the first one stays), and with strip_lead_ins
+    "lead-in stripped" (changed). The tables given are not altered.
     """
     entries: list[tuple[str, str, str, str]] = []
     kept: list[int] = []

@@ -126,8 +126,8 @@ def check_supervised(examples: Sequence[Example], eos: int) -> None:
     if bad:
         raise TrainingError(
             f"{len(bad)} of {len(examples)} rows do not end in a supervised EOS (positions "
-            f"{bad[:5]}): the model would "
-            "never learn to stop. Do not truncate examples; encode_row shortens the texts instead."
+            f"{bad[:5]}): the model would never learn to stop. Do not truncate examples; "
+            "encode_row shortens the texts instead."
         )
 
 

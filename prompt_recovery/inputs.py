@@ -99,9 +99,8 @@ def is_public_run(test: pd.DataFrame) -> bool:
 
 def read_test(test_csv: str | Path) -> pd.DataFrame:
     """`data.read_test`. While a submission is scored, a file that it refuses is read as far as it
-    can be, and what is
-    wrong with it is printed (see `salvage`): nobody can mend the hidden rows, and each must get an
-    answer.
+    can be, and what is wrong with it is printed (see `salvage`): nobody can mend the hidden rows,
+    and each must get an answer.
 
     Raises DataError in every other run.
     """

@@ -33,17 +33,14 @@ def load_encoder(encoder_dir: str | Path, device: str | None = None) -> Sentence
     if not folder.is_dir():
         raise FileNotFoundError(
             f"No encoder folder at {folder.absolute()}. Give a local folder in "
-            "sentence-transformers format "
-            "(sentence-t5-base, "
-            "or metric.minilm_dir() for the one that the requirements install)."
+            "sentence-transformers format (sentence-t5-base, or metric.minilm_dir() for the one "
+            "that the requirements install)."
         )
     if not (folder / "modules.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no modules.json, so it is not in sentence-transformers format. Point "
-            "to the "
-            "folder that "
-            "has modules.json: without it the pooling would be guessed and the score would mean "
-            "something else."
+            "to the folder that has modules.json: without it the pooling would be guessed and "
+            "the score would mean something else."
         )
     # Imported here: it takes seconds, and only scoring needs it.
     from sentence_transformers import SentenceTransformer
@@ -120,9 +117,7 @@ def sharpened_cosine(
         if bad:
             raise ValueError(
                 f"{len(bad)} {name} are blank or not text, at positions {bad[:10]} (from 0): a "
-                "blank "
-                "scores as noise. "
-                "Fill in the fallback prompt first, or drop the row."
+                "blank scores as noise. Fill in the fallback prompt first, or drop the row."
             )
     if not predictions:
         return np.zeros(0, dtype=np.float64)

@@ -215,8 +215,8 @@ class Answering(Settings):
         if self.temperature < 0.01 and (self.answers_per_row > 1 or self.temperature > 0):
             yield (
                 f"temperature={self.temperature:g}: all answers_per_row={self.answers_per_row} "
-                "answers would be the "
-                "same; give a number from 0.01 up to 5, or 0 with answers_per_row=1."
+                "answers would be the same; give a number from 0.01 up to 5, or 0 with "
+                "answers_per_row=1."
             )
 
 
@@ -288,8 +288,7 @@ class Cell(Recipe, Answering):
         if self.max_new_tokens >= self.max_tokens:
             yield (
                 f"max_new_tokens={self.max_new_tokens}: prompt and answer have "
-                f"max_tokens={self.max_tokens} together; "
-                "give fewer, or raise max_tokens."
+                f"max_tokens={self.max_tokens} together; give fewer, or raise max_tokens."
             )
 
 
@@ -336,10 +335,9 @@ class SubmissionSettings(Answering):
         if (self.answers_per_row > 1) != (self.combine != "first" or self.threshold is not None):
             yield (
                 f"answers_per_row={self.answers_per_row}, combine={self.combine!r}, "
-                f"threshold={self.threshold}: several "
-                "answers are for join, agree or a threshold, which do nothing with one. Set "
-                "answers_per_row to 2 or more "
-                "with them, or to 1 with first."
+                f"threshold={self.threshold}: several answers are for join, agree or a threshold, "
+                "which do nothing with one. Set answers_per_row to 2 or more with them, or to 1 "
+                "with first."
             )
         if self.encoder_dir is None and (self.combine == "agree" or self.threshold is not None):
             yield (
@@ -349,8 +347,7 @@ class SubmissionSettings(Answering):
         if self.threshold is not None and self.mean_prompt is None:
             yield (
                 f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, "
-                "or no"
-                " threshold."
+                "or no threshold."
             )
 
     @property

@@ -136,10 +136,9 @@ def _owner(file: IO[str]) -> dict[str, str]:
 def _refusal(path: Path, owner: dict[str, str]) -> RunFolderError:
     return RunFolderError(
         f"{path.parent} belongs to a run of process {owner.get('process', '?')} on "
-        f"{owner.get('host', '?')} since "
-        f"{owner.get('since', '?')}. Wait for it or end it (a notebook's kernel holds it until it "
-        "is shut down), or "
-        f"give another output_dir. If that host is gone, remove {path}."
+        f"{owner.get('host', '?')} since {owner.get('since', '?')}. Wait for it or end it (a "
+        "notebook's kernel holds it until it is shut down), or give another output_dir. If that "
+        f"host is gone, remove {path}."
     )
 
 
@@ -226,8 +225,8 @@ def remove_broken(checkpoints: str | Path) -> None:
 
 def rotate(checkpoints: str | Path, best: int | None) -> None:
     """Keep two checkpoints: that of the highest step and the best, or the two of the highest steps
-    where these are
-    one. Times of files say nothing: they change when a folder is unpacked or copied."""
+    where these are one. Times of files say nothing: they change when a folder is unpacked or
+    copied."""
     *older, newest = _named(checkpoints)
     keep = next(
         (folder for folder in older if step_of(folder) == best), older[-1] if older else newest

@@ -207,8 +207,7 @@ def embedding_threshold(encoder: Any) -> float:
 
 def _join_near(union: _Union, wordings: list[str], content: list[list[str]], encoder: Any) -> None:
     """Join the groups whose first prompts are near. The nearest go first, and two groups join only
-    where
-    their mean embeddings are near too: else chains of neighbours would end in one group of
+    where their mean embeddings are near too: else chains of neighbours would end in one group of
     everything."""
     nodes = [node for node in range(len(wordings)) if union.root(node) == node]
     tokenizer = getattr(encoder, "tokenizer", None)
@@ -333,8 +332,7 @@ def _held_out(groups: list[int], wordings: list[str], fraction: float, seed: int
     if len(sizes) < 2:
         raise DataError(
             f"All {len(groups)} rows have the same or nearly the same prompt, so none can be held "
-            "out without "
-            "leaking. Add rows with other prompts, or set eval_fraction=0."
+            "out without leaking. Add rows with other prompts, or set eval_fraction=0."
         )
     prompts = {group: 0 for group in sizes}  # distinct ones
     for group, _ in set(zip(groups, wordings, strict=True)):
@@ -403,16 +401,14 @@ def read_or_split(
             if kept[name].to_list() != rows[name].to_list():
                 raise DataError(
                     f"{path} is the split of other rows: {len(kept)} rows there, {len(rows)} now, "
-                    "and the column "
-                    f"{name} differs. Give those rows back, or take another output_dir, or remove "
-                    f"{path.name} to "
-                    "split anew."
+                    f"and the column {name} differs. Give those rows back, or take another "
+                    f"output_dir, or remove {path.name} to split anew."
                 )
         if not kept["made_with"].eq(made_with).all():
             raise DataError(
                 f"{path} was made with {kept['made_with'].iloc[0]}, now it is {made_with}. Give "
-                "those settings "
-                f"back, or take another output_dir, or remove {path.name} to split anew."
+                f"those settings back, or take another output_dir, or remove {path.name} to split "
+                "anew."
             )
         groups, held_out = (
             kept["group"].astype(int).to_list(),
@@ -425,9 +421,8 @@ def read_or_split(
         if encoder is not None:
             print(
                 "prompts count as one task by their words, or from a cosine of "
-                f"{embedding_threshold(encoder):.2f} of "
-                f"their embeddings: {len(set(groups))} tasks, found in "
-                f"{time.monotonic() - started:.0f} s"
+                f"{embedding_threshold(encoder):.2f} of their embeddings: {len(set(groups))} "
+                f"tasks, found in {time.monotonic() - started:.0f} s"
             )
         if path:
             table = rows[["id", "rewrite_prompt"]].assign(group=groups)
@@ -449,10 +444,9 @@ def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataF
     if len(held_out) < LEAST_TO_SHARE:
         if len(held_out):
             print(
-                f"{len(held_out)} held-out rows, fewer than {LEAST_TO_SHARE}: the same rows choose "
-                "the checkpoint and "
-                "are reported, so the score is too favourable. Raise eval_fraction, or give more "
-                "rows."
+                f"{len(held_out)} held-out rows, fewer than {LEAST_TO_SHARE}: the same rows "
+                "choose the checkpoint and are reported, so the score is too favourable. Raise "
+                "eval_fraction, or give more rows."
             )
         return held_out, held_out
     share = min(64, len(held_out) // 2) / len(held_out)
@@ -479,15 +473,14 @@ def describe_split(train: pd.DataFrame, held_out: pd.DataFrame) -> str:
             share = counts.iloc[0] / len(part)
             line += (
                 f", {part['rewrite_prompt'].map(normalise).nunique()} distinct prompts in "
-                f"{len(counts)} groups, "
-                f"{share:.0%} of the rows in the largest"
+                f"{len(counts)} groups, {share:.0%} of the rows in the largest"
             )
             if share > LARGEST:
                 prompt = part.loc[part["group"] == counts.index[0], "rewrite_prompt"].iloc[0]
                 warnings.append(
                     f"WARNING: {share:.0%} of the rows {side} have the prompt {prompt[:80]!r} or "
-                    "nearly that. A model "
-                    "that answers it to everything looks good there: add rows with other prompts."
+                    "nearly that. A model that answers it to everything looks good there: add "
+                    "rows with other prompts."
                 )
         lines.append(line)
     return "\n".join([*lines, *warnings])

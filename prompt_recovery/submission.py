@@ -103,8 +103,7 @@ def prepare(
     if settings.max_new_tokens < least:
         job.say(
             f"max_new_tokens={settings.max_new_tokens}: a {settings.format.style} answer takes "
-            f"{least} tokens or more, and "
-            "one that is cut short holds no prompt. Raise it."
+            f"{least} tokens or more, and one that is cut short holds no prompt. Raise it."
         )
     for position, recovered in found.items():
         job.note(position, recovered)
@@ -127,9 +126,8 @@ def _checked_fallback(settings: SubmissionSettings) -> str:
     fallback = clean_answer(settings.fallback_prompt)
     if not fallback:
         raise SubmissionError(
-            f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a word "
-            "for "
-            "missing, fails the whole submission. Give a real prompt."
+            f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a "
+            "word for missing, fails the whole submission. Give a real prompt."
         )
     mean_prompt = (settings.mean_prompt or "").strip()
     # by a threshold it stands alone
@@ -137,8 +135,7 @@ def _checked_fallback(settings: SubmissionSettings) -> str:
     if count_tokens(behind) > LIMIT:
         raise SubmissionError(
             f"mean_prompt={mean_prompt[:80]!r} has {count_tokens(mean_prompt)} tokens: behind an "
-            "answer it would stand in "
-            f"no row, since the scorer reads {LIMIT}. Give a shorter one."
+            f"answer it would stand in no row, since the scorer reads {LIMIT}. Give a shorter one."
         )
     return combine([fallback])
 
@@ -298,8 +295,7 @@ def _replan(job: Job) -> bool:
         share = left / max(seconds_needed(chosen, job.meters, lengths), 1e-9)
         job.say(
             f"{why}: even answers of {chosen.new_tokens} tokens are too slow. About "
-            f"{max(0, 1 - share):.0%} of the "
-            "rows to come, the longest, will keep the fallback."
+            f"{max(0, 1 - share):.0%} of the rows to come, the longest, will keep the fallback."
         )
     elif chosen.answers < job.plan.answers:
         job.say(f"{why}: from here a single answer a row instead of {job.plan.answers}.")
@@ -314,10 +310,9 @@ def _replan(job: Job) -> bool:
 
 def report(job: Job) -> pd.DataFrame:
     """Check the file as it lies there, say how many rows are answered by what, and return what came
-    of each, in the order
-    of test: id, answer, source (model or fallback), how (the parser's word, or why it is the
-    fallback), stopped, tokens (of all answers to the row). Raises SubmissionError for a file that
-    must not be handed in."""
+    of each, in the order of test: id, answer, source (model or fallback), how (the parser's
+    word, or why it is the fallback), stopped, tokens (of all answers to the row). Raises
+    SubmissionError for a file that must not be handed in."""
     check_submission(job.test, job.settings.submission_csv)
     lines = []
     for position, text in enumerate(job.answers):

@@ -278,8 +278,8 @@ def _parse(
         raise DataError(f"{path} is empty: it needs a header and rows.")
     if wrong:
         raise DataError(
-            f"{path} has {len(header)} columns, but {'; '.join(wrong[:5])}"
-            f"{' ...' if len(wrong) > 5 else ''}. "
-            "Put texts that hold commas or line ends in double quotes."
+            f"{path} has {len(header)} columns, but "
+            f"{'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. Put texts that hold "
+            "commas or line ends in double quotes."
         )
     return header, records

@@ -230,8 +230,8 @@ def reason_of(response: str, prompt: str = "") -> str:
     if not reason or wording and len(wording) >= 10 and wording in normalise(reason):
         raise TemplateError(
             f"response={response[:80]!r} holds no reason before its prompt, and style "
-            "'reason_json' teaches one. "
-            "Fill the response column, drop the row, or use style 'json'."
+            "'reason_json' teaches one. Fill the response column, drop the row, or use style "
+            "'json'."
         )
     return reason
 
@@ -324,8 +324,8 @@ def _prompt_objects(text: str) -> Iterator[tuple[int, str]]:
     """(position, prompt) of every JSON object in text that has a prompt of text; strict JSON first.
 
     Only if there is none, raw line ends inside strings are let pass. Strict comes first for the
-    sake of
-    reasons: a brace in a reason can't reach over the line end into the answer's own object.
+    sake of reasons: a brace in a reason can't reach over the line end into the answer's own
+    object.
     """
     found = False
     for strict in (True, False):

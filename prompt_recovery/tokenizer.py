@@ -84,8 +84,7 @@ def load_tokenizer(
     if tokenizer.decode(probe) != PROBE:
         raise TokenizerError(
             f"{folder}: {PROBE!r} comes back as {tokenizer.decode(probe)!r}: a broken tokenizer. "
-            "Use"
-            " the files of the base model as the hub has them."
+            "Use the files of the base model as the hub has them."
         )
     return tokenizer
 
@@ -99,8 +98,7 @@ def check_tokenizer(
     if not 0.95 * vocab_size <= size <= vocab_size:
         raise TokenizerError(
             f"{model_dir}: the tokenizer has {size} pieces, the model {vocab_size} embeddings: it "
-            "is"
-            " another model's. Put this base's own tokenizer.model there."
+            "is another model's. Put this base's own tokenizer.model there."
         )
 
 
@@ -127,8 +125,7 @@ def _from_json(path: Path) -> Tokenizer:
     if "Prepend" not in normaliser:
         raise TokenizerError(
             f"{path} puts no space before a text, as transformers 5 saves it, and gives other ids "
-            "than"
-            " the model was trained with: put the base's tokenizer.model there."
+            "than the model was trained with: put the base's tokenizer.model there."
         )
     try:
         return Tokenizer.from_file(str(path))
@@ -140,8 +137,8 @@ def _refuse_later_versions(path: Path, pieces: set[str]) -> None:
     if "[INST]" in pieces:
         raise TokenizerError(
             f"{path} has a control token [INST]: it is Mistral's v2 or v3, of later models, and "
-            "only"
-            " v1 is written here (Mixtral-8x7B-Instruct-v0.1, Mistral-7B-Instruct-v0.1 and v0.2)."
+            "only v1 is written here (Mixtral-8x7B-Instruct-v0.1, Mistral-7B-Instruct-v0.1 and "
+            "v0.2)."
         )
 
 
@@ -274,8 +271,8 @@ def encode_row(
     fixed = len(encode("", "")[0])
     raise TokenizerError(
         f"max_tokens is {max_tokens}, but instruction, examples and answer alone take {fixed} "
-        "tokens and are never cut; "
-        f"raise max_tokens to {fixed + 64} or more, or give fewer examples."
+        f"tokens and are never cut; raise max_tokens to {fixed + 64} or more, or give fewer "
+        "examples."
     )
 
 

@@ -62,8 +62,8 @@ class RowTrainer(Trainer):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy over the supervised tokens of the whole batch. lm_head runs on the
-        columns in which some row
-        has a label: all of B8 x S512 would be 1 GiB of fp32 logits and their gradient."""
+        columns in which some row has a label: all of B8 x S512 would be 1 GiB of fp32 logits and
+        their gradient."""
         labels = inputs["labels"]
         # an array, which no hook moves: a tensor would go to the first card, and lm_head may be on
         # the last
@@ -135,10 +135,9 @@ class RowTrainer(Trainer):
         kept = f"{last} is kept" if last else "no checkpoint was written yet"
         raise TrainingError(
             f"{what}: training stops here. {kept}. Likely reasons: learning_rate "
-            f"{self.args.learning_rate:g} too high for "
-            "this base, numbers too large for fp16 (a card with bf16 has room for them), or "
-            "damaged weights: does the base "
-            "answer sensibly? Lower learning_rate and train again in another output_dir."
+            f"{self.args.learning_rate:g} too high for this base, numbers too large for fp16 (a "
+            "card with bf16 has room for them), or damaged weights: does the base answer "
+            "sensibly? Lower learning_rate and train again in another output_dir."
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -157,10 +156,9 @@ class RowTrainer(Trainer):
                 else "then start again: no checkpoint is there yet"
             )
             raise TrainingError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {folder} "
-                f"({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there): {error}. Make "
-                "room or give another "
-                f"output_dir; {going_on}."
+                f"The checkpoint of step {self.state.global_step} could not be written to "
+                f"{folder} ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there): "
+                f"{error}. Make room or give another output_dir; {going_on}."
             ) from error
 
     def _make_room(self, rows: int, error: torch.OutOfMemoryError) -> None:
@@ -169,8 +167,7 @@ class RowTrainer(Trainer):
         if self.args.world_size > 1 or (rows == 1 and self.all_recomputed):
             raise TooLittleMemory(
                 f"Out of memory with {rows} rows at a time and no way left to use less: {error}. "
-                "Lower max_tokens or, with "
-                "several processes, batch_size."
+                "Lower max_tokens or, with several processes, batch_size."
             ) from error
         if rows == 1:
             apply_plan(base, TrainingPlan(1, 1, checkpointed=count, one_expert=True))

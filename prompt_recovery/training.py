@@ -199,8 +199,7 @@ def _ending(state: Mapping[str, Any], total: int, patience: int) -> str:
         return f"{kept}; all {total} steps done"
     return (
         f"{kept}; STOPPED EARLY at step {state['global_step']} of {total}, since {patience} "
-        "evaluations in a row "
-        f"brought no better {' or, where equal, '.join(measures)}"
+        f"evaluations in a row brought no better {' or, where equal, '.join(measures)}"
     )
 
 
@@ -256,8 +255,7 @@ def _plan(
     if batch * accumulation % sharing:
         raise TrainingError(
             f"batch_size {batch} x gradient_accumulation {accumulation} rows can't be shared out "
-            f"to {sharing} processes:"
-            " make the product a multiple of their number."
+            f"to {sharing} processes: make the product a multiple of their number."
         )
     rows = batch * accumulation // sharing
     if torch.cuda.is_available() and recipe.activation_checkpointing is None:
@@ -305,8 +303,7 @@ def _prepare_checkpoints(folder: Path, settings: Mapping[str, Any], resume: bool
         if best is not None and not (checkpoints / f"checkpoint-{best}").is_dir():
             raise RunFolderError(
                 f"resume=True, but the best checkpoint so far, checkpoint-{best}, is no longer in "
-                f"{checkpoints}: put it "
-                "back, or resume=False to start again."
+                f"{checkpoints}: put it back, or resume=False to start again."
             )
     write_text(json.dumps(now, indent=1), note)
     return last

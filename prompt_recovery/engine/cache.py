@@ -11,9 +11,8 @@ from prompt_recovery.engine.memory import kv_shape
 
 class StaticCache:
     """Keys and values of [rows, heads, columns, size] a layer, in one piece of memory a layer that
-    batches of other
-    shapes use again: a captured graph finds them where they were. It has what attention layers ask
-    of transformers' Cache.
+    batches of other shapes use again: a captured graph finds them where they were. It has what
+    attention layers ask of transformers' Cache.
 
     now: int64 [2] on the device, columns and rows of the batch. padding [R, 1]: columns of each row
     that hold nothing, from `start` on.

@@ -22,9 +22,8 @@ from prompt_recovery.engine.storage import PROJECTIONS, four_bit_experts, releas
 RECOMPUTED = 0.35
 RECOMPUTED_KEPT = 0.06
 # Each micro-batch dequantises all experts again, whatever its size. A guess at what that and its
-# launches are worth in
-# tokens of work: on an H200 dequantisation alone took 64 ms of a step, 550 tokens at 8,700 a second
-# (LOG.md)
+# launches are worth in tokens of work: on an H200 dequantisation alone took 64 ms of a step, 550
+# tokens at 8,700 a second (LOG.md)
 OVERHEAD_TOKENS = 1500
 # forward, recomputation and backward each, where one expert's weights are there at a time
 DEQUANTISATIONS = 3
@@ -63,8 +62,8 @@ class TrainingPlan(NamedTuple):
         experts = ", experts dequantised one at a time" if self.one_expert else ""
         return (
             f"{self.rows} rows at a time x {self.accumulation}, activations recomputed in "
-            f"{self.checkpointed} layers"
-            f" ({self.kept} of them without the gate and up projections){experts}{peak}"
+            f"{self.checkpointed} layers ({self.kept} of them without the gate and up "
+            f"projections){experts}{peak}"
         )
 
 
@@ -120,10 +119,10 @@ def training_plan(
     """The fastest way, by the constants above, to train on `rows` rows a step.
 
     longest, answer: tokens of the longest example and of the longest answer, the worst case.
-    autocast: None where the
-    computation is in fp32. free: bytes of each card with layers beyond what is allocated now; None:
-    what there is, with
-    what torch holds and does not use. layers: of each card; None: as the model lies.
+    autocast: None where the computation is in fp32. free: bytes of each card with layers beyond
+    what is allocated now; None:
+    what there is, with what torch holds and does not use. layers: of each card; None: as the model
+    lies.
 
     Raises TooLittleMemory if not even one row with every layer checkpointed fits.
     """
@@ -154,9 +153,8 @@ def training_plan(
         ]
         need, room = max(each, key=lambda pair: pair[0] - pair[1])
         raise TooLittleMemory(
-            f"Training on one row of {longest} tokens needs {need / GIB:.1f} GiB beside the model, "
-            f"{room / GIB:.1f} are"
-            " free. Lower max_tokens, or free the GPU."
+            f"Training on one row of {longest} tokens needs {need / GIB:.1f} GiB beside the "
+            f"model, {room / GIB:.1f} are free. Lower max_tokens, or free the GPU."
         )
     return best[1]
 
@@ -260,9 +258,8 @@ def _least_recomputation(
     layers: int, room: float, layer: float, border: int, gate_up: int
 ) -> CardPlan | None:
     """The card's fastest way within `room` bytes a token; None where not even checkpointing every
-    layer fits. layer,
-    border, gate_up: bytes a token of a layer that keeps everything, of one that recomputes, and of
-    its gate and up rows."""
+    layer fits. layer, border, gate_up: bytes a token of a layer that keeps everything, of one
+    that recomputes, and of its gate and up rows."""
     ways = []
     for checkpointed in range(layers + 1):
         left = room - (layers - checkpointed) * layer - checkpointed * border

@@ -102,8 +102,8 @@ class Decoder:
         ids are none.
 
         prompts: ids that begin with the prefix. seeds: for each prompt its answers' seeds, None for
-        a greedy one; the
-        same number for each. finished: whether an answer without EOS may end, judged from its ids.
+        a greedy one; the same number for each. finished: whether an answer without EOS may end,
+        judged from its ids.
         """
         count, share = len(prompts), len(seeds[0])
         if self.device.type == "cuda":

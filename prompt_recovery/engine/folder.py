@@ -38,8 +38,7 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(
             f"model_dir {path.parent.absolute()} has no config.json; give the folder of a base "
-            "model as the hub "
-            "has it."
+            "model as the hub has it."
         )
     return _json(path)
 
@@ -57,8 +56,7 @@ def check_model_dir(model_dir: str | Path) -> Path:
     if not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"model_dir {folder.absolute()} has no *.safetensors; pickle weights (.bin) are not "
-            "loaded, "
-            "convert them."
+            "loaded, convert them."
         )
     quantised = quantiser.check_folder(folder)
     kind = config.get("model_type")
@@ -145,8 +143,7 @@ def _headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
         found = sorted(path.name for path in folder.glob("*.safetensors"))
         raise ModelError(
             f"{folder} holds {', '.join(found[:3])}, neither {WEIGHTS} nor {INDEX}, of which one "
-            "must"
-            f" be there: {AGAIN}."
+            f"must be there: {AGAIN}."
         )
     headers: dict[str, tuple[str, list[int]]] = {}
     for name in files:
@@ -181,10 +178,8 @@ def _check_tensors(
     if foreign and not quantised:
         raise ModelError(
             f"{folder} holds {foreign[0]} as {headers[foreign[0]][0]}: another tool quantised it. "
-            "Give"
-            " the model in 16 bits, as its makers published it, or one that `python -m "
-            "prompt_recovery"
-            " quantise` made."
+            "Give the model in 16 bits, as its makers published it, or one that `python -m "
+            "prompt_recovery quantise` made."
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if quantised:

@@ -272,8 +272,7 @@ def _one_at_a_time(
 
 def keep_gate_up(model: nn.Module, layers: Collection[int]) -> None:
     """Let these layers, which recompute their activations, keep the gate and up rows (2 * 2I *
-    top_k bytes a token) from
-    the forward pass: only attention and norms are then computed again."""
+    top_k bytes a token) from the forward pass: only attention and norms are then computed again."""
     for number, experts in enumerate(four_bit_experts(model)):
         experts.keep_gate_up = number in layers
 

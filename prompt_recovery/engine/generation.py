@@ -45,8 +45,7 @@ GREEDY = Sampling()
 
 class Answer(NamedTuple):
     """What the model wrote: its token ids, and why they end: eos (the last of them), stop (the
-    caller's), length, or not
-    finite (the logits: there are no ids then)."""
+    caller's), length, or not finite (the logits: there are no ids then)."""
 
     ids: list[int]
     ended: str
@@ -72,9 +71,8 @@ def check_attention(model: Any, longest: int) -> None:
     if window and longest > window:
         raise AttentionError(
             f"{type(base).__name__} has a sliding window of {window} tokens, which is not built "
-            "here, and a prompt with its"
-            f" answer takes {longest}: shorten the texts (max_tokens) to {window}, or take a model "
-            "without a window."
+            f"here, and a prompt with its answer takes {longest}: shorten the texts (max_tokens) "
+            f"to {window}, or take a model without a window."
         )
     if not getattr(base, "_supports_sdpa", True):
         raise AttentionError(
@@ -250,8 +248,8 @@ def generate(
                 if not waiting.shrink():
                     raise torch.OutOfMemoryError(
                         f"One prompt of {lengths[batch[0]]} tokens with {share} answers does not "
-                        "fit in memory: "
-                        "give fewer answers_per_row, or shorter texts (max_tokens)."
+                        "fit in memory: give fewer answers_per_row, or shorter texts "
+                        "(max_tokens)."
                     )
                 continue
             answers = [[_answer(ids, bad, eos, stop) for ids, bad in each] for each in written]

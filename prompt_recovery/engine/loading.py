@@ -30,8 +30,7 @@ def default_dtype() -> torch.dtype:
 
 class Loading(NamedTuple):
     """How a base will be loaded. quantised: it is in 4 bits already. device_map: transformers',
-    None
-    without a GPU. on_cpu: a layer's experts are put together in the host's memory."""
+    None without a GPU. on_cpu: a layer's experts are put together in the host's memory."""
 
     four_bit: bool
     quantised: bool

@@ -143,8 +143,8 @@ def processes() -> PartialState:
     if state.num_processes != launched:
         raise RuntimeError(
             f"accelerate launch started {launched} processes, accelerate's state knows of "
-            f"{state.num_processes}: it was"
-            " made without cpu=True. Call memory.processes() before anything that uses accelerate."
+            f"{state.num_processes}: it was made without cpu=True. Call memory.processes() before "
+            "anything that uses accelerate."
         )
     return state
 
@@ -192,10 +192,9 @@ def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list
     each = sizes.workspace + RESERVE
     raise TooLittleMemory(
         f"The model needs {needed / GIB:.1f} GiB (weights {sizes.weights / GIB:.1f}, KV cache of "
-        f"{kv_tokens} tokens) and "
-        f"{each / GIB:.1f} GiB of working room on each GPU; free are "
-        f"{[round(f / GIB, 1) for f in free]} GiB. Free the "
-        "GPUs or add one; four_bit=True takes a quarter."
+        f"{kv_tokens} tokens) and {each / GIB:.1f} GiB of working room on each GPU; free are "
+        f"{[round(f / GIB, 1) for f in free]} GiB. Free the GPUs or add one; four_bit=True takes "
+        "a quarter."
     )
 
 

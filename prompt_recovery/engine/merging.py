@@ -72,8 +72,8 @@ def merged(model: Any) -> Iterator[Any]:
         if not difference <= limit:
             raise MergeError(
                 f"merging the adapter moved the logits by {difference:.1e} of their size (limit "
-                f"{limit:.1e}): its weights are"
-                " too large for the base's precision, or the model magnifies rounding."
+                f"{limit:.1e}): its weights are too large for the base's precision, or the model "
+                "magnifies rounding."
             )
         yield base
     finally:
@@ -111,8 +111,7 @@ def _merged_linear(name: str, layer: LoraLayer, dtype: torch.dtype) -> nn.Linear
     if not weight.isfinite().all():
         raise MergeError(
             f"{name} with the adapter is not finite in {str(dtype).removeprefix('torch.')}: a "
-            "weight"
-            f" is above {torch.finfo(dtype).max:.0f}, or damaged."
+            f"weight is above {torch.finfo(dtype).max:.0f}, or damaged."
         )
     linear = nn.Linear(
         weight.shape[1], weight.shape[0], bias=stored.bias is not None, device="meta"

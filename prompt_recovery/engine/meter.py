@@ -72,6 +72,6 @@ class Meter:
     def __str__(self) -> str:
         return (
             f"{self.rows} rows, {self.tokens_in} tokens read, {self.tokens_out} written in "
-            f"{self.seconds:.0f} s"
-            f" ({self.rate:.0f} written a second), about {self.left:.0f} s left"
+            f"{self.seconds:.0f} s ({self.rate:.0f} written a second), about {self.left:.0f} s "
+            "left"
         )

@@ -92,8 +92,8 @@ def in_parts(model: Any, counts: Sequence[int] | None = None) -> Iterator[list[P
             if not error <= 16 * torch.finfo(dtype).eps:
                 raise StageError(
                     f"{type(model).__name__} in parts of {[*counts]} layers gives other logits "
-                    "than as a whole (off by"
-                    f" {error:.1e}): its layers can't be split. Load it on one device."
+                    f"than as a whole (off by {error:.1e}): its layers can't be split. Load it on "
+                    "one device."
                 )
             yield parts
     finally:

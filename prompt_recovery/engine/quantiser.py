@@ -274,11 +274,9 @@ def check_folder(model_dir: str | Path) -> bool:
     if found.get("quant_method") != METHOD or found.get("layout") != LAYOUT:
         raise Nf4Error(
             f"{model_dir} is quantised already, as {found.get('quant_method')!r} with layout "
-            f"{found.get('layout')!r};"
-            f" only {METHOD!r} with {LAYOUT!r} can be read. Give the folder of the 16-bit model (a "
-            "checkpoint that"
-            " transformers 4 saved in 4 bits does not load in transformers 5 either) or save it "
-            "again with this version."
+            f"{found.get('layout')!r}; only {METHOD!r} with {LAYOUT!r} can be read. Give the "
+            "folder of the 16-bit model (a checkpoint that transformers 4 saved in 4 bits does "
+            "not load in transformers 5 either) or save it again with this version."
         )
     return True
 
@@ -386,9 +384,8 @@ def check_quantised(model: PreTrainedModel) -> None:
             elif not _computes_right(module.weight):
                 raise Nf4Error(
                     f"{name} has rows of {module.in_features} weights, no multiple of {BLOCK}, "
-                    "which bitsandbytes"
-                    f" {bnb.__version__} computes wrongly on this CPU. Load with four_bit=False, "
-                    "or on a GPU."
+                    f"which bitsandbytes {bnb.__version__} computes wrongly on this CPU. Load "
+                    "with four_bit=False, or on a GPU."
                 )
         elif becomes_four_bit(name, module, model.get_output_embeddings()):
             wrong.append(f"{name}.weight")
@@ -396,7 +393,6 @@ def check_quantised(model: PreTrainedModel) -> None:
         shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise Nf4Error(
             f"These parts should be in 4 bits and are not: {shown}. Load with "
-            "quantization_config=Nf4Config() after"
-            " register(); if it persists, this model's layers are of a kind that is not supported: "
-            "four_bit=False."
+            "quantization_config=Nf4Config() after register(); if it persists, this model's "
+            "layers are of a kind that is not supported: four_bit=False."
         )

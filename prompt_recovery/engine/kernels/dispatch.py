@@ -1,8 +1,7 @@
 """Which kernels run on a device, and with which launch parameters.
 
 Triton's run on NVIDIA cards of compute capability 7.5 and newer (on 7.5 by the lowering of `sm75`),
-plain torch
-everywhere else: right, and slow. There is no third path.
+plain torch everywhere else: right, and slow. There is no third path.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ TABLES = 33 * KIB
 # own, dynamic part alone is larger, and then for all that there is.
 UNASKED = 48 * KIB
 # Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on
-# an H100 at 384
-# tokens: 57 ms in bf16 and 97 lowered to sm_75, where the way of many rows takes 96 and 97 to 138
-# (docs/MEASURED.md).
+# an H100 at 384 tokens: 57 ms in bf16 and 97 lowered to sm_75, where the way of many rows takes
+# 96 and 97 to 138 (docs/MEASURED.md).
 FEW_TOKENS = 384
 
 
@@ -47,8 +45,8 @@ class Card(NamedTuple):
 class Config(NamedTuple):
     """Launch parameters of the decode kernel's `_project`. A program works on warps * rows_per_warp
     rows of the weights (twice that with a gate), blocks * 64 columns an iteration. split: parts of
-    the columns, each summed by a program
-    of its own. registers: the most that a thread may have; None leaves it to the compiler."""
+    the columns, each summed by a program of its own. registers: the most that a thread may have;
+    None leaves it to the compiler."""
 
     rows_per_warp: int
     warps: int

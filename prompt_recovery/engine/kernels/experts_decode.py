@@ -80,8 +80,7 @@ def _route(
     index, order, tiles, rows, m, ROWS: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr
 ):
     """index [rows]: experts; m: most rows of a tile. order [rows]: rows by expert. tiles [TILES,
-    3]: expert, first place
-    in order, number of rows (0: no such tile)."""
+    3]: expert, first place in order, number of rows (0: no such tile)."""
     row = tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
     mine = tl.load(index + row, mask=row < rows, other=EXPERTS).to(tl.int32)

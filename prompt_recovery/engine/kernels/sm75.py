@@ -57,9 +57,8 @@ def install() -> str:
         or not hasattr(CUDAOptions, "arch")
     ):
         return (
-            f"Triton {triton.__version__} can't be hooked as 3.6 can, by which its code is lowered "
-            "to"
-            " sm_75"
+            f"Triton {triton.__version__} can't be hooked as 3.6 can, by which its code is "
+            "lowered to sm_75"
         )
     before = knobs.runtime.add_stages_inspection_hook
     if getattr(before, "lowers_to_sm75", False):
