@@ -78,7 +78,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     }
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *LAUNCH[1:], str(two)]
     done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

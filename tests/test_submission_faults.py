@@ -6,6 +6,7 @@ of the run.
 """
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -105,8 +106,8 @@ def start(folder, model, tokenizer, test, rng, kill):
     if pid == 0:
         os.dup2(log, 1)
         os.dup2(log, 2)
-        # tqdm's own is shared by all forks: one that dies holding it would stop the others
-        tqdm.set_lock(threading.RLock())
+        # a run takes two seconds; one that hangs fails and says where
+        faulthandler.dump_traceback_later(120, exit=True)
         if at_hook:
             armed(rng)
         answer_test(model, tokenizer, test, folder / "s.csv", **OPTIONS)
@@ -138,6 +139,10 @@ def main(folder, stages):
     import torch
 
     torch.set_num_threads(1)  # a fork does not take a pool of threads along
+    # tqdm's own lock is shared by all forks: one that dies holding it stops the others. Set before
+    # the first bar, since a class of bars that has made its own lock keeps it.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # a thread that may hold the lock while the parent forks
     test = data.read_test(ROOT / "demo" / "test.csv").head(ROWS)
     test["id"] = [f"00{n}" if n % 2 else f"-{n}" for n in range(ROWS)]
     model, tokenizer = inputs.load(TINY, None)
