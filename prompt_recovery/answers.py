@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from prompt_recovery.engine import GREEDY, Answer, Meter, Sampling, generate
+from prompt_recovery.json_answers import json_object_closed
 from prompt_recovery.recipe import Format
-from prompt_recovery.templates import find_prompt, json_object_closed
+from prompt_recovery.templates import find_prompt
 from prompt_recovery.tokenizer import encode_row
 
 NOT_FINITE = "not finite"

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from prompt_recovery import adapter, data, files, metric, plots, splitting, templates, training
 from prompt_recovery.answers import answer_prompts, encode_rows, or_fallback
-from prompt_recovery.base import config_hash
+from prompt_recovery.base import base_fingerprint, config_hash
 from prompt_recovery.combine import agreements, combine, pick_threshold
 from prompt_recovery.engine import Sampling, base_id
 from prompt_recovery.examples import Example, usable_examples
@@ -217,7 +217,7 @@ def run_cell(
     # what the answers depend on, itself: the base as loaded, what it is trained on and asked, and
     # how it is read
     loaded = [str(base.dtype), config_hash(model_dir), hasattr(base.config, "quantization_config")]
-    loaded += adapter.base_fingerprint(base)
+    loaded += base_fingerprint(base)
     examples = examples_of(cell, tokenizer, rows) if trained else []
     room = cell.max_tokens - cell.max_new_tokens
     prompts = encode_rows(

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from prompt_recovery import data
-from prompt_recovery.adapter import CONFIG, AdapterError, check_adapter, load_adapter, read_header
+from prompt_recovery.adapter import check_adapter, load_adapter
+from prompt_recovery.adapter_files import CONFIG, AdapterError, read_header
 from prompt_recovery.base import load_config
 from prompt_recovery.engine import check_base, load_base
 from prompt_recovery.recipe import Format, SubmissionSettings

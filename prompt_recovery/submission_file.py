@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from prompt_recovery.adapter import CONFIG, WEIGHTS
+from prompt_recovery.adapter_files import CONFIG, WEIGHTS
 from prompt_recovery.answers import Recovered
 from prompt_recovery.combine import LIMIT, count_tokens
 from prompt_recovery.unwrap import SPECIALS, is_prompt

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from prompt_recovery.data import normalise
+from prompt_recovery.json_answers import JSON_QUOTES, json_object_closed, prompt_objects, scan_key
 from prompt_recovery.refusals import is_refusal
-from prompt_recovery.unwrap import QUOTES, cut_repeated, is_prompt, reads_as_text, unwrap
+from prompt_recovery.unwrap import cut_repeated, is_prompt, reads_as_text, unwrap
 
 STYLES = ("plain", "json", "reason_json")
 SYSTEM_PLACEMENTS = ("user", "before", "turn")
@@ -178,7 +179,7 @@ _BEFORE_LABEL = re.compile(
 
 def _split_response(response: str) -> tuple[str, str]:
     """(what stands before the label's prompt, the rest)."""
-    places = [start for start, _ in _prompt_objects(response)]
+    places = [start for start, _ in prompt_objects(response)]
     places += [found.start() for found in _LABEL.finditer(response)]
     last = response.rfind("{")
     if response.rstrip(" \n`.").endswith("}") and re.match(r"\{\s*[\"']", response[last:]):
@@ -238,37 +239,12 @@ def reason_of(response: str, prompt: str = "") -> str:
 
 # --- parsing --------------------------------------------------------------------------------------
 
-# Models also write the name of the column, or one like it.
-_KEYS = ("prompt", "rewrite_prompt")
-_QUOTES = {opening: QUOTES[opening] for opening in "\"'\u201c\u2018\u201d`"}
-_KEY = re.compile(
-    r"""["'\u201c\u201d\u2018\u2019`]?\b(?:[^\W\d_]+(?:[ ]|\\?_))*prompt\b"""
-    r"""["'\u201c\u201d\u2018\u2019`]?\s*[:=]\s*""",
-    re.IGNORECASE,
-)
 # What Markdown escapes and JSON does not: "\_" is a mistake in a JSON string.
 _MARKDOWN = re.compile(r"\\(\\|[_*#\[\]()~>+.!-])")
 _LINE_KEY = re.compile(
     r"^[ \t]*(?:\d[.)][ \t]*)?(?:the[ \t]+)?(?:rewrite[_ ])?prompt[ \t]*(?::|=|\bis:)[ \t]*",
     re.IGNORECASE | re.MULTILINE,
 )
-# A quote ends the value only where JSON could go on: so quotes nested without a backslash stay
-# inside.
-_AFTER_VALUE = re.compile(
-    r"""\s*,?\s*[}\]]|[ \t]*,?[ \t]*(?:\n|$)"""
-    r"""|\s*,\s*["'\u201c\u2018]\w+["'\u201d\u2019]\s*:|\s*```""",
-)
-_ESCAPES = {
-    "n": "\n",
-    "t": "\t",
-    "r": "\r",
-    "b": "\b",
-    "f": "\f",
-    "/": "/",
-    "\\": "\\",
-    '"': '"',
-    "'": "'",
-}
 
 
 def find_prompt(text: str, style: str, at_limit: bool = False) -> Parsed:
@@ -296,13 +272,13 @@ def parse_answer(text: str, style: str) -> Parsed:
     if style == "plain":
         prompt = unwrap(text)
         # the whole answer is an object, as models write that were not trained to write plainly
-        inner = next(_prompt_objects(prompt), None) if prompt.startswith("{") else None
+        inner = next(prompt_objects(prompt), None) if prompt.startswith("{") else None
         if inner and inner[0] == 0 and reads_as_text(inner[1]):
             prompt = inner[1]
         return Parsed(prompt, "plain") if prompt else Parsed(None, "nothing")
-    if not any(_prompt_objects(text)):
+    if not any(prompt_objects(text)):
         text = _MARKDOWN.sub(lambda found: found[0] if found[1] == "\\" else found[1], text)
-    objects = list(_prompt_objects(text))
+    objects = list(prompt_objects(text))
     if objects:
         start, prompt = objects[0]
         if style == "reason_json":
@@ -316,120 +292,8 @@ def parse_answer(text: str, style: str) -> Parsed:
         fenced = re.search(r"```[ \t]*\w*\s*$", text[:start])
         return Parsed(prompt, "json in fence" if fenced else "json")
     if "{" in text:
-        return _scan_key(text)
+        return Parsed(*scan_key(text))
     return _from_text(text, style)
-
-
-def _prompt_objects(text: str) -> Iterator[tuple[int, str]]:
-    """(position, prompt) of every JSON object in text that has a prompt of text; strict JSON first.
-
-    Only if there is none, raw line ends inside strings are let pass. Strict comes first for the
-    sake of reasons: a brace in a reason can't reach over the line end into the answer's own
-    object.
-    """
-    found = False
-    for strict in (True, False):
-        decoder = json.JSONDecoder(strict=strict)
-        end = 0
-        for match in re.finditer(r"\{(?=\s*\")", text):
-            if match.start() < end:
-                continue
-            try:
-                value, stop = decoder.raw_decode(text, match.start())
-            except ValueError:  # JSONDecodeError, or a number of thousands of digits
-                continue
-            except RecursionError:  # thousands of nested braces: no prompt is in there
-                break
-            prompt = _prompt_of(value)
-            if prompt:
-                found = True
-                end = stop
-                yield match.start(), prompt
-        if found:
-            return
-
-
-def _prompt_of(value: Any) -> str:
-    """The prompt of a decoded object, "" if it has none: the text under the key `prompt`, or under
-    the first key that ends so; a list of sentences is joined, an object with one text of words is
-    that text."""
-    alike = [
-        key for key in value if re.fullmatch(r"(?:[^\W_]+[ _-])*prompt", key.strip(), re.IGNORECASE)
-    ]
-    key = next((key for key in (*_KEYS, *alike) if key in value), None)
-    text = value[key] if key else ""
-    if isinstance(text, str):
-        return text.strip()
-    parts = [text] if isinstance(text, dict) else text if isinstance(text, list) else []
-    texts = [
-        _prompt_of(part) or _only_text(part) if isinstance(part, dict) else part for part in parts
-    ]
-    whole = " ".join(part.strip() for part in texts if isinstance(part, str))
-    return (
-        whole
-        if texts and all(isinstance(part, str) for part in texts) and len(whole.split()) > 1
-        else ""
-    )
-
-
-def _only_text(value: dict[str, Any]) -> str:
-    texts = [each for each in value.values() if isinstance(each, str) and each.strip()]
-    return texts[0] if len(texts) == 1 else ""
-
-
-def _scan_key(text: str) -> Parsed:
-    """The value after the first key `prompt` behind a brace, in JSON that the decoder refused."""
-    match = _KEY.search(text, text.index("{"))
-    if match is None:
-        return Parsed(None, "nothing")
-    rest = text[match.end() :]
-    quote = rest[:1]
-    if quote in _QUOTES:
-        value, closed, after = _read_quoted(rest, _QUOTES[quote])
-        if not closed or "}" not in after:
-            how = "unclosed"
-        else:
-            how = "single quotes" if quote == "'" else "key scan"
-    elif re.match(
-        r"[\[{]|(?:null|true|false|none|-?\d[\d.eE+-]*)\s*(?:[,}\n]|$)", rest, re.IGNORECASE
-    ):
-        return Parsed(None, "nothing")  # a value, but not text
-    else:
-        value = re.split(r"[}\n]", rest, maxsplit=1)[0].rstrip().rstrip(",")
-        how = "key scan" if "}" in rest else "unclosed"
-    value = value.strip()
-    return Parsed(value, how) if value else Parsed(None, "nothing")
-
-
-def _read_quoted(rest: str, closing: str) -> tuple[str, bool, str]:
-    """(value, whether its closing quote was found, what follows) of text that begins with a
-    quote."""
-    out: list[str] = []
-    i = 1
-    while i < len(rest):
-        char = rest[i]
-        if char == "\\" and i + 1 < len(rest):
-            code = re.match(r"u([0-9a-fA-F]{4})", rest[i + 1 : i + 6])
-            if code:
-                out.append(chr(int(code[1], 16)))
-                i += 6
-            else:
-                out.append(_ESCAPES.get(rest[i + 1], rest[i : i + 2]))
-                i += 2
-            continue
-        if char == closing and _AFTER_VALUE.match(rest, i + 1):
-            return _join_surrogates("".join(out)), True, rest[i + 1 :]
-        out.append(char)
-        i += 1
-    value = re.sub(r"\s*```\s*$", "", "".join(out))
-    value = re.sub(r"\s*\}\s*$", "", value)
-    return _join_surrogates(value), False, ""
-
-
-def _join_surrogates(text: str) -> str:
-    """Escapes give an emoji as two halves; put them together, and replace a half that stands
-    alone."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _from_text(text: str, style: str) -> Parsed:
@@ -448,37 +312,7 @@ def _from_text(text: str, style: str) -> Parsed:
                 # only the reason was written, and a reason is no prompt
                 return Parsed(None, "nothing")
     text = text.strip()
-    if len(text) >= 2 and _QUOTES.get(text[0]) == text[-1] and text[-1] not in text[1:-1]:
+    if len(text) >= 2 and JSON_QUOTES.get(text[0]) == text[-1] and text[-1] not in text[1:-1]:
         text = text[1:-1].strip()
     text = unwrap(text)
     return Parsed(text, how) if text else Parsed(None, "nothing")
-
-
-def json_object_closed(text: str) -> bool:
-    """Whether a top-level JSON object in text has closed, so that generation may stop.
-
-    Braces inside double-quoted strings don't count, nor a brace that no key follows. In an answer
-    that begins with a reason ("1."), only what follows "2." counts: the reason may quote an object.
-    """
-    if re.match(r"\s*1[.)]", text):
-        text = (re.split(r"\n\s*2[.)]", text, maxsplit=1) + [""])[1]
-    for match in re.finditer(r"\{(?=\s*[\"'\u201c}])", text):
-        depth, in_string, escaped = 0, False, False
-        for char in text[match.start() :]:
-            if escaped:
-                escaped = False
-            elif in_string:
-                if char == "\\":
-                    escaped = True
-                elif char == '"':
-                    in_string = False
-            elif char == '"':
-                in_string = True
-            elif char == "{":
-                depth += 1
-            elif char == "}":
-                depth -= 1
-                if depth == 0:
-                    return True
-        return False
-    return False

@@ -7,7 +7,8 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from prompt_recovery import adapter
-from prompt_recovery.adapter import CONFIG, WEIGHTS, AdapterError
+from prompt_recovery.adapter_files import CONFIG, WEIGHTS, AdapterError
+from prompt_recovery.base import base_fingerprint
 from prompt_recovery.engine import loading
 from prompt_recovery.recipe import Format
 
@@ -181,5 +182,5 @@ def test_the_fingerprint_of_a_head_of_mixtrals_size_stays_inside():
         def get_output_embeddings(self):
             return head
 
-    found = adapter.base_fingerprint(Base())
+    found = base_fingerprint(Base())
     assert len(found) == 64 and found[-1] == 7.0 and found[0] == head.weight[0, 0].float().item()

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from kaggle_upload.contents import adapter_content
 from prompt_recovery import adapter, inputs
-from prompt_recovery.adapter import CONFIG, WEIGHTS, AdapterError, check_adapter, load_adapter
+from prompt_recovery.adapter import check_adapter, load_adapter
+from prompt_recovery.adapter_files import CONFIG, WEIGHTS, AdapterError
+from prompt_recovery.base import base_fingerprint, stored_fingerprint
 from prompt_recovery.engine import generate, loading, merging, ready
 from prompt_recovery.engine.planning import AnswerPlan
 
@@ -458,7 +460,7 @@ def test_the_class_and_the_type_of_the_base_are_compared_where_the_adapter_has_t
 def test_the_fingerprint_is_compared_before_anything_loads(tmp_path, copy):
     lora = load_adapter(loading.load_base(TINY), copy, TINY)
     folder = adapter.save_adapter(lora, tmp_path / "saved")
-    assert adapter.stored_fingerprint(TINY) == adapter.base_fingerprint(loading.load_base(TINY))
+    assert stored_fingerprint(TINY) == base_fingerprint(loading.load_base(TINY))
     check_adapter(folder, TINY)
     other = shutil.copytree(TINY, tmp_path / "other")
     state = load_file(other / "model.safetensors")

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from prompt_recovery import adapter, files, metric, splitting, templates, tokenizer
+from prompt_recovery import adapter, files, metric, templates, tokenizer
 from prompt_recovery import comparison as c
 from prompt_recovery.engine import loading
+from prompt_recovery.prompt_groups import prompt_groups
 from prompt_recovery.recipe import Cell, SettingError
 
 FEW = dict(max_steps=2, batch_size=2, gradient_accumulation=1, max_tokens=256, max_new_tokens=8)
@@ -58,7 +59,7 @@ def test_one_split_for_files_and_filters(tmp_path, small_csv):
         ]
     )
     train, held = c.read_split(cells, [str(file) for file in files], 0.25, 0)
-    groups = splitting.prompt_groups([*train["rewrite_prompt"], *held["rewrite_prompt"]])
+    groups = prompt_groups([*train["rewrite_prompt"], *held["rewrite_prompt"]])
     assert len(held) and not set(groups[: len(train)]) & set(groups[len(train) :])
     second, short, five = (c.rows_of(cell, train) for cell in cells)
     assert 0 < len(second) < len(train) and set(second["rewritten_text"]) <= set(

@@ -36,6 +36,7 @@ from prompt_recovery.engine import (
     quantiser,
     storage,
 )
+from prompt_recovery.engine.summary import summary
 from prompt_recovery.recipe import Recipe
 
 COMMON = dict(
@@ -304,7 +305,7 @@ def test_summary_adds_up(hub, capsys):
     base = loading.load_base(hub, torch.bfloat16, four_bit=True)
     printed = capsys.readouterr().out
     whole = AutoModelForCausalLM.from_config(MixtralConfig(**MIXTRAL))
-    parts = {(part.part, part.precision): part for part in quantiser.summary(base)}
+    parts = {(part.part, part.precision): part for part in summary(base)}
     assert {name: precision for name, precision in parts} == {
         "experts": "nf4",
         "attention": "nf4",
@@ -324,7 +325,7 @@ def test_summary_adds_up(hub, capsys):
     assert parts["lm_head", "bfloat16"].gib * 2**30 == 320 * 128 * 2
     assert "experts" in printed and "together" in printed and "nf4" in printed
     lora = adapter.add_lora(base, base="m", r=4)
-    added = {(part.part, part.precision): part for part in quantiser.summary(lora)}
+    added = {(part.part, part.precision): part for part in summary(lora)}
     assert added.pop(("adapter", "float32")).parameters == lora.get_nb_trainable_parameters()[0]
     assert added == parts
 
@@ -337,9 +338,7 @@ def test_what_bitsandbytes_alone_leaves_in_16_bit_is_a_hard_error(hub):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         ),
     )  # fmt: skip
-    assert {part.precision for part in quantiser.summary(stock) if part.part == "experts"} == {
-        "bfloat16"
-    }
+    assert {part.precision for part in summary(stock) if part.part == "experts"} == {"bfloat16"}
     with pytest.raises(Nf4Error, match=r"layers\.0\.mlp\.experts\.gate_up_proj.*four_bit=False"):
         quantiser.check_quantised(stock)
 
@@ -410,8 +409,8 @@ def test_a_saved_folder_is_small_and_can_be_saved_once_more(saved, hub, tmp_path
     assert first.keys() == second.keys() and all(
         torch.equal(first[name], second[name]) for name in first
     )
-    found = quantiser.summary(loading.load_base(saved, torch.bfloat16, four_bit=True))
-    assert found == quantiser.summary(loading.load_base(hub, torch.bfloat16, four_bit=True))
+    found = summary(loading.load_base(saved, torch.bfloat16, four_bit=True))
+    assert found == summary(loading.load_base(hub, torch.bfloat16, four_bit=True))
     assert (again / "config.json").is_file() and not list(tmp_path.glob("*.partial"))
 
 
@@ -517,7 +516,7 @@ def test_other_moe_and_dense_models(name, tmp_path):
     folder = write(tmp_path / name, OTHERS[name])
     base = loading.load_base(folder, torch.float32, four_bit=True)
     sixteen = dequantised(folder)
-    parts = {(part.part, part.precision): part.parameters for part in quantiser.summary(base)}
+    parts = {(part.part, part.precision): part.parameters for part in summary(base)}
     dense = name in ("llama", "mistral")
     assert ("experts", "nf4") in parts or dense
     assert ("experts", "float32") not in parts and ("other layers", "float32") not in parts

@@ -25,7 +25,7 @@ from prompt_recovery.engine import (
 )
 from prompt_recovery.engine.batching import make_batches, spread_order
 from prompt_recovery.engine.parts import in_parts
-from prompt_recovery.templates import json_object_closed
+from prompt_recovery.json_answers import json_object_closed
 from prompt_recovery.tokenizer import encode_row, load_tokenizer
 
 NEW = 12

@@ -29,6 +29,7 @@ from prompt_recovery.engine import (
     storage,
 )
 from prompt_recovery.engine.memory import GIB, RESERVE, Sizes
+from prompt_recovery.engine.summary import summary
 from prompt_recovery.examples import IGNORED, collate, make_examples
 from prompt_recovery.recipe import Recipe
 
@@ -171,7 +172,7 @@ def test_sizes_are_those_of_the_loaded_model(name, four_bit, tmp_path):
     folder = write(tmp_path / name, MixtralConfig(**MIXTRAL) if name == "mixtral" else OTHERS[name])
     sizes = memory.sizes(folder, torch.bfloat16, four_bit)
     base = loading.load_base(folder, torch.bfloat16, four_bit=four_bit)
-    loaded = sum(part.gib for part in quantiser.summary(base)) * GIB
+    loaded = sum(part.gib for part in summary(base)) * GIB
     # so small a model has many fp32 offsets and half-filled blocks of the double quantisation
     assert sizes.weights == pytest.approx(loaded, rel=0.02 if four_bit else 1e-9)
     places = memory.device_map(sizes, [2, 1], [0, 1])

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from prompt_recovery import metric
 from prompt_recovery.data import DataError, normalise
 from prompt_recovery.files import read_csv
+from prompt_recovery.prompt_groups import embedding_threshold, prompt_groups
 from prompt_recovery.splitting import (
     SPLIT_COLUMNS,
     describe_split,
-    embedding_threshold,
     hold_back,
-    prompt_groups,
     read_or_split,
     split_rows,
 )

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from prompt_recovery.json_answers import json_object_closed
 from prompt_recovery.templates import (
     STYLES,
     SYSTEM_PLACEMENTS,
     Conversation,
     Parsed,
     TemplateError,
-    json_object_closed,
     parse_answer,
     prompt_of,
     read_back,

@@ -13,13 +13,14 @@ from pandas._libs.parsers import STR_NA_VALUES
 
 from prompt_recovery import data, inputs
 from prompt_recovery.data import DataError
+from prompt_recovery.json_answers import json_object_closed
 from prompt_recovery.submission_file import (
     SubmissionError,
     check_submission,
     clean_answer,
     write_submission,
 )
-from prompt_recovery.templates import STYLES, find_prompt, json_object_closed, parse_answer
+from prompt_recovery.templates import STYLES, find_prompt, parse_answer
 from prompt_recovery.unwrap import cut_repeated, is_prompt
 
 # --- no prompts ---------------------------------------------------------------------------------

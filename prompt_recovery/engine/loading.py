@@ -15,6 +15,7 @@ from prompt_recovery.engine import memory, quantiser
 from prompt_recovery.engine.check import check_kernels
 from prompt_recovery.engine.folder import ModelError, base_id, check_model_dir, loads_in_four_bit
 from prompt_recovery.engine.kernels import dispatch
+from prompt_recovery.engine.summary import summary_text
 
 CPU = torch.device("cpu")
 
@@ -118,7 +119,7 @@ def load_base(
         )
     if four_bit:
         quantiser.check_quantised(model)
-        processes.print(quantiser.summary_text(model))
+        processes.print(summary_text(model))
         check_kernels(model)
     elif not torch.cuda.is_available():
         # transformers takes batched_mm for decoding, which copies the experts' weights for every
