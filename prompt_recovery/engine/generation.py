@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -170,8 +171,7 @@ def generate(
         each call. prompts: token ids that begin with BOS. eos: the id at which an answer ends.
         max_new_tokens: of an answer. sampling: how many answers a prompt gets, and how they are
         drawn. stop: whether the ids of an answer so far are a whole one; must stay true for longer
-        ones. The answer then ends
-            at the first id after which it holds.
+        ones. The answer then ends at the first id after which it holds.
         batch_tokens: upper limit of answers * (prompt + max_new_tokens) in a batch; None takes what
             memory allows. Out of memory all the same, a batch is halved, then what prefill reads at
             a time; after some that went well, they grow again.
@@ -190,79 +190,95 @@ def generate(
     check_attention(
         model.model if isinstance(model, Ready) else model, max(map(len, prompts)) + max_new_tokens
     )
-    meter = Meter() if meter is None else meter
-    begun, wall = time.monotonic(), meter.wall
-    prefix = common_prefix(prompts) if share_prefix else []
-    share, temperature = sampling.answers, sampling.temperature
-    greedy = 1 if share > 1 or temperature == 0 else 0
-    seeds = [
-        [None if n < greedy else (sampling.seed, number, n) for n in range(share)]
-        for number in (numbers or range(len(prompts)))
-    ]
-    lengths = [len(prompt) for prompt in prompts]
-
     with nullcontext(model) if isinstance(model, Ready) else ready(model) as prepared:
         plan = prepared.plan
-        pieces = [plan.piece, *(piece for piece in PIECES if piece < plan.piece)]
         waiting = Waiting(
-            lengths,
-            answers=share,
+            [len(prompt) for prompt in prompts],
+            answers=sampling.answers,
             new_tokens=max_new_tokens,
             limit=batch_tokens or plan.cells,
-            pieces=pieces,
+            pieces=[plan.piece, *(piece for piece in PIECES if piece < plan.piece)],
         )
-        decoder: Decoder | None = None
-        slowest = 0.0
-        while waiting.batches:
-            started = time.monotonic()
-            if deadline is not None and started + slowest > deadline:
-                return
-            batch = waiting.batches[0]
-            try:
-                if decoder is None:
-                    rows, cells = waiting.most()
-                    decoder = Decoder(
-                        prepared.parts,
-                        prefix,
-                        rows=rows,
-                        cells=cells,
-                        max_new_tokens=max_new_tokens,
-                        eos=eos,
-                        pad=PAD_ID,
-                        temperature=temperature or 1.0,
-                        top_p=sampling.top_p,
-                        piece=waiting.pieces[0],
-                        graphs=graphs,
-                    )
-                written = decoder.answer(
-                    [prompts[i] for i in batch], [seeds[i] for i in batch], stop
+        decoder = partial(
+            Decoder,
+            prepared.parts,
+            common_prefix(prompts) if share_prefix else [],
+            max_new_tokens=max_new_tokens,
+            eos=eos,
+            pad=PAD_ID,
+            temperature=sampling.temperature or 1.0,
+            top_p=sampling.top_p,
+            graphs=graphs,
+        )
+        seeds = _seeds(sampling, numbers or range(len(prompts)))
+        yield from _batches(
+            prompts, seeds, waiting, decoder, eos=eos, stop=stop, deadline=deadline,
+            meter=Meter() if meter is None else meter,
+        )  # fmt: skip
+
+
+def _seeds(sampling: Sampling, numbers: Sequence[int]) -> list[list[tuple[int, int, int] | None]]:
+    """What each answer of each prompt is drawn by; None: it is greedy."""
+    greedy = 1 if sampling.answers > 1 or sampling.temperature == 0 else 0
+    return [
+        [None if n < greedy else (sampling.seed, number, n) for n in range(sampling.answers)]
+        for number in numbers
+    ]
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[tuple[int, int, int] | None]],
+    waiting: Waiting,
+    new_decoder: Callable[..., Decoder],
+    *,
+    eos: int,
+    stop: Callable[[list[int]], bool] | None,
+    deadline: float | None,
+    meter: Meter,
+) -> Iterator[Finished]:
+    """Batch after batch of what is waiting, by one decoder for all that memory does not cut
+    short."""
+    lengths = [len(prompt) for prompt in prompts]
+    begun, wall = time.monotonic(), meter.wall
+    decoder: Decoder | None = None
+    slowest = 0.0
+    while waiting.batches:
+        started = time.monotonic()
+        if deadline is not None and started + slowest > deadline:
+            return
+        batch = waiting.batches[0]
+        try:
+            if decoder is None:
+                rows, cells = waiting.most()
+                decoder = new_decoder(rows=rows, cells=cells, piece=waiting.pieces[0])
+            written = decoder.answer([prompts[i] for i in batch], [seeds[i] for i in batch], stop)
+        except torch.OutOfMemoryError:
+            written = None
+        # outside of the handler, whose traceback holds memory
+        if written is None or decoder is None:
+            decoder = None
+            gc.collect()  # stages' threads and what they raised hold each other, and the cache
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if not waiting.shrink():
+                raise torch.OutOfMemoryError(
+                    f"One prompt of {lengths[batch[0]]} tokens with {len(seeds[batch[0]])} answers "
+                    "does not fit in memory: give fewer answers_per_row, or shorter texts "
+                    "(max_tokens)."
                 )
-            except torch.OutOfMemoryError:
-                written = None
-            # outside of the handler, whose traceback holds memory
-            if written is None or decoder is None:
-                decoder = None
-                gc.collect()  # stages' threads and what they raised hold each other, and the cache
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                if not waiting.shrink():
-                    raise torch.OutOfMemoryError(
-                        f"One prompt of {lengths[batch[0]]} tokens with {share} answers does not "
-                        "fit in memory: give fewer answers_per_row, or shorter texts "
-                        "(max_tokens)."
-                    )
-                continue
-            answers = [[_answer(ids, bad, eos, stop) for ids, bad in each] for each in written]
-            spent = time.monotonic() - started
-            slowest = max(slowest, spent)
-            tokens = [len(answer.ids) for each in answers for answer in each]
-            reading = decoder.prefill_seconds
-            if waiting.done():
-                decoder = None
-            meter.add([lengths[i] for i in batch], tokens, reading, spent - reading)
-            meter.wall = wall + time.monotonic() - begun
-            meter.left = meter.estimate([lengths[i] for i in waiting.to_come()])
-            yield from map(Finished, batch, answers)
+            continue
+        answers = [[_answer(ids, bad, eos, stop) for ids, bad in each] for each in written]
+        spent = time.monotonic() - started
+        slowest = max(slowest, spent)
+        tokens = [len(answer.ids) for each in answers for answer in each]
+        reading = decoder.prefill_seconds
+        if waiting.done():
+            decoder = None
+        meter.add([lengths[i] for i in batch], tokens, reading, spent - reading)
+        meter.wall = wall + time.monotonic() - begun
+        meter.left = meter.estimate([lengths[i] for i in waiting.to_come()])
+        yield from map(Finished, batch, answers)
 
 
 def _answer(
