@@ -141,7 +141,8 @@ def check_experts(experts: nn.Module) -> None:
     storage.workspace(experts).buffers.clear()
 
 
-def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> None:
+def loaded(folder: Path, args: argparse.Namespace) -> Any:
+    """The base from its 16-bit folder, saved in 4 bits and loaded again, with what each takes."""
     torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()
     base = load_base(folder, four_bit=True)
@@ -183,7 +184,11 @@ def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> N
         f"saved 4-bit folder: written in {saved:.0f} s, loaded in {again:.0f} s, logits bit for "
         f"bit the same: {same}"
     )
+    return base
 
+
+def ours(folder: Path, args: argparse.Namespace, rate: float, scale: float) -> None:
+    base = loaded(folder, args)
     lora = add_lora(base, base="bench", dropout=0.1)
     optimiser = bnb.optim.PagedAdamW8bit([p for p in lora.parameters() if p.requires_grad], lr=1e-5)
 

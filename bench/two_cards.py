@@ -354,97 +354,103 @@ def one(work: Work) -> None:
         )
 
 
+def in_turn(stages: Any, pieces: Any, read: Any) -> Any:
+    """As decoding.flow, but one stage works at a time."""
+    found = []
+    for number, x in enumerate(pieces):
+        for each in stages:
+            x = each.call(read, each, x.to(each.device), number).result()
+            torch.cuda.synchronize(each.device)
+        found.append(x)
+    return found
+
+
+def through_host(source: torch.Tensor, target: torch.Tensor) -> None:
+    """As decoding.hand_over, but through pinned memory, as cards without a link copy."""
+    pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    pinned.copy_(source, non_blocking=True)
+    torch.cuda.synchronize(source.device)
+    target.copy_(pinned, non_blocking=True)
+    torch.cuda.synchronize(target.device)
+
+
+def timed(
+    prepared: Any, rows: int, length: int, new: int, piece: int, events: dict[bool, list[Any]]
+) -> tuple[float, float]:
+    """Seconds of prefill and of a decode step; of two runs the second. events: emptied before each
+    run."""
+    from prompt_recovery.engine import decoding
+
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(5, 32000, length).tolist() for _ in range(rows)]
+    decoder = decoding.Decoder(
+        prepared.parts,
+        [],
+        rows=rows,
+        cells=rows * decoding.cache_columns(length, new),
+        max_new_tokens=new,
+        eos=-1,
+        pad=0,
+        piece=piece,
+    )
+    spent = float("inf")
+    for _ in range(2):
+        for each in events.values():
+            each.clear()
+        start = time.monotonic()
+        decoder.answer(prompts, [[None]] * rows)
+        spent = time.monotonic() - start
+    return decoder.prefill_seconds, (spent - decoder.prefill_seconds) / max(1, new - 1)
+
+
+def prefill_speed(prepared: Any, rows: int, length: int) -> None:
+    from prompt_recovery.engine import decoding, stage
+
+    # events around each piece, by whether the stage is the last
+    begun: dict[bool, list[Any]] = {True: [], False: []}
+    plain_read, flow = stage.Stage.read, decoding.flow
+
+    def read(self: Any, *arguments: Any) -> Any:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        y = plain_read(self, *arguments)
+        end.record()
+        begun[self.part.last].append((start, end))
+        return y
+
+    stage.Stage.read = read
+    for piece in (2048, 4096):
+        times = {}
+        for name, way in (("a stage at a time", in_turn), ("both at work", flow)):
+            decoding.flow = way
+            times[name] = timed(prepared, rows, length, 1, piece, begun)[0]
+            busy = [sum(a.elapsed_time(b) for a, b in begun[last]) / 1e3 for last in (False, True)]
+            shares = ", ".join(f"{each / times[name]:.0%}" for each in busy)
+            print(
+                f"prefill of {rows} x {length} in pieces of {piece}, {name}: "
+                f"{rows * length / times[name]:.0f} tok/s, busy {shares}",
+                flush=True,
+            )
+        ratio = times["a stage at a time"] / times["both at work"]
+        print(f"both at work: {ratio:.2f} times as fast")
+    stage.Stage.read, decoding.flow = plain_read, flow
+
+
 def speed(work: Work) -> None:
-    from prompt_recovery.engine import decoding, generation, stage
+    from prompt_recovery.engine import decoding, generation
 
     work.t4s()
     model = load(work)
     plan = generation.plan_of(model)
-    shape = np.random.default_rng(0)
     with generation.ready(model, plan) as prepared:
-        begun: dict[bool, list[Any]] = {
-            True: [],
-            False: [],
-        }  # events around each piece, by whether the stage is the last
-        plain_read = stage.Stage.read
-
-        def read(self: Any, *arguments: Any) -> Any:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            y = plain_read(self, *arguments)
-            end.record()
-            begun[self.part.last].append((start, end))
-            return y
-
-        def in_turn(stages: Any, pieces: Any, read: Any) -> Any:
-            found = []
-            for number, x in enumerate(pieces):
-                for each in stages:
-                    x = each.call(read, each, x.to(each.device), number).result()
-                    torch.cuda.synchronize(each.device)
-                found.append(x)
-            return found
-
-        flow, hand_over = decoding.flow, decoding.hand_over
-        rows, length = min(24, plan.cells // 704), 640
-        prompts = [shape.integers(5, 32000, length).tolist() for _ in range(rows)]
-
-        def run(rows: int, new: int, piece: int = plan.piece) -> tuple[float, float]:
-            decoder = decoding.Decoder(
-                prepared.parts,
-                [],
-                rows=rows,
-                cells=rows * decoding.cache_columns(length, new),
-                max_new_tokens=new,
-                eos=-1,
-                pad=0,
-                piece=piece,
-            )
-            spent = float("inf")
-            for _ in range(2):
-                for events in begun.values():
-                    events.clear()
-                start = time.monotonic()
-                decoder.answer(prompts[:rows], [[None]] * rows)
-                spent = time.monotonic() - start
-            return decoder.prefill_seconds, (spent - decoder.prefill_seconds) / max(1, new - 1)
-
-        stage.Stage.read = read
-        for piece in (2048, 4096):
-            times = {}
-            for name, way in (("a stage at a time", in_turn), ("both at work", flow)):
-                decoding.flow = way
-                times[name] = run(rows, 1, piece)[0]
-                busy = [
-                    sum(a.elapsed_time(b) for a, b in events) / 1e3
-                    for events in (begun[False], begun[True])
-                ]
-                shares = ", ".join(f"{each / times[name]:.0%}" for each in busy)
-                print(
-                    f"prefill of {rows} x {length} in pieces of {piece}, {name}: "
-                    f"{rows * length / times[name]:.0f} tok/s, busy {shares}",
-                    flush=True,
-                )
-            print(
-                f"both at work: {times['a stage at a time'] / times['both at work']:.2f} times as "
-                "fast"
-            )
-        stage.Stage.read, decoding.flow = plain_read, flow
-
-        def through_host(source: torch.Tensor, target: torch.Tensor) -> None:
-            pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            pinned.copy_(source, non_blocking=True)
-            torch.cuda.synchronize(source.device)
-            target.copy_(pinned, non_blocking=True)
-            torch.cuda.synchronize(target.device)
-
+        prefill_speed(prepared, min(24, plan.cells // 704), 640)
+        hand_over = decoding.hand_over
         for count in (8, 16, 24, 32, 40):
             if count * 704 > plan.cells:
                 break
-            prompts = [shape.integers(5, 32000, length).tolist() for _ in range(count)]
-            step = run(count, 64)[1]
+            step = timed(prepared, count, 640, 64, plan.piece, {})[1]
             decoding.hand_over = through_host
-            slow = run(count, 64)[1]
+            slow = timed(prepared, count, 640, 64, plan.piece, {})[1]
             decoding.hand_over = hand_over
             print(
                 f"decode, {count} rows x 704: {step * 1e3:.2f} ms a step, {count / step:.0f} "

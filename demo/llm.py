@@ -170,6 +170,70 @@ def curve_cells(kinds: Sequence[str], rows: int, steps: int) -> dict[str, dict[s
     return {name: dict(max_steps=steps) | cell for name, cell in cells.items()}
 
 
+def report(
+    answers: dict[str, list[list[str]]], truths: list[str], encoder: Any, after: pd.DataFrame
+) -> pd.DataFrame:
+    """Print and write the scores of each way to answer; returns their table. after: what the
+    trained model answered."""
+    table = score_lines(answers, truths, encoder)
+    table.to_csv(OUTPUT / "scores.csv", index=False)
+    first = pd.DataFrame({"truth": truths} | {name: given[0] for name, given in answers.items()})
+    first.to_csv(OUTPUT / "answers.csv", index=False)
+    print("\n" + table.to_string(index=False, float_format="%.3f"))
+    name = metric.encoder_name(metric.minilm_dir())
+    print(f"{len(truths)} held-out rows, {name}, joined within {LIMIT} tokens")
+    by_eos = after.query("number == 0")["stopped"] == "eos"
+    ways = score_lines(
+        {name: runs for name, runs in answers.items() if name.startswith("after")}, truths, encoder
+    )
+    for way in ways[1:].itertuples():
+        print(
+            f"gain over the plain answer, {way.answers}: {way.gain:.3f} ({way.gain_low:.3f} to "
+            f"{way.gain_high:.3f})"
+        )
+    print(f"ended by EOS: {by_eos.mean():.0%} of the first answers")
+    for row in first.sample(5, random_state=0).itertuples():
+        print(f"  truth  {row.truth}\n  after  {row.after}\n")
+    return table
+
+
+def score_curves(
+    kinds: Sequence[str],
+    cells: dict[str, dict[str, Any]],
+    found: dict[str, list[pd.DataFrame]],
+    truths: list[str],
+    encoder: Any,
+    rows: int,
+    base_score: float,
+) -> None:
+    """Print and write the scores of the curves' cells, with a picture of each kind that has a
+    scale. found: each cell's answers; rows: of all that are trained on."""
+    curves = score_lines(
+        {name: first_answers(tables) for name, tables in found.items()}, truths, encoder
+    )
+    curves["ended_by_eos"] = [
+        (pd.concat(tables)["stopped"] == "eos").mean() for tables in found.values()
+    ]
+    curves["parsed"] = [
+        (pd.concat(tables)["how"] != "fallback").mean() for tables in found.values()
+    ]
+    curves.to_csv(OUTPUT / "curves.csv", index=False)
+    print("\n" + curves.to_string(index=False, float_format="%.3f"))
+    for kind, setting, most, label, scale in (
+        ("rows", "train_rows", rows, "training rows", "linear"),
+        ("rank", "lora_r", 16, "LoRA rank", "log"),
+    ):
+        if kind in kinds:
+            values = pd.Series([cell.get(setting) for cell in cells.values()], dtype=float)
+            values[0] = most
+            part = curves.assign(x=values).dropna(subset="x").sort_values("x")
+            plot_curve(part, label, scale, base_score, OUTPUT / f"curve_{kind}.png")
+
+
+def first_answers(tables: list[pd.DataFrame]) -> list[list[str]]:
+    return [table.loc[table["number"] == 0, "answer"].to_list() for table in tables]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -209,9 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         return [comparison.run_cell(cell, model_dir=folder, **run) for cell in cells]
 
-    def greedy(tables: list[pd.DataFrame]) -> list[list[str]]:
-        return [table.loc[table["number"] == 0, "answer"].to_list() for table in tables]
-
     before = runs(dict(max_steps=0), seeds=1)
     # within the 512 tokens of Gemma's sliding window, which the decoder does not know
     example = runs(dict(max_steps=0, few_shot=1, max_tokens=512), seeds=1)
@@ -227,8 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     truths = eval_rows["rewrite_prompt"].to_list()
     answers = {
-        "before": greedy(before),
-        "before, with one example": greedy(example),
+        "before": first_answers(before),
+        "before, with one example": first_answers(example),
         "after": combined("first"),
         "after, most agreed of 4": combined("agree"),
         "after, 4 joined": combined("join"),
@@ -236,53 +297,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "after, 4 joined, with the mean prompt": combined("join", MEAN_PROMPT),
         "the mean prompt alone": [[MEAN_PROMPT] * len(truths)],
     }
-    table = score_lines(answers, truths, encoder)
-    table.to_csv(OUTPUT / "scores.csv", index=False)
-    first = pd.DataFrame({"truth": truths} | {name: given[0] for name, given in answers.items()})
-    first.to_csv(OUTPUT / "answers.csv", index=False)
-    print("\n" + table.to_string(index=False, float_format="%.3f"))
-    name = metric.encoder_name(metric.minilm_dir())
-    print(
-        f"{len(truths)} held-out rows, {name}, joined within {LIMIT} tokens, {steps} steps, "
-        f"{options.seeds} seeds"
-    )
-    by_eos = pd.concat(after).query("number == 0")["stopped"] == "eos"
-    ways = score_lines(
-        {name: runs for name, runs in answers.items() if name.startswith("after")}, truths, encoder
-    )
-    for way in ways[1:].itertuples():
-        print(
-            f"gain over the plain answer, {way.answers}: {way.gain:.3f} ({way.gain_low:.3f} to "
-            f"{way.gain_high:.3f})"
-        )
-    print(f"ended by EOS: {by_eos.mean():.0%} of the first answers")
-    for row in first.sample(5, random_state=0).itertuples():
-        print(f"  truth  {row.truth}\n  after  {row.after}\n")
-
+    table = report(answers, truths, encoder, pd.concat(after))
+    print(f"{steps} steps, {options.seeds} seeds")
     if curves_of:
         cells = curve_cells(curves_of, len(train_rows), steps)
         found = {name: runs(cell) for name, cell in cells.items()}
-        curves = score_lines(
-            {name: greedy(tables) for name, tables in found.items()}, truths, encoder
+        score_curves(
+            curves_of, cells, found, truths, encoder, len(train_rows), table["scs"].iloc[0]
         )
-        curves["ended_by_eos"] = [
-            (pd.concat(tables)["stopped"] == "eos").mean() for tables in found.values()
-        ]
-        curves["parsed"] = [
-            (pd.concat(tables)["how"] != "fallback").mean() for tables in found.values()
-        ]
-        curves.to_csv(OUTPUT / "curves.csv", index=False)
-        print("\n" + curves.to_string(index=False, float_format="%.3f"))
-        base_score = float(table["scs"].iloc[0])
-        for kind, setting, most, label, scale in (
-            ("rows", "train_rows", len(train_rows), "training rows", "linear"),
-            ("rank", "lora_r", 16, "LoRA rank", "log"),
-        ):
-            if kind in curves_of:
-                values = pd.Series([cell.get(setting) for cell in cells.values()], dtype=float)
-                values[0] = most
-                part = curves.assign(x=values).dropna(subset="x").sort_values("x")
-                plot_curve(part, label, scale, base_score, OUTPUT / f"curve_{kind}.png")
     print(f"{time.monotonic() - started:.0f} s; results lie in {OUTPUT.relative_to(DEMO.parent)}")
 
 
