@@ -109,6 +109,7 @@ print(*data.describe_account(account), sep="\n")
 
 # %%
 encoder = metric.load_encoder(recipe.encoder_dir)
+training.check_together(recipe, rows)
 run_folder.begin(output, recipe.resume)
 chance = (recipe.eval_fraction, recipe.seed)
 split_csv = output / "split.csv"
@@ -196,6 +197,7 @@ log = training.train(
 
 # %%
 if not PartialState().is_main_process:
+    run_folder.release(output)
     raise SystemExit
 
 # %% [markdown]

@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from prompt_recovery import adapter, data, files, metric, plots, splitting, templates, training
+from prompt_recovery.agreement import refuse_several
 from prompt_recovery.answers import answer_prompts, encode_rows, or_fallback
 from prompt_recovery.base import base_fingerprint, config_hash
 from prompt_recovery.combine import agreements, combine, pick_threshold
@@ -100,8 +101,13 @@ def read_split(
     no cell trains on a prompt that is held out.
 
     The split is read from output_dir/split.csv where an earlier run left it; see
-    `splitting.read_or_split`.
+    `splitting.read_or_split`. Raises SeveralProcesses where this process was launched with others.
     """
+    refuse_several(
+        "A comparison",
+        "start one script a card, each with its own CUDA_VISIBLE_DEVICES, its part of grid and its "
+        "own output_dir",
+    )
     named = [_paths(each) for each in [train_csv, *(cell.train_csv for cell in cells)] if each]
     names = list(dict.fromkeys(path for paths in named for path in paths))
     rows, account = data.clean_rows(data.read_rows(names))

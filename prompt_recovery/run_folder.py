@@ -11,12 +11,14 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
-from prompt_recovery.engine import processes
+from transformers import TrainerState
+
+from prompt_recovery.engine import everywhere, gathered, processes
 from prompt_recovery.examples import TrainingError
 
 LOCK = "run.lock"
@@ -46,7 +48,15 @@ class RunFolderError(TrainingError):
     """A folder in which a run can't begin or go on; the message says who or what stands there."""
 
 
-_held: dict[Path, tuple[IO[str], threading.Event]] = {}
+class _Held(NamedTuple):
+    """A lock of this process: its file, what stands in it, and the event that ends its beat."""
+
+    file: IO[str]
+    owner: dict[str, Any]
+    done: threading.Event
+
+
+_held: dict[Path, _Held] = {}
 
 
 def claim(output_dir: str | Path) -> None:
@@ -56,16 +66,23 @@ def claim(output_dir: str | Path) -> None:
     Raises RunFolderError where another process has it. A lock that a dead process left is taken
     over.
     """
-    path = Path(output_dir).resolve() / LOCK
+    owner = _lock(Path(output_dir).resolve() / LOCK)
+    if owner is not None:
+        raise _refusal(output_dir, owner)
+
+
+def _lock(path: Path) -> dict[str, Any] | None:
+    """Claims a lock file; where another process has it, what that one wrote into it."""
     if path in _held:
-        return
+        return None
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _refusal(path, _owner(file)) from None
+            with file:
+                return _owner(file)
         except OSError as error:  # a network drive without locks
             print(
                 f"{path.parent} can't be locked ({error}): see to it that no second run writes "
@@ -78,7 +95,7 @@ def claim(output_dir: str | Path) -> None:
     if owner:
         if owner.get("host") != socket.gethostname() and time.time() - path.stat().st_mtime < STALE:
             file.close()
-            raise _refusal(path, owner)
+            return owner
         print(
             f"took over the lock that process {owner.get('process')} on {owner.get('host')} left "
             f"in {path.parent}"
@@ -91,28 +108,51 @@ def claim(output_dir: str | Path) -> None:
     file.flush()
     done = threading.Event()
     threading.Thread(target=_beat, args=(path, done), daemon=True).start()
-    _held[path] = (file, done)
+    _held[path] = _Held(file, mine, done)
+    return None
 
 
 def release(output_dir: str | Path) -> None:
     """Give a claimed folder back; nothing happens if this process has not claimed it."""
     path = Path(output_dir).resolve() / LOCK
     if path in _held:
-        file, done = _held.pop(path)
-        done.set()
+        held = _held.pop(path)
+        held.done.set()
         path.unlink(missing_ok=True)
-        file.close()
+        held.file.close()
+
+
+def share(output_dir: str | Path) -> bool:
+    """`claim` by one process on each disk that the processes of `accelerate launch` write to; each
+    of them must call it. Returns whether this one writes: the first of all does, and the first on
+    every machine that does not see its folder.
+
+    Raises RunFolderError, in all of them, where another run's process has a folder.
+    """
+    state, path = processes(), Path(output_dir).resolve() / LOCK
+    everywhere(lambda: claim(output_dir) if state.is_main_process else None)
+    # a machine that sees the first one's lock shares its disk
+    other = _lock(path) if state.is_local_main_process else None
+    ours = gathered(_held[path].owner if path in _held else None)
+    refused = None if other is None or other in ours else _refusal(output_dir, other)
+    everywhere(lambda: _raise(refused))
+    return path in _held
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 @contextmanager
-def claimed(output_dir: str | Path) -> Iterator[None]:
-    """`claim` for a block, unless this process has the folder already."""
-    mine = Path(output_dir).resolve() / LOCK not in _held
-    claim(output_dir)
+def shared(output_dir: str | Path) -> Iterator[bool]:
+    """`share` for a block, unless `begin` has done so already; whether this process writes."""
+    held = Path(output_dir).resolve() / LOCK in _held
+    writes = share(output_dir)
     try:
-        yield
+        yield writes
     finally:
-        if mine:
+        if not held:
             release(output_dir)
 
 
@@ -124,7 +164,7 @@ def _beat(path: Path, done: threading.Event) -> None:
             return
 
 
-def _owner(file: IO[str]) -> dict[str, str]:
+def _owner(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     try:
         owner = json.loads(file.read())
@@ -133,26 +173,24 @@ def _owner(file: IO[str]) -> dict[str, str]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _refusal(path: Path, owner: dict[str, str]) -> RunFolderError:
+def _refusal(output_dir: str | Path, owner: dict[str, Any]) -> RunFolderError:
+    folder = Path(output_dir).resolve()
     return RunFolderError(
-        f"{path.parent} belongs to a run of process {owner.get('process', '?')} on "
+        f"{folder} belongs to a run of process {owner.get('process', '?')} on "
         f"{owner.get('host', '?')} since {owner.get('since', '?')}. Wait for it or end it (a "
         "notebook's kernel holds it until it is shut down), or give another output_dir. If that "
-        f"host is gone, remove {path}."
+        f"host is gone, remove {folder / LOCK}."
     )
 
 
 def begin(output_dir: str | Path, resume: bool) -> None:
     """Claim output_dir for a run and, unless it resumes, move aside what an earlier one left there.
 
-    Under `accelerate launch` the first process does so, and the others wait for it.
+    Under `accelerate launch` one process on each disk does so, and the others wait for it.
     """
-    state = processes()
-    if state.is_main_process:
-        claim(output_dir)
-        if not resume:
-            set_aside(output_dir)
-    state.wait_for_everyone()
+    if share(output_dir) and not resume:
+        set_aside(output_dir)
+    everywhere(lambda: None)
 
 
 def set_aside(output_dir: str | Path, names: tuple[str, ...] = WRITTEN) -> Path | None:
@@ -185,7 +223,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _named(checkpoints: str | Path) -> list[Path]:
+def checkpoint_folders(checkpoints: str | Path) -> list[Path]:
     """Folders named checkpoint-N, by step."""
     found = Path(checkpoints).glob("checkpoint-*")
     return sorted(
@@ -201,33 +239,63 @@ def _removable(checkpoint: Path) -> bool:
     )
 
 
-def _whole(checkpoint: Path) -> bool:
-    # trainer_state.json is written last, so one without a readable one is not whole
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    """Its trainer_state.json, which is written last: None where it was being written when the run
+    was killed."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return False
-    needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
-    return "global_step" in state and all((checkpoint / name).is_file() for name in needed)
+        return None
+    return state if "global_step" in state else None
+
+
+def _lacking(checkpoint: Path) -> list[str]:
+    """Files that a checkpoint needs and does not have: also the random state of each process."""
+    state = _state(checkpoint)
+    count = made_by(state or {})
+    random = ["rng_state.pth"] if count == 1 else [f"rng_state_{n}.pth" for n in range(count or 0)]
+    needed = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", *random]
+    lacking = [name for name in needed if not (checkpoint / name).is_file()]
+    return lacking if state else ["trainer_state.json", *lacking]
+
+
+def note_processes(state: TrainerState, count: int) -> None:
+    """Have trainer_state.json say how many processes made a checkpoint, in the part that
+    transformers keeps for callbacks."""
+    state.stateful_callbacks["KeepTwo"] = dict(args={}, attributes=dict(processes=count))
+
+
+def made_by(state: Mapping[str, Any]) -> int | None:
+    """How many processes made a checkpoint, by its trainer_state.json; None where an earlier
+    version wrote it, which did not say."""
+    kept = state.get("stateful_callbacks", {}).get("KeepTwo", {})
+    return kept.get("attributes", {}).get("processes")
 
 
 def last_checkpoint(checkpoints: str | Path) -> Path | None:
     """The whole checkpoint of the highest step."""
-    return next((folder for folder in reversed(_named(checkpoints)) if _whole(folder)), None)
+    return next(
+        (path for path in reversed(checkpoint_folders(checkpoints)) if not _lacking(path)), None
+    )
 
 
 def remove_broken(checkpoints: str | Path) -> None:
-    """Remove checkpoints that were being written when the run was killed."""
-    for folder in _named(checkpoints):
-        if not _whole(folder) and _removable(folder):
-            shutil.rmtree(folder)
+    """Remove checkpoints that were being written when the run was killed. One that lost a file
+    since is renamed, and said."""
+    for folder in checkpoint_folders(checkpoints):
+        if _state(folder) is None:
+            if _removable(folder):
+                shutil.rmtree(folder)
+        elif lacking := _lacking(folder):
+            folder.rename(folder.with_name(f"incomplete-{folder.name}"))
+            print(f"{folder} lacks {', '.join(lacking)}: now it is incomplete-{folder.name}")
 
 
 def rotate(checkpoints: str | Path, best: int | None) -> None:
     """Keep two checkpoints: that of the highest step and the best, or the two of the highest steps
     where these are one. Times of files say nothing: they change when a folder is unpacked or
     copied."""
-    *older, newest = _named(checkpoints)
+    *older, newest = checkpoint_folders(checkpoints)
     keep = next(
         (folder for folder in older if step_of(folder) == best), older[-1] if older else newest
     )

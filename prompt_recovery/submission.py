@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from prompt_recovery.agreement import refuse_several
 from prompt_recovery.answers import Recovered, answer_prompts
 from prompt_recovery.base import longest
 from prompt_recovery.combine import LIMIT, combine, count_tokens
@@ -59,9 +60,14 @@ def prepare(
         took counts too. max_tokens: of a prompt with its answer; None: as the base has them, at
         most 4096. seed: of the answers that are drawn.
 
-    Raises: SubmissionError: a fallback that says nothing, a mean prompt too long to stand behind
+    Raises: SeveralProcesses: launched with others. SubmissionError: a fallback that says nothing, a mean prompt too long to stand behind
         any answer, no file. ValueError, TokenizerError: settings that fit no row.
     """
+    refuse_several(
+        "A submission",
+        "start one script a card, each with its own CUDA_VISIBLE_DEVICES, its part of the rows as "
+        "test_csv and its own submission_csv, and join the files",
+    )
     options: dict[str, Any] = dict(
         how=settings.combine,
         mean_prompt=settings.mean_prompt,

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -17,10 +18,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from prompt_recovery.engine import TooLittleMemory, TrainingPlan, apply_plan
+from prompt_recovery.engine import TooLittleMemory, TrainingPlan, apply_plan, gathered
 from prompt_recovery.examples import IGNORED, TrainingError
 from prompt_recovery.files import write_csv
-from prompt_recovery.run_folder import last_checkpoint, remove_broken, rotate
+from prompt_recovery.run_folder import last_checkpoint, note_processes, remove_broken, rotate
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -199,7 +200,19 @@ class RowTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # the default would look the base up on the hub, to see whether embeddings must be saved:
         # they must not
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every process's random state, on each disk, before the file that makes a checkpoint
+        whole."""
+        with TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            (own,) = Path(folder).iterdir()
+            states = gathered((own.name, own.read_bytes()))
+        if self.args.should_save:
+            for name, state in states:
+                (Path(output_dir) / name).write_bytes(state)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
@@ -225,8 +238,11 @@ class WriteLog(TrainerCallback):
 class KeepTwo(TrainerCallback):
     """Rotate checkpoints by step, where transformers goes by the times of files."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        note_processes(state, args.world_size)
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if args.should_save:
             rotate(args.output_dir, state.best_global_step)
 
 

@@ -10,9 +10,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -20,10 +19,15 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainingArguments
 
-from prompt_recovery.adapter import training_key
+from prompt_recovery.adapter import stored_fingerprint, training_key
+from prompt_recovery.agreement import check_same, describe, same_checkpoint
+from prompt_recovery.base import config_hash
+from prompt_recovery.data import rows_hash
 from prompt_recovery.engine import (
     TrainingPlan,
     apply_plan,
+    everywhere,
+    named_if_lost,
     processes,
     release_buffers,
     training_plan,
@@ -37,13 +41,15 @@ from prompt_recovery.examples import (
     collate,
 )
 from prompt_recovery.files import write_csv, write_text
+from prompt_recovery.metric import encoder_hash
 from prompt_recovery.recipe import Recipe
 from prompt_recovery.run_folder import (
     RunFolderError,
-    claimed,
     last_checkpoint,
+    made_by,
     remove_broken,
     set_aside,
+    shared,
 )
 from prompt_recovery.trainer import KeepTwo, RowTrainer, WriteLog, training_log
 
@@ -82,8 +88,52 @@ def train(
     finite; RunFolderError where another run has output_dir, or its checkpoints belong to other rows
     or settings; TooLittleMemory where one row does not fit.
     """
-    with claimed(recipe.output_dir) if processes().is_main_process else nullcontext():
-        return _train(model, tokenizer, train_examples, eval_examples, recipe, score, scored_with)
+    with named_if_lost(), shared(recipe.output_dir) as writes:
+        return _train(
+            model, tokenizer, train_examples, eval_examples, recipe, score, scored_with, writes
+        )
+
+
+def check_together(recipe: Recipe, rows: pd.DataFrame) -> None:
+    """All that several processes of one training must share, as far as it shows before the base is
+    loaded; each of them must call it.
+
+    Raises TrainingError, in all of them, where settings, rows, encoder, base or libraries differ,
+    or the rows of a step can't be shared out.
+    """
+    state = processes()
+    _rows_a_process(recipe)
+    if state.num_processes > 1:
+        check_same(
+            **recipe.values("adapter", "run", "answers"), pad=recipe.pad, resume=recipe.resume,
+            eval_fraction=recipe.eval_fraction, rows=rows_hash(rows),
+            base=[config_hash(recipe.model_dir), stored_fingerprint(recipe.model_dir)],
+            encoder=encoder_hash(recipe.encoder_dir),
+        )  # fmt: skip
+        state.print(describe())
+
+
+class _Course(NamedTuple):
+    """Steps of a training: rows of each, how many there are, from one line of the log to the next,
+    from one evaluation and checkpoint to the next; whether it may stop early."""
+
+    rows: int
+    steps: int
+    log: int
+    evaluate: int
+    stops_early: bool
+
+
+def _course(recipe: Recipe, examples: int) -> _Course:
+    rows = recipe.batch_size * recipe.gradient_accumulation
+    steps = math.ceil(recipe.epochs * math.ceil(examples / rows))
+    steps = recipe.max_steps if recipe.max_steps > 0 else steps
+    log = max(1, steps // (recipe.evaluations * 5))
+    # a multiple: a resumed log has no gap
+    every = log * max(1, steps // (recipe.evaluations * log))
+    # ten evaluations of so few steps stand at each, and patience would end the run at the fourth
+    short = steps < 2 * Recipe.evaluations <= 2 * recipe.evaluations
+    return _Course(rows, steps, log, every, stops_early=not short)
 
 
 def _train(
@@ -94,97 +144,97 @@ def _train(
     recipe: Recipe,
     score: Callable[[], float] | None,
     scored_with: Mapping[str, Any] | None,
+    writes: bool,
 ) -> pd.DataFrame:
     state = processes()
     check_supervised(train_examples, tokenizer.eos_token_id)
-    rows_a_step = recipe.batch_size * recipe.gradient_accumulation
-    steps_an_epoch = math.ceil(len(train_examples) / rows_a_step)
-    total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.epochs * steps_an_epoch)
-    log_every = max(1, total // (recipe.evaluations * 5))
-    # a multiple: a resumed log has no gap
-    eval_every = log_every * max(1, total // (recipe.evaluations * log_every))
-    output_dir = Path(recipe.output_dir)
-    checkpoints = output_dir / "checkpoints"
+    course = _course(recipe, len(train_examples))
     settings = recipe.values("adapter", "run") | dict(
         scored=score is not None, **training_key(model), train_rows=_digest(train_examples),
-        eval_rows=_digest(eval_examples), rows_a_step=rows_a_step, **(scored_with or {}),
+        eval_rows=_digest(eval_examples), rows_a_step=course.rows, **(scored_with or {}),
     )  # fmt: skip
-    # 2 x 4 and 4 x 2 rows are the same step
-    settings = {
-        name: value
-        for name, value in settings.items()
-        if name not in ("batch_size", "gradient_accumulation")
-    }
-    last = (
-        _prepare_checkpoints(output_dir, settings, recipe.resume) if state.is_main_process else None
-    )
-    state.wait_for_everyone()
-    last = last or last_checkpoint(checkpoints)
-    if last:
-        saved = json.loads((last / "trainer_state.json").read_text())
-        if saved["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
-            # killed after its last step: Trainer would do one more all the same
-            kept = checkpoints / Path(saved["best_model_checkpoint"] or last).name
-            set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
-            log = training_log(saved["log_history"])
-            if state.is_main_process:
-                write_csv(log, output_dir / "training_log.csv")
-                print(_ending(saved, total, recipe.patience))
-            model.eval()
-            return log
     on_gpu = torch.cuda.is_available()
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    check_same(
+        **settings, resume=recipe.resume, bf16=bf16, gpu=on_gpu,
+        activation_checkpointing=recipe.activation_checkpointing,
+    )  # fmt: skip
+    # 2 x 4 and 4 x 2 rows are the same step
+    for name in ("batch_size", "gradient_accumulation"):
+        del settings[name]
+    last = _go_on_from(settings, recipe, course, writes)
+    if last and (log := _finished(last, model, recipe, course)) is not None:
+        return log
     model.config.use_cache = False
     plan = _plan(model, train_examples, recipe, bf16)
     apply_plan(model, plan)
     state.print(plan)
-    # rows without a label: accelerate would repeat the first rows where the last ones are too few
-    # for all processes
-    filler = [{"input_ids": [tokenizer.eos_token_id], "labels": [IGNORED]}]
-    fill, eval_fill = (
-        -len(examples) % rows if state.num_processes > 1 else 0
-        for examples, rows in (
-            (train_examples, rows_a_step),
-            (eval_examples, recipe.batch_size * state.num_processes),
-        )
-    )
-    has_eval = len(eval_examples) > 0
-    arguments = _arguments(
-        checkpoints,
-        plan,
-        eval_every,
-        has_eval,
-        score is not None,
-        bf16,
-        max_steps=total,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=min(recipe.warmup_steps, total // 10),
-        logging_steps=log_every,
-        per_device_eval_batch_size=recipe.batch_size,
-        report_to=recipe.report_to,
-        seed=recipe.seed,
-    )
-    trainer = RowTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=[*train_examples, *filler * fill],
-        eval_dataset=[*eval_examples, *filler * eval_fill] if has_eval else None,
-        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-        callbacks=[WriteLog(output_dir / "training_log.csv"), KeepTwo()]
-        + ([EarlyStoppingCallback(early_stopping_patience=recipe.patience)] if has_eval else []),
-    )
+    arguments = _arguments(recipe, course, plan, len(eval_examples) > 0, score is not None, bf16)
+    # on a disk of its own
+    arguments.save_on_each_node = writes and not state.is_main_process
+    trainer = _trainer(model, tokenizer, train_examples, eval_examples, recipe, course, arguments)
     trainer.score = score
-    trainer.fill = fill
-    trainer.rows_in_order = rows_a_step
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         model.config.use_cache = True
         release_buffers(model)
         model.eval()
-    if has_eval:
-        state.print(_ending(vars(trainer.state), total, recipe.patience))
+    if len(eval_examples):
+        state.print(_ending(vars(trainer.state), course.steps, recipe.patience))
     return training_log(trainer.state.log_history)
+
+
+def _finished(last: Path, model: PeftModel, recipe: Recipe, course: _Course) -> pd.DataFrame | None:
+    """The log of a run that was killed after its last step, with its adapter put into the model;
+    None if it had not ended. Trainer would do one more step all the same."""
+    saved = json.loads((last / "trainer_state.json").read_text())
+    if not saved["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+        return None
+    kept = last.parent / Path(saved["best_model_checkpoint"] or last).name
+    set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
+    log = training_log(saved["log_history"])
+    if processes().is_main_process:
+        write_csv(log, Path(recipe.output_dir) / "training_log.csv")
+        print(_ending(saved, course.steps, recipe.patience))
+    model.eval()
+    return log
+
+
+def _trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train_examples: Sequence[Example],
+    eval_examples: Sequence[Example],
+    recipe: Recipe,
+    course: _Course,
+    arguments: TrainingArguments,
+) -> RowTrainer:
+    # rows without a label: accelerate would repeat the first rows where the last ones are too few
+    # for all processes
+    sharing = processes().num_processes
+    filler = [{"input_ids": [tokenizer.eos_token_id], "labels": [IGNORED]}]
+    fill, eval_fill = (
+        -len(examples) % rows if sharing > 1 else 0
+        for examples, rows in (
+            (train_examples, course.rows),
+            (eval_examples, recipe.batch_size * sharing),
+        )
+    )
+    has_eval = len(eval_examples) > 0
+    patience = EarlyStoppingCallback(early_stopping_patience=recipe.patience)
+    trainer = RowTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[*train_examples, *filler * fill],
+        eval_dataset=[*eval_examples, *filler * eval_fill] if has_eval else None,
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+        callbacks=[WriteLog(Path(recipe.output_dir) / "training_log.csv"), KeepTwo()]
+        + ([patience] if has_eval and course.stops_early else []),
+    )
+    trainer.fill = fill
+    trainer.rows_in_order = course.rows
+    return trainer
 
 
 def _ending(state: Mapping[str, Any], total: int, patience: int) -> str:
@@ -204,30 +254,36 @@ def _ending(state: Mapping[str, Any], total: int, patience: int) -> str:
 
 
 def _arguments(
-    checkpoints: Path,
+    recipe: Recipe,
+    course: _Course,
     plan: TrainingPlan,
-    every: int,
     has_eval: bool,
     scored: bool,
     bf16: bool,
-    **settings: Any,
 ) -> TrainingArguments:
-    """Trainer's own settings. every: steps from one evaluation and checkpoint to the next."""
+    """Trainer's own settings."""
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(Path(recipe.output_dir) / "checkpoints"),
+        max_steps=course.steps,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=min(recipe.warmup_steps, course.steps // 10),
         lr_scheduler_type="linear",
         optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
         per_device_train_batch_size=plan.rows,
         gradient_accumulation_steps=plan.accumulation,
+        per_device_eval_batch_size=recipe.batch_size,
         max_grad_norm=1.0,
         bf16=bf16,
         fp16=on_gpu and not bf16,
         use_cpu=not on_gpu,
         eval_strategy="steps" if has_eval else "no",
-        eval_steps=every,
+        eval_steps=course.evaluate,
         save_strategy="steps",
-        save_steps=every,
+        save_steps=course.evaluate,
+        logging_steps=course.log,
+        report_to=recipe.report_to,
+        seed=recipe.seed,
         load_best_model_at_end=has_eval,
         # else a loss that is not finite is logged as the mean of those before
         logging_nan_inf_filter=False,
@@ -239,7 +295,6 @@ def _arguments(
         label_names=["labels"],
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
-        **settings,
     )
     # one process computes on one card: of several that it sees, Trainer would give each a batch and
     # train on all rows of these, or copy the model to them
@@ -247,66 +302,89 @@ def _arguments(
     return arguments
 
 
+def _rows_a_process(recipe: Recipe) -> int:
+    """Rows of a step that each process computes. Raises TrainingError where they can't be shared
+    out."""
+    sharing = processes().num_processes
+    batch, accumulation = recipe.batch_size, recipe.gradient_accumulation
+    rows, left = divmod(batch * accumulation, sharing)
+    if left:
+        raise TrainingError(
+            f"batch_size {batch} x gradient_accumulation {accumulation}: {batch * accumulation} "
+            f"rows can't be shared by {sharing} processes. Make the product a multiple of their "
+            "number."
+        )
+    return rows
+
+
 def _plan(
     model: PeftModel, examples: Sequence[Example], recipe: Recipe, bf16: bool
 ) -> TrainingPlan:
-    sharing = processes().num_processes
-    batch, accumulation = recipe.batch_size, recipe.gradient_accumulation
-    if batch * accumulation % sharing:
-        raise TrainingError(
-            f"batch_size {batch} x gradient_accumulation {accumulation} rows can't be shared out "
-            f"to {sharing} processes: make the product a multiple of their number."
-        )
-    rows = batch * accumulation // sharing
+    rows = _rows_a_process(recipe)
     if torch.cuda.is_available() and recipe.activation_checkpointing is None:
         longest = max(len(example["input_ids"]) for example in examples)
         answer = max(answer_length(example) for example in examples)
-        return training_plan(
-            model, longest, answer, rows, torch.bfloat16 if bf16 else torch.float16
-        )
-    micro = math.gcd(rows, batch)
+        dtype = torch.bfloat16 if bf16 else torch.float16
+        plan, *_ = everywhere(lambda: training_plan(model, longest, answer, rows, dtype))
+        return plan
+    micro = math.gcd(rows, recipe.batch_size)
     layers = (
         model.config.get_text_config().num_hidden_layers if recipe.activation_checkpointing else 0
     )
     return TrainingPlan(micro, rows // micro, checkpointed=layers)
 
 
-def _prepare_checkpoints(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to go on from, if there is one and it is of these settings, which are kept in
-    settings.json."""
+def _go_on_from(
+    settings: Mapping[str, Any], recipe: Recipe, course: _Course, writes: bool
+) -> Path | None:
+    """The checkpoint from which all processes go on, if there is one and it is of these settings,
+    which are kept in settings.json."""
+    first, folder = processes().is_main_process, Path(recipe.output_dir)
     checkpoints = folder / "checkpoints"
-    if not resume:
-        set_aside(folder, ("checkpoints", "training_log.csv"))
+    if writes:
+        if not recipe.resume:
+            set_aside(folder, ("checkpoints", "training_log.csv"))
+        remove_broken(checkpoints)
     now = json.loads(json.dumps(settings, sort_keys=True, default=sorted))
-    note = checkpoints / "settings.json"
-    remove_broken(checkpoints)
-    last = last_checkpoint(checkpoints)
-    if last:
-        remedy = "Give that back, or take another output_dir, or resume=False to start again."
-        if not note.is_file():
-            raise RunFolderError(
-                f"resume=True, but {checkpoints} does not say with which settings it was made. "
-                f"{remedy}"
-            )
-        then = json.loads(note.read_text())
-        differences = [
-            f"{name} was {str(then.get(name))[:80]}, now {str(now.get(name))[:80]}"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name)
-        ]
-        if differences:
-            raise RunFolderError(
-                f"resume=True, but {checkpoints} was made with other rows or settings: "
-                f"{'; '.join(differences)}. {remedy}"
-            )
-        best = json.loads((last / "trainer_state.json").read_text())["best_global_step"]
-        if best is not None and not (checkpoints / f"checkpoint-{best}").is_dir():
-            raise RunFolderError(
-                f"resume=True, but the best checkpoint so far, checkpoint-{best}, is no longer in "
-                f"{checkpoints}: put it back, or resume=False to start again."
-            )
-    write_text(json.dumps(now, indent=1), note)
+    everywhere(lambda: _check_checkpoints(checkpoints, now) if first else None)
+    last = same_checkpoint(folder, writes, course.evaluate)
+    if writes:
+        write_text(json.dumps(now, indent=1), checkpoints / "settings.json")
     return last
+
+
+def _check_checkpoints(checkpoints: Path, now: Mapping[str, Any]) -> None:
+    last, note = last_checkpoint(checkpoints), checkpoints / "settings.json"
+    if last is None:
+        return
+    remedy = "Give that back, or take another output_dir, or resume=False to start again."
+    if not note.is_file():
+        raise RunFolderError(
+            f"resume=True, but {checkpoints} does not say with which settings it was made. {remedy}"
+        )
+    then = json.loads(note.read_text())
+    differences = [
+        f"{name} was {str(then.get(name))[:80]}, now {str(now.get(name))[:80]}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if differences:
+        raise RunFolderError(
+            f"resume=True, but {checkpoints} was made with other rows or settings: "
+            f"{'; '.join(differences)}. {remedy}"
+        )
+    saved = json.loads((last / "trainer_state.json").read_text())
+    best, made, sharing = saved["best_global_step"], made_by(saved), processes().num_processes
+    if best is not None and not (checkpoints / f"checkpoint-{best}").is_dir():
+        raise RunFolderError(
+            f"resume=True, but the best checkpoint so far, checkpoint-{best}, is no longer in "
+            f"{checkpoints}: put it back, or resume=False to start again."
+        )
+    if made not in (None, sharing):
+        print(
+            f"{last} was made by {made} processes, and there are {sharing}: the same rows a step, "
+            "but other random numbers for dropout"
+        )
 
 
 def _digest(examples: Sequence[Example]) -> str:

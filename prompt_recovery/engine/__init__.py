@@ -15,8 +15,18 @@ from prompt_recovery.engine.folder import (
     read_config,
 )
 from prompt_recovery.engine.generation import GREEDY, Answer, Finished, Sampling, generate, ready
+from prompt_recovery.engine.group import (
+    ProcessLost,
+    everywhere,
+    gathered,
+    launched,
+    members,
+    named_if_lost,
+    processes,
+    time_limit,
+)
 from prompt_recovery.engine.loading import check_base, load_base, save_quantised
-from prompt_recovery.engine.memory import TooLittleMemory, processes
+from prompt_recovery.engine.memory import TooLittleMemory
 from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.meter import Meter
 from prompt_recovery.engine.planning import Planned, plan
@@ -33,6 +43,7 @@ __all__ = [
     "ModelError",
     "Nf4Error",
     "Planned",
+    "ProcessLost",
     "Sampling",
     "TooLittleMemory",
     "TrainingPlan",
@@ -41,10 +52,15 @@ __all__ = [
     "check_base",
     "check_folder",
     "check_model_dir",
+    "everywhere",
+    "gathered",
     "generate",
+    "launched",
     "load_base",
     "loads_in_four_bit",
+    "members",
     "merged",
+    "named_if_lost",
     "on_h100s",
     "on_t4s",
     "plan",
@@ -54,5 +70,6 @@ __all__ = [
     "release_buffers",
     "save_quantised",
     "spread_order",
+    "time_limit",
     "training_plan",
 ]

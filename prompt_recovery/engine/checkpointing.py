@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from prompt_recovery.engine.forward import keep_gate_up, recomputation
+from prompt_recovery.engine.group import gathered
 from prompt_recovery.engine.kernels.dispatch import uses_triton
 from prompt_recovery.engine.memory import GIB, RESERVE, TooLittleMemory, free_on
 from prompt_recovery.engine.parts import layer_devices
@@ -120,16 +121,17 @@ def training_plan(
 
     longest, answer: tokens of the longest example and of the longest answer, the worst case.
     autocast: None where the computation is in fp32. free: bytes of each card with layers beyond
-    what is allocated now; None:
-    what there is, with what torch holds and does not use. layers: of each card; None: as the model
-    lies.
+    what is allocated now; None: what there is, with what torch holds and does not use, where it is
+    least of all processes. layers: of each card; None: as the model lies.
 
     Raises TooLittleMemory if not even one row with every layer checkpointed fits.
     """
     base = model.get_base_model()
     groups = [(device, len([*same])) for device, same in itertools.groupby(layer_devices(base))]
     if free is None:
-        free = [free_on(base, device) for device, _ in groups]
+        # the smallest of all processes: with plans of their own they would see unlike rows
+        rooms = gathered([free_on(base, device) for device, _ in groups])
+        free = [min(room) for room in zip(*rooms, strict=True)]
     elif isinstance(free, int):
         free, layers = [free], layers or [sum(number for _, number in groups)]
     layers = layers or [number for _, number in groups]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from prompt_recovery.engine.group import processes as processes
 from prompt_recovery.engine.quantiser import becomes_four_bit, fused_experts
 from prompt_recovery.engine.storage import (
     BLOCK,
@@ -129,24 +129,6 @@ def kv_shape(config: Any) -> tuple[int, int]:
         )
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, size
-
-
-def processes() -> PartialState:
-    """The processes of `accelerate launch` and this one's place among them. Makes the GPU of its
-    rank the current one.
-
-    Raises RuntimeError where something made accelerate's state before, as if this process were
-    alone: on a CPU it then stays alone, and each process would train on all rows.
-    """
-    state = PartialState(cpu=not torch.cuda.is_available())
-    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if state.num_processes != launched:
-        raise RuntimeError(
-            f"accelerate launch started {launched} processes, accelerate's state knows of "
-            f"{state.num_processes}: it was made without cpu=True. Call memory.processes() before "
-            "anything that uses accelerate."
-        )
-    return state
 
 
 def let_segments_grow() -> None:
