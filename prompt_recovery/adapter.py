@@ -7,7 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from prompt_recovery.adapter_checks import check_fingerprint, check_finite, put_on, read_adapter
+from prompt_recovery.adapter_checks import (
+    CHANGES_BASE,
+    Adapter,
+    attach,
+    check_fingerprint,
+    check_finite,
+    read_adapter,
+)
 from prompt_recovery.adapter_files import (
     CONFIG,
     FINGERPRINT,
@@ -211,17 +219,62 @@ def load_adapter(
     Raises AdapterError as `check_adapter` does, and where the adapter was trained on another base
     of the same shape.
     """
+    return _load(model, _read_for(model, adapter_dir, model_dir), adapter_dir)
+
+
+def _read_for(model: PreTrainedModel, adapter_dir: str | Path, model_dir: str | Path) -> Adapter:
     folder = Path(adapter_dir)
-    four_bit = hasattr(model.config, "quantization_config")
-    config, tensors, header, _ = read_adapter(folder, model_dir, four_bit)
-    check_fingerprint(folder, header, base_fingerprint(model), model_dir)
-    lora = put_on(model, config)
-    left = set_peft_model_state_dict(lora, tensors).unexpected_keys
+    adapter = read_adapter(folder, model_dir, hasattr(model.config, "quantization_config"))
+    check_fingerprint(folder, adapter.header, base_fingerprint(model), model_dir)
+    return adapter
+
+
+def _load(model: PreTrainedModel, adapter: Adapter, adapter_dir: str | Path) -> PeftModel:
+    lora = attach(model, adapter.config)
+    left = set_peft_model_state_dict(lora, adapter.tensors).unexpected_keys
     if left:
         raise AdapterError(
-            f"{folder}: peft finds no place for {len(left)} tensors, the first is {left[0]}."
+            f"{adapter_dir}: peft finds no place for {len(left)} tensors, the first is {left[0]}."
         )
     return lora.requires_grad_(False).eval()
+
+
+@contextmanager
+def put_on(
+    model: PreTrainedModel, adapter_dir: str | Path, model_dir: str | Path
+) -> Iterator[PeftModel]:
+    """Inside the with block, `load_adapter`'s model; afterwards the base is as it was, module for
+    module and bit for bit, so that the next adapter answers as it does alone.
+
+    One adapter at a time takes memory beside the base. peft's own `unload` leaves whole trained
+    modules on the base, and what PiSSA and OLoRA took out of its weights.
+    """
+    adapter = _read_for(model, adapter_dir, model_dir)
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    weights = _weights_that_change(model, adapter)
+    try:
+        yield _load(model, adapter, adapter_dir)
+    finally:
+        vars(model).pop("peft_config", None)
+        for module, before in children:
+            module._modules = before
+        for weight, before in weights:
+            weight.data = before
+
+
+def _weights_that_change(
+    model: PreTrainedModel, adapter: Adapter
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Weights that peft changes while it puts the adapter on, with copies of them."""
+    if not CHANGES_BASE.match(str(adapter.config.init_lora_weights)):
+        return []
+    names = {
+        name.removeprefix("base_model.model.").partition(".lora_")[0].replace(".base_layer", "")
+        for name in adapter.tensors
+        if ".lora_" in name
+    }
+    weights = [own for name in sorted(names) for own in model.get_submodule(name).parameters(False)]
+    return [(weight, weight.data.clone()) for weight in weights]
 
 
 def _targets(config: LoraConfig) -> list[str]:

@@ -184,7 +184,7 @@ def check_names(
     with torch.device("meta"):  # takes no memory
         base = AutoModelForCausalLM.from_config(load_config(model_dir))
         try:
-            skeleton = put_on(base, plain)
+            skeleton = attach(base, plain)
         # peft's, torch's or re's, for a config that is not for this base
         except Exception as error:
             raise AdapterError(
@@ -303,7 +303,7 @@ def check_beginning(
         raise AdapterError(f"{remedy} (Or load a 16-bit base with four_bit=False.)")
 
 
-def put_on(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     model.name_or_path = config.base_model_name_or_path or ""  # else peft renames it in the config
     with warnings.catch_warnings():
         # of tied weights and the like, which the tensors' names decide

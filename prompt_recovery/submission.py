@@ -60,8 +60,9 @@ def prepare(
         took counts too. max_tokens: of a prompt with its answer; None: as the base has them, at
         most 4096. seed: of the answers that are drawn.
 
-    Raises: SeveralProcesses: launched with others. SubmissionError: a fallback that says nothing, a mean prompt too long to stand behind
-        any answer, no file. ValueError, TokenizerError: settings that fit no row.
+    Raises: SeveralProcesses: launched with others. SubmissionError: a fallback that says nothing,
+        a mean prompt too long to stand behind any answer, no file. ValueError, TokenizerError:
+        settings that fit no row.
     """
     refuse_several(
         "A submission",

@@ -19,9 +19,9 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainingArguments
 
-from prompt_recovery.adapter import stored_fingerprint, training_key
+from prompt_recovery.adapter import training_key
 from prompt_recovery.agreement import check_same, describe, same_checkpoint
-from prompt_recovery.base import config_hash
+from prompt_recovery.base import config_hash, stored_fingerprint
 from prompt_recovery.data import rows_hash
 from prompt_recovery.engine import (
     TrainingPlan,

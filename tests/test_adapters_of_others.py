@@ -16,7 +16,7 @@ from prompt_recovery import adapter, inputs
 from prompt_recovery.adapter import check_adapter, load_adapter
 from prompt_recovery.adapter_files import CONFIG, WEIGHTS, AdapterError
 from prompt_recovery.base import base_fingerprint, stored_fingerprint
-from prompt_recovery.engine import generate, loading, merging, ready
+from prompt_recovery.engine import generate, layers, loading, merging, ready
 from prompt_recovery.engine.planning import AnswerPlan
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -157,6 +157,60 @@ def test_each_kind_is_right_on_a_4_bit_base_or_refused(made, kind):
     assert torch.equal(logits(lora), expected)
     with merging.merged(lora) as fast:  # a router may change its mind about a token
         assert ((logits(fast) - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.05
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_each_kind_in_its_turn_on_one_base_answers_as_alone_and_leaves_no_trace(made, four_bit):
+    """peft's unload left whole trained modules on the base, and what PiSSA and OLoRA changed."""
+    dtype = torch.bfloat16 if four_bit else None
+    kinds = [
+        kind
+        for kind in [*KINDS, "plain"]
+        if not (four_bit and kind.startswith((*OF_EXPERTS, "pissa", "olora")))
+    ]
+    base = loading.load_base(TINY, dtype, four_bit)
+    modules = dict(base.named_modules())
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    plans = [AnswerPlan((5,), merged, 8192, 4096) for merged in (True, False)]
+    for kind in kinds:
+        folder, _, answers = made(kind)
+        alone = load_adapter(loading.load_base(TINY, dtype, four_bit), folder, TINY)
+        expected = [ours(alone, plan) for plan in plans]
+        assert four_bit or expected == [answers, answers]
+        with adapter.put_on(base, folder, TINY) as lora:
+            assert [ours(lora, plan) for plan in plans] == expected, kind
+            assert torch.equal(logits(lora), logits(alone)), kind
+        after = base.state_dict()
+        assert after.keys() == before.keys() and dict(base.named_modules()) == modules, kind
+        assert all(torch.equal(after[name], before[name]) for name in before), kind
+
+
+def test_a_plan_leaves_room_for_the_16_bit_copies_of_an_adapter_of_any_rank(tmp_path):
+    """A T4's plan knew of rank 16 alone."""
+    train(tmp_path / "a", r=64)
+    lora = load_adapter(loading.load_base(TINY, torch.bfloat16, True), tmp_path / "a", TINY)
+    cpu = torch.device("cpu")
+    with layers.fast_layers(lora.get_base_model()):
+        copies = [vars(module).get("sixteen", ()) for module in lora.modules()]
+        taken = sum(tensor.nbytes for pair in copies for tensor in pair)
+    assert layers.bytes_of_copies(lora, cpu) == taken > 0
+    assert layers.bytes_of_copies(loading.load_base(TINY), cpu) == 0
+
+
+def test_an_adapter_that_can_not_be_put_on_leaves_the_base_as_it_was(made, monkeypatch):
+    base = loading.load_base(TINY)
+    modules = dict(base.named_modules())
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(adapter, "set_peft_model_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError), adapter.put_on(base, made("dora")[0], TINY):
+        pass
+    monkeypatch.undo()
+    assert dict(base.named_modules()) == modules and not hasattr(base, "peft_config")
+    with adapter.put_on(base, made("plain")[0], TINY) as lora:
+        assert ours(lora) == made("plain")[2]
 
 
 @pytest.mark.parametrize("kind", OF_EXPERTS)

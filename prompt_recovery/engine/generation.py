@@ -18,7 +18,7 @@ from prompt_recovery.engine.batching import Waiting
 from prompt_recovery.engine.decoding import Decoder
 from prompt_recovery.engine.forward import grouped_gemm
 from prompt_recovery.engine.kernels.dispatch import uses_triton
-from prompt_recovery.engine.layers import fast_layers
+from prompt_recovery.engine.layers import bytes_of_copies, fast_layers
 from prompt_recovery.engine.memory import free_on
 from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.meter import Meter
@@ -127,7 +127,7 @@ def plan_of(model: Any) -> AnswerPlan:
     if stages[0][0].type != "cuda":
         return AnswerPlan(tuple(layers), adapter, PIECES[0], CPU_CELLS)
     dtype = base.get_input_embeddings().weight.dtype
-    free = [free_on(base, device) for device, _ in stages]
+    free = [free_on(base, device) - bytes_of_copies(base, device) for device, _ in stages]
     device = stages[0][0]
     return answer_plan(
         shape_of(base.config, dtype),

@@ -150,6 +150,14 @@ def _sixteen(layer: LoraLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     )
 
 
+def bytes_of_copies(model: Any, device: torch.device) -> int:
+    """What the LoRAs' 16-bit copies take, by which `fast_layers` computes them unmerged."""
+    named = model.named_parameters()
+    return sum(
+        2 * each.numel() for name, each in named if ".lora_" in name and each.device == device
+    )
+
+
 def _join(attention: nn.Module) -> torch.Tensor | None:
     """The weights of q, k and v as one matrix, of which theirs become parts; None where they aren't
     plain matrices."""
