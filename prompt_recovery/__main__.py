@@ -1,9 +1,11 @@
 """python -m prompt_recovery plan MODEL_DIR --cards 14.7 14.7 [--rows test.csv] [--per-hour 0.80]
 python -m prompt_recovery quantise SOURCE_DIR TARGET_DIR
+python -m prompt_recovery score A.csv [B.csv ...] --truth rows.csv --encoder DIR [--html page.html]
 
 plan says, without a GPU, whether a model fits on cards that leave so many GiB to a process, how it
 answers on them, and how long a test set takes. quantise writes a 16-bit folder once more in 4 bits,
-which loads in seconds."""
+which loads in seconds. score says what submissions of anyone's score on rows whose prompts are
+known, how they differ, and where they fail."""
 
 from __future__ import annotations
 
@@ -49,7 +51,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quantise = commands.add_parser("quantise", help="write a model once more in 4 bits")
     quantise.add_argument("source_dir", type=Path, help="the 16-bit folder, as the hub has it")
     quantise.add_argument("target_dir", type=Path, help="a new folder")
+    score = commands.add_parser("score", help="what submissions score, and where they fail")
+    score.add_argument(
+        "submissions", type=Path, nargs="+", metavar="CSV", help="with id, rewrite_prompt"
+    )
+    score.add_argument(
+        "--truth",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="CSV",
+        help="rows with the same ids and the true rewrite_prompt",
+    )
+    score.add_argument(
+        "--encoder",
+        type=Path,
+        metavar="DIR",
+        help="a sentence encoder's folder, such as sentence-t5's; without it MiniLM's",
+    )
+    score.add_argument("--html", type=Path, metavar="PAGE", help="write it as one page too")
     args = parser.parse_args(arguments)
+    if args.command == "score" and args.html and args.html.suffix.lower() not in (".html", ".htm"):
+        parser.error(f"--html {args.html}: give a page to write, such as scores.html")
+    from prompt_recovery.quiet import silence_known_notices
+
+    silence_known_notices()
     from safetensors import SafetensorError
 
     from prompt_recovery.engine import ModelError, TooLittleMemory, load_base, save_quantised
@@ -57,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.command == "plan":
             print_plan(args.model_dir, args.cards, args.rows, args.per_hour)
+        elif args.command == "score":
+            print_scores(args.submissions, args.truth, args.encoder, args.html)
         elif args.target_dir.exists():
             raise ModelError(
                 f"{args.target_dir} is there already; give a new folder, or remove it."
@@ -139,6 +167,20 @@ def _lengths(model_dir: Path, test_csv: Path) -> list[int]:
         tokenizer, read_test(test_csv), max_tokens=MOST_TOKENS - NEW_TOKENS, format=Format()
     )
     return [len(prompt) for prompt in prompts]
+
+
+def print_scores(
+    submissions: Sequence[Path], truths: Sequence[Path], encoder_dir: Path | None, page: Path | None
+) -> None:
+    from prompt_recovery import metric, scoring
+
+    folder = encoder_dir or metric.minilm_dir()
+    scored = scoring.score_files(submissions, truths, metric.load_encoder(folder))
+    name = f"{metric.encoder_name(folder)} ({metric.encoder_hash(folder)})"
+    print(scoring.text_report(scored, name))
+    if page:
+        scoring.write_page(scored, name, page)
+        print(f"written: {page}")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,13 @@ ACCOUNT_COLUMNS = ("id", "source", "reason", "action")
 MISSING = ("nan", "None", "NaT", "<NA>")
 
 
-def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
+def read_rows(
+    paths: str | Path | Sequence[str | Path], columns: Sequence[str] = ROW_COLUMNS
+) -> pd.DataFrame:
     """Read one or several files of training rows into one table.
 
-    The files are CSV (UTF-8, header) or what tables.read_table reads besides.
+    The files are CSV (UTF-8, header) or what tables.read_table reads besides. columns: those that
+    each file must have; truths need no texts.
 
     Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response (''
     where the file has none), source ("file.csv:7" is data row 7, counted from 1 under the header),
@@ -45,7 +48,7 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
         raise DataError(f"{repeated[0]} is given more than once: name each file once.")
     parts = []
     for path, stem in zip(files, _apart(files), strict=True):
-        table = _read_csv(path, ROW_COLUMNS)
+        table = _read_csv(path, columns)
         if table.empty:
             raise DataError(f"{path} has a header but no rows: give at least one row.")
         numbers = range(1, len(table) + 1)
@@ -57,7 +60,7 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pd.DataFrame:
             table[name] = table[name].where(~table[name].isin(MISSING), "")
         table["source"] = [f"{path.name}:{n}" for n in numbers]
         table["file"] = str(path)
-        parts.append(table[["id", *ROW_COLUMNS, "response", "source", "file"]])
+        parts.append(table[["id", *columns, "response", "source", "file"]])
     for part in parts:
         _refuse_bad_ids(part)
     rows = pd.concat(parts, ignore_index=True)

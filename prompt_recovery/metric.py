@@ -100,6 +100,7 @@ def sharpened_cosine(
     truths: Sequence[str],
     encoder: SentenceTransformer,
     batch_size: int = 64,
+    show_progress_bar: bool = False,
 ) -> np.ndarray:
     """SCS of each pair, float64 [n], each in [-1, 1]; every distinct text is encoded once.
 
@@ -124,7 +125,10 @@ def sharpened_cosine(
     distinct = list(dict.fromkeys([*predictions, *truths]))
     place = {text: i for i, text in enumerate(distinct)}
     encoded = encoder.encode(
-        distinct, batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False
+        distinct,
+        batch_size=batch_size,
+        convert_to_numpy=True,
+        show_progress_bar=show_progress_bar,
     )
     vectors = np.asarray(encoded, dtype=np.float64)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -231,7 +231,7 @@ def _csv(
         first = next(csv.reader([line[0] if line else ""], delimiter=each), [])
         if set(needed) <= {_name(name) for name in first}:
             separator = each
-            spaced = all(name.startswith(" ") for name in first[1:])
+            spaced = len(first) > 1 and all(name.startswith(" ") for name in first[1:])
             break
     else:
         spaced = False
