@@ -4,7 +4,6 @@ them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -40,7 +39,7 @@ from prompt_recovery.adapter_files import (
     WEIGHTS,
     AdapterError,
 )
-from prompt_recovery.base import base_fingerprint, load_config
+from prompt_recovery.base import base_digest, base_fingerprint, load_config
 from prompt_recovery.recipe import Format, Recipe
 
 
@@ -126,8 +125,7 @@ def training_key(model: PeftModel) -> dict[str, Any]:
         if name not in skipped and value != plain.get(name)
     }
     lora = {name: value for name, value in lora.items() if value or plain.get(name)}
-    base = json.dumps(base_fingerprint(model.get_base_model())).encode()
-    return dict(lora=lora, base=hashlib.sha256(base).hexdigest()[:12])
+    return dict(lora=lora, base=base_digest(model.get_base_model()))
 
 
 def save_adapter(model: PeftModel, adapter_dir: str | Path, format: Format | None = None) -> Path:

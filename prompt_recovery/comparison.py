@@ -1,15 +1,12 @@
 """A grid of settings: each cell trains an adapter, or takes the base as it is, and answers the same
 held-out rows.
 
-What a cell answered lies in a CSV named by a hash of its settings and rows; such a cell is not run
+What a cell answered lies in a CSV named by a key of what it depends on; such a cell is not run
 again. Scores are computed from the answers, so that ways to combine them cost nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,13 +20,14 @@ import pandas as pd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prompt_recovery import adapter, data, files, metric, plots, splitting, templates, training
+from prompt_recovery import adapter, data, files, metric, plots, splitting, training
 from prompt_recovery.agreement import refuse_several
 from prompt_recovery.answers import answer_prompts, encode_rows, or_fallback
-from prompt_recovery.base import base_fingerprint, config_hash
+from prompt_recovery.base import base_digest
 from prompt_recovery.combine import agreements, combine, pick_threshold
 from prompt_recovery.engine import Sampling, base_id
 from prompt_recovery.examples import Example, usable_examples
+from prompt_recovery.keys import answers_key, key
 from prompt_recovery.recipe import Cell, SettingError
 
 VARIES = ("adapter", "answers", "rows", "score")  # the kinds of settings that a grid may vary
@@ -218,34 +216,34 @@ def run_cell(
         )
     rows = rows_of(cell, train_rows)
     trained = cell.max_steps != 0
-    asked = cell.values("adapter", "answers") if trained else cell.values("answers")
-    base_name = base_id(model_dir)
     # what the answers depend on, itself: the base as loaded, what it is trained on and asked, and
     # how it is read
-    loaded = [str(base.dtype), config_hash(model_dir), hasattr(base.config, "quantization_config")]
-    loaded += base_fingerprint(base)
+    loaded = base_digest(base)
     examples = examples_of(cell, tokenizer, rows) if trained else []
     room = cell.max_tokens - cell.max_new_tokens
     prompts = encode_rows(
         tokenizer, eval_rows, max_tokens=room, format=cell.format, examples=shots_of(cell, rows)
     )
-    reading = inspect.getsource(templates)
-    adapter_dir = Path(output_dir) / f"adapter-{_key(loaded, cell.values('adapter'), examples)}"
-    named = _key(loaded, asked, examples, prompts, eval_rows["id"].to_list(), reading)
-    answers_csv = Path(output_dir) / f"answers-{named}.csv"
-    if answers_csv.is_file():
-        return files.read_csv(answers_csv, ("number", "tokens", "seconds"))
+    made_of = key(loaded, cell.values("adapter"), examples)
+    adapter_dir = Path(output_dir) / f"adapter-{made_of}" if trained else None
     answering: Any = base
-    if trained and not adapter_dir.is_dir():
-        answering = _train(cell, base, base_name, tokenizer, examples, adapter_dir)
-    elif trained:
-        answering = adapter.load_adapter(base, adapter_dir, model_dir)
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        answering = _train(cell, base, base_id(model_dir), tokenizer, examples, adapter_dir)
     try:
+        asked = cell.values("answers") | dict(fallback_prompt=fallback_prompt)
+        named = answers_key(
+            loaded, adapter_dir, tokenizer, eval_rows["id"].to_list(), prompts, asked
+        )
+        answers_csv = Path(output_dir) / f"answers-{named}.csv"
+        if answers_csv.is_file():
+            return files.read_csv(answers_csv, ("number", "tokens", "seconds"))
+        if adapter_dir is not None and answering is base:
+            answering = adapter.load_adapter(base, adapter_dir, model_dir)
         table = _answer(cell, answering, tokenizer, prompts, eval_rows, fallback_prompt)
     finally:
-        if trained:
+        if answering is not base:
             answering.unload()
-    files.write_csv(table.assign(adapter=adapter_dir.name if trained else ""), answers_csv)
+    files.write_csv(table.assign(adapter=adapter_dir.name if adapter_dir else ""), answers_csv)
     return files.read_csv(answers_csv, ("number", "tokens", "seconds"))
 
 
@@ -404,7 +402,3 @@ def plot_results(table: pd.DataFrame, path: str | Path) -> None:
         axes.annotate(str(number), (x, y), xytext=(5, 5), textcoords="offset points")
     axes.set(xlabel="seconds a row", ylabel="SCS, 95% interval", xlim=(0, None))
     plots.save_figure(figure, Path(path))
-
-
-def _key(*named: Any) -> str:
-    return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from prompt_recovery.agreement import refuse_several
 from prompt_recovery.answers import Recovered, answer_prompts
-from prompt_recovery.base import longest
+from prompt_recovery.base import base_digest, longest
 from prompt_recovery.combine import LIMIT, combine, count_tokens
 from prompt_recovery.engine import Meter, Sampling, ready, spread_order
-from prompt_recovery.recipe import MOST_TOKENS, SubmissionSettings
+from prompt_recovery.keys import answers_key
+from prompt_recovery.recipe import MOST_TOKENS, Format, SubmissionSettings
 from prompt_recovery.submission_file import (
     SubmissionError,
     append_journal,
@@ -55,13 +56,13 @@ def prepare(
     same rows, model, adapter and settings finished, and the fallback for the rest.
 
     Args: test: of `data.read_test`. settings: with their paths and format, of `inputs.complete`.
-        tokenizer: the base's. encoder: for "agree" and threshold, of `metric.load_encoder`.
-        started: time.monotonic() from which the time budget counts, now if None. What earlier runs
-        took counts too. max_tokens: of a prompt with its answer; None: as the base has them, at
-        most 4096. seed: of the answers that are drawn.
+        tokenizer: the base's, which encodes each row here, once. encoder: for "agree" and
+        threshold, of `metric.load_encoder`. started: time.monotonic() from which the time budget
+        counts, now if None. What earlier runs took counts too. max_tokens: of a prompt with its
+        answer; None: as the base has them, at most 4096. seed: of the answers that are drawn.
 
-    Raises: SeveralProcesses: launched with others. SubmissionError: a fallback that says nothing,
-        a mean prompt too long to stand behind any answer, no file. ValueError, TokenizerError:
+    Raises: SeveralProcesses: launched with others. SubmissionError: a fallback that says nothing, a
+        mean prompt too long to stand behind any answer, no file. ValueError, TokenizerError:
         settings that fit no row.
     """
     refuse_several(
@@ -86,16 +87,24 @@ def prepare(
     started = time.monotonic() if started is None else started
     if max_tokens is None:
         max_tokens = longest(settings.model_dir, MOST_TOKENS)
-    asked = settings.values("answers") | dict(max_tokens=max_tokens, seed=seed)
-    journal = journal_path(
-        test, settings.submission_csv, settings.model_dir, settings.adapter_dir, asked
+    room = max_tokens - settings.max_new_tokens
+    prompts, wrong = _encode(test, tokenizer, room, settings.format)
+    key = answers_key(
+        "" if settings.model_dir is None else base_digest(settings.model_dir, settings.four_bit),
+        settings.adapter_dir,
+        tokenizer,
+        test["id"].to_list(),
+        [prompts.get(position) for position in range(len(test))],
+        settings.values("answers") | dict(seed=seed),
     )
-    found, spent = read_journal(journal)
+    journal = journal_path(settings.submission_csv)
+    found, spent = read_journal(journal, key)
     job = Job(
         test,
         settings,
-        max_tokens - settings.max_new_tokens,
+        room,
         journal,
+        key,
         finish,
         [fallback] * len(test),
         plans_from(
@@ -105,6 +114,7 @@ def prepare(
         deadline=started + settings.time_budget_hours * 3600 - spent,
         noted=started,
         seed=seed,
+        prompts=prompts,
     )
     least = SHORTEST[settings.format.style]
     if settings.max_new_tokens < least:
@@ -124,7 +134,23 @@ def prepare(
             max_tokens=job.room,
             format=settings.format,
         )
+    for position, error in wrong.items():
+        job.fail(position, error)
     return job
+
+
+def _encode(
+    test: pd.DataFrame, tokenizer: Any, room: int, format: Format
+) -> tuple[dict[int, list[int]], dict[int, Exception]]:
+    """(token ids, what was raised) by row position: whatever is wrong with one row must not cost
+    the others."""
+    prompts, wrong = {}, {}
+    for position, row in enumerate(test.to_dict("records")):
+        try:
+            prompts[position] = encode_row(tokenizer, row, max_tokens=room, format=format)[0]
+        except Exception as error:
+            wrong[position] = error
+    return prompts, wrong
 
 
 def _checked_fallback(settings: SubmissionSettings) -> str:
@@ -161,7 +187,6 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
     if len(job.found) == len(job.test):
         return
     try:
-        _encode(job, tokenizer)
         with (
             ready(model) as prepared,
             tqdm(total=len(job.test), initial=len(job.found), desc="answers", unit="row") as bar,
@@ -169,17 +194,6 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
             _answer_slices(job, prepared, tokenizer, bar)
     finally:
         job.save()
-
-
-def _encode(job: Job, tokenizer: Any) -> None:
-    """Encode each row, which also finds those that raise."""
-    for position, row in enumerate(job.test.to_dict("records")):
-        try:
-            job.prompts[position] = encode_row(
-                tokenizer, row, max_tokens=job.room, format=job.settings.format
-            )[0]
-        except Exception as error:  # whatever is wrong with one row must not cost the others
-            job.fail(position, error)
 
 
 def _slices(job: Job) -> list[list[int]]:
@@ -271,7 +285,7 @@ def _record(job: Job, rows: list[tuple[int, list[Recovered]]], meter: Meter, bar
     now = time.monotonic()
     meter.writing += now - started  # combining with an encoder on the CPU takes its time
     try:
-        append_journal(job.journal, rows, now - job.noted)
+        append_journal(job.journal, job.key, rows, now - job.noted)
     except OSError as error:
         job.say(
             f"{job.journal} can't be written ({error}): a restart would answer these rows again."

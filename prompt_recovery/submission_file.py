@@ -3,25 +3,18 @@ leaves both whole."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from prompt_recovery.adapter_files import CONFIG, WEIGHTS
 from prompt_recovery.answers import Recovered
 from prompt_recovery.combine import LIMIT, count_tokens
 from prompt_recovery.unwrap import SPECIALS, is_prompt
-
-# number of its lines' form and of the parser; 1 had "-" and "fallback" where no prompt was found, 2
-# kept what stands around a prompt
-JOURNAL = 3
 
 
 class SubmissionError(ValueError):
@@ -116,31 +109,14 @@ def _write(path: Path, data: bytes, mode: int) -> None:
 # --- the journal ----------------------------------------------------------------------------------
 
 
-def journal_path(
-    test: pd.DataFrame,
-    submission_csv: str | Path,
-    model_dir: Any,
-    adapter_dir: Any,
-    settings: dict[str, Any],
-) -> Path:
-    """Where rows that this model, adapter and settings answered are kept; other ones have another
-    name."""
-    named = [JOURNAL, test.astype(str).to_numpy().tolist(), sorted(settings.items())]
-    content = hashlib.sha256(json.dumps(named).encode())
-    base = [] if model_dir is None else sorted(Path(model_dir).glob("*.safetensors"))
-    for path in base:  # 24 GB or more: names and sizes, and the config's bytes
-        content.update(f"{path.name} {path.stat().st_size}\n".encode())
-    small = [] if model_dir is None else [Path(model_dir) / "config.json"]
-    small += [] if adapter_dir is None else [Path(adapter_dir) / name for name in (CONFIG, WEIGHTS)]
-    for path in small:
-        content.update(hashlib.sha256(path.read_bytes()).digest())
-    target = Path(submission_csv)
-    return target.with_name(f"{target.name}.{content.hexdigest()[:16]}.journal")
+def journal_path(submission_csv: str | Path) -> Path:
+    """Where finished rows are kept, each line under the key of what its answers depend on."""
+    return Path(f"{submission_csv}.journal")
 
 
-def read_journal(path: Path) -> tuple[dict[int, list[Recovered]], float]:
-    """(answers by row position, seconds that earlier runs took). A line that was cut off by a kill
-    is passed over."""
+def read_journal(path: Path, key: str) -> tuple[dict[int, list[Recovered]], float]:
+    """(answers by row position, seconds that earlier runs took) of the lines of this key, of
+    `keys.answers_key`. A line that was cut off by a kill is passed over."""
     found: dict[int, list[Recovered]] = {}
     seconds = 0.0
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
@@ -148,16 +124,19 @@ def read_journal(path: Path) -> tuple[dict[int, list[Recovered]], float]:
             entry = json.loads(line)
         except ValueError:
             continue
-        seconds += entry["seconds"]
-        for position, answers in entry["rows"]:
-            found.setdefault(position, [Recovered(*answer) for answer in answers])
+        if entry.get("key") == key:
+            seconds += entry["seconds"]
+            for position, answers in entry["rows"]:
+                found.setdefault(position, [Recovered(*answer) for answer in answers])
     return found, seconds
 
 
-def append_journal(path: Path, rows: Sequence[tuple[int, list[Recovered]]], seconds: float) -> None:
-    """Add finished rows and the seconds they took; they are on the disk when it returns. Raises
-    OSError."""
-    line = json.dumps({"seconds": round(seconds, 3), "rows": rows}).encode() + b"\n"
+def append_journal(
+    path: Path, key: str, rows: Sequence[tuple[int, list[Recovered]]], seconds: float
+) -> None:
+    """Add finished rows under the key of their answers, and the seconds they took; they are on the
+    disk when it returns. Raises OSError."""
+    line = json.dumps({"key": key, "seconds": round(seconds, 3), "rows": rows}).encode() + b"\n"
     if path.exists() and path.stat().st_size:
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)

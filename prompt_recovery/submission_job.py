@@ -29,6 +29,7 @@ class Job:
     settings: SubmissionSettings
     room: int  # tokens of a prompt
     journal: Path
+    key: str  # of the answers, see `keys.answers_key`
     # the prompts found for a row -> its one answer, "" if they say nothing
     finish: Callable[[list[str]], str]
     answers: list[str]  # what submission.csv holds

@@ -6,7 +6,6 @@ same random numbers as if it had not been killed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainin
 
 from prompt_recovery.adapter import training_key
 from prompt_recovery.agreement import check_same, describe, same_checkpoint
-from prompt_recovery.base import config_hash, stored_fingerprint
+from prompt_recovery.base import base_digest
 from prompt_recovery.data import rows_hash
 from prompt_recovery.engine import (
     TrainingPlan,
@@ -41,6 +40,7 @@ from prompt_recovery.examples import (
     collate,
 )
 from prompt_recovery.files import write_csv, write_text
+from prompt_recovery.keys import key
 from prompt_recovery.metric import encoder_hash
 from prompt_recovery.recipe import Recipe
 from prompt_recovery.run_folder import (
@@ -107,7 +107,7 @@ def check_together(recipe: Recipe, rows: pd.DataFrame) -> None:
         check_same(
             **recipe.values("adapter", "run", "answers"), pad=recipe.pad, resume=recipe.resume,
             eval_fraction=recipe.eval_fraction, rows=rows_hash(rows),
-            base=[config_hash(recipe.model_dir), stored_fingerprint(recipe.model_dir)],
+            base=base_digest(recipe.model_dir, recipe.four_bit),
             encoder=encoder_hash(recipe.encoder_dir),
         )  # fmt: skip
         state.print(describe())
@@ -150,8 +150,8 @@ def _train(
     check_supervised(train_examples, tokenizer.eos_token_id)
     course = _course(recipe, len(train_examples))
     settings = recipe.values("adapter", "run") | dict(
-        scored=score is not None, **training_key(model), train_rows=_digest(train_examples),
-        eval_rows=_digest(eval_examples), rows_a_step=course.rows, **(scored_with or {}),
+        scored=score is not None, **training_key(model), train_rows=key(list(train_examples)),
+        eval_rows=key(list(eval_examples)), rows_a_step=course.rows, **(scored_with or {}),
     )  # fmt: skip
     on_gpu = torch.cuda.is_available()
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -196,7 +196,8 @@ def _finished(last: Path, model: PeftModel, recipe: Recipe, course: _Course) -> 
     log = training_log(saved["log_history"])
     if processes().is_main_process:
         write_csv(log, Path(recipe.output_dir) / "training_log.csv")
-        print(_ending(saved, course.steps, recipe.patience))
+        if saved["best_global_step"] is not None:  # there are held-out rows
+            print(_ending(saved, course.steps, recipe.patience))
     model.eval()
     return log
 
@@ -385,7 +386,3 @@ def _check_checkpoints(checkpoints: Path, now: Mapping[str, Any]) -> None:
             f"{last} was made by {made} processes, and there are {sharing}: the same rows a step, "
             "but other random numbers for dropout"
         )
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    return hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest()[:12]

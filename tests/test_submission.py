@@ -396,7 +396,7 @@ def test_long_answers_lose_their_end_at_a_word(loaded, tmp_path):
     answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS)
     (journal,) = tmp_path.glob("*.journal")
     found = [[n, [["Rewrite it as a pirate. " * 60 + "</s>", "plain", "eos", 9]]] for n in range(2)]
-    journal.write_text(json.dumps({"seconds": 1, "rows": found}))
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"rows": found}))
     report = answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS)
     for answer in report["answer"]:
         assert 100 < combine.count_tokens(answer) <= combine.LIMIT and re.search(
@@ -415,7 +415,7 @@ def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path)
     found = [
         [n, [[prompt, "plain", "eos", 9] for prompt in each]] for n, each in enumerate(prompts)
     ]
-    journal.write_text(json.dumps({"seconds": 1, "rows": found}))
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"rows": found}))
     encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
     options |= dict(how="first", encoder=encoder, threshold=0.3)
     assert answer_test(*loaded, rows(2), tmp_path / "s.csv", **options)["answer"].to_list() == [

@@ -25,7 +25,7 @@ from prompt_recovery.engine.group import (
     processes,
     time_limit,
 )
-from prompt_recovery.engine.loading import check_base, load_base, save_quantised
+from prompt_recovery.engine.loading import check_base, default_dtype, load_base, save_quantised
 from prompt_recovery.engine.memory import TooLittleMemory
 from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.meter import Meter
@@ -52,6 +52,7 @@ __all__ = [
     "check_base",
     "check_folder",
     "check_model_dir",
+    "default_dtype",
     "everywhere",
     "gathered",
     "generate",
