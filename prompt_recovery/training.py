@@ -351,6 +351,8 @@ def _go_on_from(
     last = same_checkpoint(folder, writes, course.evaluate)
     if writes:
         write_text(json.dumps(now, indent=1), checkpoints / "settings.json")
+    if last and first:
+        print(f"going on from {last}")
     return last
 
 
