@@ -217,13 +217,25 @@ class RowTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
         lengths = lengths[: len(lengths) - self.fill]
-        return LengthGroupedBatches(lengths, self.rows_in_order, self.args.seed, self.fill)
+        self.order = LengthGroupedBatches(lengths, self.rows_in_order, self.args.seed, self.fill)
+        return self.order
 
 
 def choice(score: float, loss: float) -> float:
     """The value by which checkpoints are chosen, the higher the better: the score to six places,
     then the loss, which weighs less than the last of these."""
     return round(score, 6) - 1e-7 * loss / (1 + loss)
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tell the sampler its epoch. accelerate does not reach it where several processes go on in the
+    middle of an epoch: they would see the first epoch's rows there."""
+
+    def __init__(self, trainer: RowTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.order.set_epoch(math.floor(state.epoch + 1e-6))
 
 
 class WriteLog(TrainerCallback):

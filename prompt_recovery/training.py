@@ -51,7 +51,7 @@ from prompt_recovery.run_folder import (
     set_aside,
     shared,
 )
-from prompt_recovery.trainer import KeepTwo, RowTrainer, WriteLog, training_log
+from prompt_recovery.trainer import KeepTwo, OrderOfEpoch, RowTrainer, WriteLog, training_log
 
 
 def train(
@@ -233,6 +233,7 @@ def _trainer(
         callbacks=[WriteLog(Path(recipe.output_dir) / "training_log.csv"), KeepTwo()]
         + ([patience] if has_eval and course.stops_early else []),
     )
+    trainer.add_callback(OrderOfEpoch(trainer))
     trainer.fill = fill
     trainer.rows_in_order = course.rows
     return trainer
