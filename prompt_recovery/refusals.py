@@ -61,9 +61,9 @@ def _signs() -> tuple[list[tuple[str, str, float, re.Pattern[str]]], re.Pattern[
         return re.compile(rf"\b(?:{whole})(?!\w)".replace("\n", ""))  # long ones are broken
 
     signs = [
-        (group, name, sign["points"], compiled(sign["signs"]))
+        (group, name, points, compiled(expressions))
         for group in ("acts", "things", "life")
-        for name, sign in data[group].items()
+        for name, (points, *expressions) in data[group].items()
     ]
     return signs, compiled(data["preface"])
 

@@ -447,7 +447,8 @@ def test_adapter_with_library(case, sources, tmp_path):  # noqa: F811
     (tmp_path / wheel).write_bytes(case.versions[0][wheel])
     wheels.check_wheel(tmp_path / wheel)
     names = zipfile.ZipFile(tmp_path / wheel).namelist()
-    assert {"prompt_recovery/adapter.py", "prompt_recovery/t5_pieces.model"} <= set(names)
+    data = ["prompt_recovery/refusals.toml", "prompt_recovery/t5_pieces.model"]
+    assert {"prompt_recovery/adapter.py", *data} <= set(names)
     assert not any(name.startswith("kaggle_upload") for name in names)
     code, out, _ = case.publish("--with-library")
     assert code == 0 and "Unchanged" in out

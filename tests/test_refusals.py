@@ -1,10 +1,12 @@
 """Refusals and other non-answers in the style of real LLMs, and true rewrites that begin like one.
 
-These lists were written with the rule, so they show what it is for and not how good it is: that a
-list by another hand tells, which nobody looks at while making the rule.
+These lists were used to make the rule, so they show what it is for and not how good it is: that a
+list by another hand tells, which nobody looks at while making the rule. refusals.txt and
+rewrites_alike.txt are harder than what people have: every rewrite there looks like a refusal.
 """
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -628,6 +630,16 @@ def test_true_rewrites_stay():
     wrong = [text for text in rewrites if is_refusal(text)]
     assert len(set(rewrites)) >= 200 and wrong == []
     assert sum(text.startswith(("I'm sorry", "I am sorry")) for text in rewrites) >= 40
+
+
+def test_of_the_hardest_lists_nine_of_ten_are_found_and_one_of_fifty_is_taken():
+    refusals, rewrites = (
+        (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines()
+        for name in ("refusals.txt", "rewrites_alike.txt")
+    )
+    assert len(set(refusals)) >= 370 and len(set(rewrites)) >= 580
+    assert sum(map(is_refusal, refusals)) >= 0.9 * len(refusals)
+    assert sum(map(is_refusal, rewrites)) <= 0.02 * len(rewrites)
 
 
 @pytest.mark.parametrize(
