@@ -1,5 +1,5 @@
-"""What the rows to come get in the time that is left: pure functions of what was measured so
-far."""
+"""What is done in the time that is left, by pure functions of what was measured so far: what the
+rows to come get, and when a training ends."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)  # of max_new_tokens, tried from the lo
 # tokens below which hardly any prompt fits into an answer
 SHORTEST = {"plain": 16, "json": 32, "reason_json": 128}
 SAFETY = 1.1  # estimates of the time left were up to a tenth too low
+# Seconds behind a training beside the answers to the held-out rows: saving and checking the
+# adapter, scores, pictures. A guess with a margin.
+REST = 180.0
 
 
 class RowPlan(NamedTuple):
@@ -81,3 +84,26 @@ def next_plan(
     if followed.answers > 1:
         return lesser[0], True  # what a single answer takes is measured before it gets shorter
     return next(((plan, True) for plan in lesser if fits(plan)), (plans[-1], False))
+
+
+class TrainingTime(NamedTuple):
+    """When a notebook must have ended, on the clock of time.monotonic(), and the seconds that its
+    held-out rows take to be answered."""
+
+    ends_at: float
+    answering: float
+
+
+def must_end(
+    allowed: TrainingTime, now: float, step: float, evaluation: float, evaluations: int = 1
+) -> bool:
+    """Whether a training that goes on for one more step may end too late.
+
+    Args:
+        now: on the clock of allowed.ends_at.
+        step, evaluation: seconds of the longest so far; an evaluation with its checkpoint, 0 before
+            the first, which is taken to be what answering takes.
+        evaluations: that are still to come, the last one with them.
+    """
+    to_come = step + evaluations * (evaluation or allowed.answering) + allowed.answering + REST
+    return allowed.ends_at - now < SAFETY * to_come

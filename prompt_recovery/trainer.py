@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,11 @@ from prompt_recovery.engine import TooLittleMemory, TrainingPlan, apply_plan, ga
 from prompt_recovery.examples import IGNORED, TrainingError
 from prompt_recovery.files import write_csv
 from prompt_recovery.run_folder import last_checkpoint, note_processes, remove_broken, rotate
+from prompt_recovery.time_budget import TrainingTime, must_end
+
+# A loss scale below 1 makes gradients smaller than they are: they are not too large for fp16, they
+# are no numbers. It begins at 65,536, so that is 17 steps left out in a row.
+LEAST_SCALE = 1.0
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -58,6 +64,8 @@ class RowTrainer(Trainer):
     rows_at_a_time: int | None = None  # set when a micro-batch ran out of memory
     all_recomputed = False  # the same: every layer checkpointed, nothing kept
     step_loss: torch.Tensor | float = 0.0  # sum over the micro-batches of this step so far
+    skipped = 0  # steps since the last line of the log that fp16's loss scaler left out
+    out_of_time = False  # training ends before its last step
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -130,6 +138,41 @@ class RowTrainer(Trainer):
             loss = self.accelerator.reduce(loss)
         if not torch.isfinite(loss):
             self._stop(f"The loss of step {self.state.global_step + 1} is {loss.item()}")
+
+    def check_scale(self) -> None:
+        """Count a step that fp16's loss scaler left out, since a gradient was not finite; it halves
+        its scale then.
+
+        Raises TrainingError where the scale has come below LEAST_SCALE.
+        """
+        if self.accelerator.scaler is None or not self.accelerator.optimizer_step_was_skipped:
+            return
+        self.skipped += 1
+        scale = self.accelerator.scaler.get_scale()
+        if scale < LEAST_SCALE:
+            self._stop(
+                f"The gradients of step {self.state.global_step + 1} and of those before it are "
+                f"not finite, whatever fp16's loss scale, which is {scale:g} now"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.accelerator.scaler is not None and "loss" in logs:
+            logs |= dict(skipped_steps=self.skipped, loss_scale=self.accelerator.scaler.get_scale())
+            self.skipped = 0
+        super().log(logs, start_time)
+
+    def _load_best_model(self) -> None:
+        # out of time between two evaluations, the last step may be the best. It is evaluated here,
+        # when its checkpoint is written: that is the one of a run that goes on
+        state, name = self.state, self.args.metric_for_best_model
+        if self.out_of_time and all(
+            name not in entry or entry["step"] != state.global_step for entry in state.log_history
+        ):
+            value, best = self.evaluate()[name], state.best_metric
+            if value > best if self.args.greater_is_better else value < best:
+                state.best_metric, state.best_global_step = value, state.global_step
+                return
+        super()._load_best_model()
 
     def _stop(self, what: str) -> None:
         last = last_checkpoint(self.args.output_dir)
@@ -258,10 +301,57 @@ class KeepTwo(TrainerCallback):
             rotate(args.output_dir, state.best_global_step)
 
 
+class WatchScale(TrainerCallback):
+    """fp16's loss scaler after each step; the last one has a line of the log, for its count."""
+
+    def __init__(self, trainer: RowTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_scale()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.accelerator.scaler is not None and state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class EndInTime(TrainerCallback):
+    """End the training while there is time for its evaluation and for what comes behind it, with a
+    checkpoint from which a later run goes on as if there had been no end."""
+
+    def __init__(self, trainer: RowTrainer, allowed: TrainingTime) -> None:
+        self.trainer, self.allowed = trainer, allowed
+        self.step = self.evaluation = 0.0  # the longest so far, in seconds
+        self.began = self.ended = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ended = time.monotonic()
+        self.step = max(self.step, self.ended - self.began)
+        due = control.should_evaluate  # which this step pays for, too
+        end = must_end(
+            self.allowed, self.ended, self.step, self.evaluation, evaluations=2 if due else 1
+        )
+        if state.global_step < state.max_steps and broadcast_object_list([end])[0]:
+            self.trainer.out_of_time = control.should_save = control.should_log = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluation = max(self.evaluation, time.monotonic() - self.ended)
+        if control.should_training_stop:
+            self.trainer.out_of_time = False  # patience ended it in the same step
+        # behind the checkpoint, which would say that the training is over
+        control.should_training_stop |= self.trainer.out_of_time
+
+
 def training_log(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
     """transformers' log history as one row a step:
-    step, epoch, loss, eval_loss, eval_scs, learning_rate; NaN where not measured."""
+    step, epoch, loss, eval_loss, eval_scs, learning_rate, and in fp16 skipped_steps (since the row
+    before) and loss_scale; NaN where not measured."""
     columns = ["step", "epoch", "loss", "eval_loss", "eval_scs", "learning_rate"]
+    if any("loss_scale" in entry for entry in history):
+        columns += ["skipped_steps", "loss_scale"]
     frame = pd.DataFrame(
         [{k: entry[k] for k in columns if k in entry} for entry in history], columns=columns
     )

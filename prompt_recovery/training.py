@@ -51,7 +51,16 @@ from prompt_recovery.run_folder import (
     set_aside,
     shared,
 )
-from prompt_recovery.trainer import KeepTwo, OrderOfEpoch, RowTrainer, WriteLog, training_log
+from prompt_recovery.time_budget import TrainingTime
+from prompt_recovery.trainer import (
+    EndInTime,
+    KeepTwo,
+    OrderOfEpoch,
+    RowTrainer,
+    WatchScale,
+    WriteLog,
+    training_log,
+)
 
 
 def train(
@@ -63,6 +72,7 @@ def train(
     *,
     score: Callable[[], float] | None = None,
     scored_with: Mapping[str, Any] | None = None,
+    allowed: TrainingTime | None = None,
 ) -> pd.DataFrame:
     """Train the adapter in place and leave it at its best checkpoint (the last one without eval
     rows).
@@ -82,16 +92,21 @@ def train(
     `resume` it goes on from the last whole checkpoint under output_dir/checkpoints, if there is
     one; else these are moved aside.
     scored_with: what score() depends on, such as its encoder; a resumed run must share it.
-    Returns the log (step, epoch, loss, eval_loss, eval_scs, learning_rate), also written to
-    output_dir/training_log.csv.
+    allowed: training ends in time for what comes behind it, with a checkpoint from which a run that
+    resumes goes on as if it had not ended. The adapter is then the best one so far.
+
+    On a GPU without bf16 the computation is autocast to fp16, the adapter stays in fp32, and a loss
+    scaler leaves out steps whose gradients are not finite; they are counted in the log.
+
+    Returns the log (see `training_log`), also written to output_dir/training_log.csv. Its
+    attrs["ended"] says which step is kept and why training ended.
     Raises TrainingError where the rows of a step can't be shared out evenly, or a loss is not
     finite; RunFolderError where another run has output_dir, or its checkpoints belong to other rows
     or settings; TooLittleMemory where one row does not fit.
     """
     with named_if_lost(), shared(recipe.output_dir) as writes:
-        return _train(
-            model, tokenizer, train_examples, eval_examples, recipe, score, scored_with, writes
-        )
+        sides = train_examples, eval_examples
+        return _train(model, tokenizer, *sides, recipe, score, scored_with, allowed, writes)
 
 
 def check_together(recipe: Recipe, rows: pd.DataFrame) -> None:
@@ -144,6 +159,7 @@ def _train(
     recipe: Recipe,
     score: Callable[[], float] | None,
     scored_with: Mapping[str, Any] | None,
+    allowed: TrainingTime | None,
     writes: bool,
 ) -> pd.DataFrame:
     state = processes()
@@ -157,7 +173,7 @@ def _train(
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     check_same(
         **settings, resume=recipe.resume, bf16=bf16, gpu=on_gpu,
-        activation_checkpointing=recipe.activation_checkpointing,
+        activation_checkpointing=recipe.activation_checkpointing, in_time=allowed is not None,
     )  # fmt: skip
     # 2 x 4 and 4 x 2 rows are the same step
     for name in ("batch_size", "gradient_accumulation"):
@@ -174,15 +190,21 @@ def _train(
     arguments.save_on_each_node = writes and not state.is_main_process
     trainer = _trainer(model, tokenizer, train_examples, eval_examples, recipe, course, arguments)
     trainer.score = score
+    trainer.add_callback(WatchScale(trainer))
+    if allowed is not None:
+        trainer.add_callback(EndInTime(trainer, allowed))
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         model.config.use_cache = True
         release_buffers(model)
         model.eval()
-    if len(eval_examples):
-        state.print(_ending(vars(trainer.state), course.steps, recipe.patience))
-    return training_log(trainer.state.log_history)
+    log = training_log(trainer.state.log_history)
+    log.attrs["ended"] = _ending(
+        vars(trainer.state), course.steps, recipe.patience, trainer.out_of_time
+    )
+    state.print(log.attrs["ended"])
+    return log
 
 
 def _finished(last: Path, model: PeftModel, recipe: Recipe, course: _Course) -> pd.DataFrame | None:
@@ -196,8 +218,8 @@ def _finished(last: Path, model: PeftModel, recipe: Recipe, course: _Course) -> 
     log = training_log(saved["log_history"])
     if processes().is_main_process:
         write_csv(log, Path(recipe.output_dir) / "training_log.csv")
-        if saved["best_global_step"] is not None:  # there are held-out rows
-            print(_ending(saved, course.steps, recipe.patience))
+    log.attrs["ended"] = _ending(saved, course.steps, recipe.patience)
+    processes().print(log.attrs["ended"])
     model.eval()
     return log
 
@@ -239,20 +261,35 @@ def _trainer(
     return trainer
 
 
-def _ending(state: Mapping[str, Any], total: int, patience: int) -> str:
-    """Which step is kept, and why the training ended; state: that of Trainer."""
+def _ending(state: Mapping[str, Any], total: int, patience: int, out_of_time: bool = False) -> str:
+    """Which step is kept, why the training ended, and the steps that fp16's scaler left out; state:
+    that of Trainer."""
     log = training_log(state["log_history"])
-    best = log[log["step"] == state["best_global_step"]].iloc[0]
     measures = ["eval_loss"] if log["eval_scs"].isna().all() else ["eval_scs", "eval_loss"]
-    kept = f"kept: step {best['step']:.0f}, " + ", ".join(
-        f"{name} {best[name]:.4g}" for name in measures
-    )
+    kept = f"kept: step {state['best_global_step'] or state['global_step']}"
+    for row in log[log["step"] == state["best_global_step"]].to_dict("records"):
+        kept += "".join(f", {name} {row[name]:.4g}" for name in measures)
+    if skipped := skipped_steps(log):
+        kept += (
+            f"; {skipped} of {state['global_step']} steps changed nothing, since their gradients "
+            "were not finite in fp16"
+        )
     if state["global_step"] >= total:
         return f"{kept}; all {total} steps done"
+    if out_of_time:
+        return (
+            f"{kept}; ENDED IN TIME at step {state['global_step']} of {total}, since "
+            "time_budget_hours is nearly over: resume=True goes on from there"
+        )
     return (
         f"{kept}; STOPPED EARLY at step {state['global_step']} of {total}, since {patience} "
         f"evaluations in a row brought no better {' or, where equal, '.join(measures)}"
     )
+
+
+def skipped_steps(log: pd.DataFrame) -> int:
+    """Steps of a training's log that fp16's loss scaler left out; 0 in other precisions."""
+    return int(log["skipped_steps"].sum()) if "skipped_steps" in log else 0
 
 
 def _arguments(
