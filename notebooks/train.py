@@ -15,11 +15,15 @@
 # `notebooks/submission` puts on the unmodified base model.
 #
 # Every setting is in the next cell. Drive the notebook with `papermill notebooks/train.ipynb
-# out.ipynb -p model_dir /path/to/Mixtral-8x7B-Instruct-v0.1 -p train_csv rows.csv`.
+# out.ipynb -p model_dir /path/to/Mixtral-8x7B-Instruct-v0.1 -p train_csv rows.csv -p encoder_dir
+# /path/to/sentence-t5-base`. On Kaggle, attach the base, the rows, the encoder and the dataset of
+# wheels as inputs, and leave the paths at None: they are found under `input_dir`.
 
 # %% tags=["parameters"]
-model_dir = "/workspace/Mixtral-8x7B-Instruct-v0.1"  # the base model's folder, as the hub has it
-train_csv = "rows.csv"  # one path or a list of paths
+model_dir = None  # the base model's folder, as the hub has it
+train_csv = None  # one path or a list of paths; None: all files of rows under input_dir
+encoder_dir = None  # sentence-t5-base, say, in sentence-transformers format
+input_dir = "/kaggle/input"  # where paths left at None are found
 output_dir = "outputs/train"
 style = "plain"  # plain | json | reason_json
 system_placement = "user"  # user | before | turn
@@ -35,26 +39,64 @@ gradient_accumulation = 2
 eval_fraction = 0.1
 four_bit = None  # None: on a GPU, linear layers and experts in 4 bits; False: as stored
 pad = "<pad>"  # <pad> | unk
-encoder_dir = "/workspace/sentence-t5-base"  # sentence-transformers format
 seed = 0
-resume = False  # True: go on in output_dir; False: what stands there is moved aside
+# True: go on in output_dir, with a copy of the earlier output under input_dir, if there is one;
+# False: begin anew, what stands in output_dir is moved aside; None: as input_dir holds one or not
+resume = None
+# the end comes in time for the adapter and its evaluation; None: 11.5 on Kaggle, else no limit
+time_budget_hours = None
 patience = 3  # evaluations without gain after which training stops
 evaluations = 10  # in the whole run, each with a checkpoint
 report_to = "none"  # none | tensorboard | wandb | trackio
 
+# %% [markdown]
+# ## Libraries
+# What Kaggle's image lacks is installed from the attached wheels. They are there for several
+# Pythons, and pip picks those of this one. Where none are attached, what is installed is used.
+
 # %%
+import glob
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 from IPython import get_ipython
 
+if shell := get_ipython():
+    shell.InteractiveTB.set_mode("Minimal")  # errors in one line; %xmode would print one about it
+started = time.monotonic()
+libraries = glob.glob(f"{input_dir}/**/prompt_recovery-*.whl", recursive=True)
+folders = [sorted(Path(path).parent.glob("*.whl")) for path in sorted(libraries)]
+wheels = max(folders, key=len, default=[])  # one may lie beside the adapter too
+if wheels:
+    print(f"installing {len(wheels)} wheels of {wheels[0].parent}")
+    names = sorted({"==".join(path.name.split("-")[:2]) for path in wheels})
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip += ["--no-index", "--no-deps", f"--find-links={wheels[0].parent}", *names]
+    installed = subprocess.run(pip, capture_output=True, text=True)
+    if installed.returncode:
+        raise ImportError(
+            f"The wheels in {wheels[0].parent} can't be installed on Python "
+            f"{sys.version.split()[0]}"
+            f" ({installed.stderr.strip().splitlines()[-1]}): make the dataset of wheels anew, for"
+            " this Python (docs/KAGGLE.md), and attach its new version."
+        )
+elif importlib.util.find_spec("prompt_recovery") is None:
+    raise ImportError(
+        f"prompt_recovery is not installed, and no wheel of it lies under {input_dir}: attach your"
+        " dataset of wheels, such as OWNER/prompt-recovery-wheels (docs/KAGGLE.md makes it)."
+    )
+
+# %%
 from prompt_recovery.quiet import silence_known_notices
 
 silence_known_notices()  # of libraries, by name: those that are nothing to act on
-if shell := get_ipython():
-    shell.InteractiveTB.set_mode("Minimal")  # errors in one line; %xmode would print one about it
 
 # %%
 import json
 import math
-from pathlib import Path
 
 from accelerate import PartialState
 from IPython.display import Image, display
@@ -70,12 +112,15 @@ from prompt_recovery import (
     plots,
     run_folder,
     splitting,
+    time_budget,
     tokenizer,
     training,
+    training_inputs,
 )
 from prompt_recovery.recipe import FALLBACK, Recipe
 
 recipe = Recipe.of(globals())  # the settings above, read and checked
+recipe, earlier = training_inputs.complete(recipe)  # and what they left open
 output = Path(recipe.output_dir)
 output.mkdir(parents=True, exist_ok=True)
 
@@ -110,7 +155,7 @@ print(*data.describe_account(account), sep="\n")
 # %%
 encoder = metric.load_encoder(recipe.encoder_dir)
 training.check_together(recipe, rows)
-run_folder.begin(output, recipe.resume)
+run_folder.begin(output, recipe.resume, earlier)
 chance = (recipe.eval_fraction, recipe.seed)
 split_csv = output / "split.csv"
 train_rows, eval_rows = splitting.read_or_split(rows, split_csv, *chance, encoder, recipe.resume)
@@ -148,7 +193,9 @@ display(Image(str(output / "lengths.png")))
 base = engine.load_base(recipe.model_dir, four_bit=recipe.four_bit)
 longest = max(examples.answer_length(example) for example in train_examples)
 answer_options = how | dict(max_new_tokens=math.ceil(1.5 * longest), fallback_prompt=FALLBACK)
+answering = time.monotonic()
 before = answers.answer_table(base, tok, reported, description="answers before", **answer_options)
+answering = time.monotonic() - answering
 
 # %% [markdown]
 # ## Fine-tune
@@ -171,7 +218,12 @@ lora.print_trainable_parameters()
 # %% [markdown]
 # `batch_size` times `gradient_accumulation` rows make a step. On a GPU, a memory plan picks how
 # many of them are computed at a time and which layers recompute their activations. A step that runs
-# out of memory is done again in smaller parts. Killed? Run again with `resume=True`.
+# out of memory is done again in smaller parts. On a GPU without bf16 (a T4) the computation is in
+# fp16 and the adapter in fp32; steps whose gradients are not finite are left out and counted.
+#
+# Killed? Run again with `resume=True`. If `time_budget_hours` is nearly over, training ends early
+# enough for all that follows, and a later run goes on from there. On Kaggle that is a session with
+# this one's output attached as input.
 
 # %%
 log = training.train(
@@ -189,6 +241,7 @@ log = training.train(
         encoder=metric.encoder_hash(recipe.encoder_dir),
         max_new_tokens=answer_options["max_new_tokens"],
     ),
+    allowed=time_budget.of_training(started, recipe.time_budget_hours, answering),
 )
 
 # %% [markdown]
@@ -237,6 +290,8 @@ evaluation |= dict(
     style=recipe.style,
     rows_hash=data.rows_hash(train_rows),
     adapter_sha256=adapter_sha256,
+    training=log.attrs["ended"],
+    skipped_steps=training.skipped_steps(log),
 )
 files.write_text(json.dumps(evaluation, indent=2) + "\n", output / "evaluation.json")
 run_folder.release(output)

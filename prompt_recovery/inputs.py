@@ -21,6 +21,7 @@ from prompt_recovery.tokenizer import check_tokenizer, load_tokenizer
 
 KAGGLE_INPUT = "/kaggle/input"
 RERUN = "KAGGLE_IS_COMPETITION_RERUN"  # set while a submission is scored on the hidden rows
+BASE = "a language model's config.json"
 BASE_REMEDY = "Set allow_base=True to answer with the base model alone."
 
 
@@ -42,35 +43,47 @@ def find_inputs(
 
     Raises InputError for no match or several, listing them.
     """
-    files = [] if model_dir and adapter_dir and test_csv else _files(Path(root))
-
-    def look(name: str, given: str | None, matches: list[Path], what: str) -> Path:
-        if given:
-            return Path(given)
-        if len(matches) != 1:
-            listed = "\n  ".join(map(str, matches)) or "nothing"
-            remedy = f" {BASE_REMEDY}" if name == "adapter_dir" and not matches else ""
-            raise InputError(
-                f"{name} is None and {len(matches)} places under {root} hold {what}:\n  {listed}\n"
-                f"Attach exactly one as input, or set {name} in the parameters cell.{remedy}"
-            )
-        return matches[0]
-
+    files = [] if model_dir and adapter_dir and test_csv else files_under(root)
     adapters = [path.parent for path in files if path.name == CONFIG]
-    bases = [
-        path.parent for path in files if path.name == "config.json" and path.parent not in adapters
-    ]
-    bases = [folder for folder in bases if _is_language_model(folder)]
     tests = [path for path in files if path.name == "test.csv"]
-    base = look("model_dir", model_dir, bases, "a language model's config.json")
+    base = the_one("model_dir", model_dir, bases_among(files), BASE, root)
     if allow_base and not adapter_dir and not adapters:
         adapter = None
     else:
-        adapter = look("adapter_dir", adapter_dir, adapters, CONFIG)
-    return base, adapter, look("test_csv", test_csv, tests, "test.csv")
+        remedy = "" if adapters else f" {BASE_REMEDY}"
+        adapter = the_one("adapter_dir", adapter_dir, adapters, CONFIG, root, remedy)
+    return base, adapter, the_one("test_csv", test_csv, tests, "test.csv", root)
 
 
-def _files(root: Path) -> list[Path]:
+def the_one(
+    name: str,
+    given: str | None,
+    matches: list[Path],
+    what: str,
+    root: str | Path,
+    remedy: str = "",
+) -> Path:
+    """The path of the setting `name` as given, or else the only match under root. Raises InputError
+    for none or several, listing them."""
+    if given:
+        return Path(given)
+    if len(matches) != 1:
+        listed = "\n  ".join(map(str, matches)) or "nothing"
+        raise InputError(
+            f"{name} is None and {len(matches)} places under {root} hold {what}:\n  {listed}\n"
+            f"Attach exactly one as input, or set {name} in the parameters cell.{remedy}"
+        )
+    return matches[0]
+
+
+def bases_among(files: list[Path]) -> list[Path]:
+    """Folders of a causal language model's config.json that hold no adapter."""
+    adapters = {path.parent for path in files if path.name == CONFIG}
+    folders = [path.parent for path in files if path.name == "config.json"]
+    return [each for each in folders if each not in adapters and _is_language_model(each)]
+
+
+def files_under(root: str | Path) -> list[Path]:
     """Files below root, sorted; links are followed, and no folder is entered twice."""
     found, seen = [], set()
     for folder, names, files in os.walk(root, followlinks=True):

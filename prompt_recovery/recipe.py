@@ -231,8 +231,10 @@ class Recipe(Settings):
     "rows", which rows are trained on; "answers", what answers depend on beside the model.
     """
 
-    model_dir: str = setting("/workspace/Mixtral-8x7B-Instruct-v0.1", path)
-    train_csv: Any = setting(("rows.csv",), texts, "rows")  # a tuple of paths
+    model_dir: Any = setting(None, optional(path, "the one under input_dir"))
+    # a tuple of paths
+    train_csv: Any = setting(None, optional(texts, "all files of rows under input_dir"), "rows")
+    input_dir: str = setting("/kaggle/input", path)
     output_dir: str = setting("outputs/train", path)
     style: str = setting("plain", choice(*STYLES), "adapter", "answers")
     system_placement: str = setting("user", choice(*SYSTEM_PLACEMENTS), "adapter", "answers")
@@ -253,9 +255,10 @@ class Recipe(Settings):
     eval_fraction: float = setting(0.1, number(0, 1, below=True))
     four_bit: bool | None = setting(None, optional(flag), "run")
     pad: str = setting("<pad>", choice(*PADS))
-    encoder_dir: str = setting("/workspace/sentence-t5-base", path)
+    encoder_dir: Any = setting(None, optional(path, "the one under input_dir"))
     seed: int = setting(0, whole(0, 2**32 - 1), "adapter", "answers")
-    resume: bool = setting(False, flag)
+    resume: bool | None = setting(None, optional(flag, "what input_dir holds"))
+    time_budget_hours: float | None = setting(None, optional(number(0, 168, above=True)))
     patience: int = setting(3, whole(1, 10**9), "run")  # evaluations without gain
     evaluations: int = setting(10, whole(1, 10**6), "run")  # in the whole run
     report_to: str = setting("none", reporter)

@@ -183,14 +183,38 @@ def _refusal(output_dir: str | Path, owner: dict[str, Any]) -> RunFolderError:
     )
 
 
-def begin(output_dir: str | Path, resume: bool) -> None:
+def begin(output_dir: str | Path, resume: bool | None, earlier: Path | None = None) -> None:
     """Claim output_dir for a run and, unless it resumes, move aside what an earlier one left there.
 
+    earlier: another run's output, of which a run that resumes takes a copy where its own output_dir
+    holds no whole checkpoint. It is only read: on Kaggle a session's output is mounted so.
     Under `accelerate launch` one process on each disk does so, and the others wait for it.
     """
-    if share(output_dir) and not resume:
-        set_aside(output_dir)
+    if share(output_dir):
+        if not resume:
+            set_aside(output_dir)
+        elif earlier is not None and last_checkpoint(Path(output_dir) / "checkpoints") is None:
+            _copy(earlier, Path(output_dir))
     everywhere(lambda: None)
+
+
+def _copy(earlier: Path, output: Path) -> None:
+    """What a run needs to go on: checkpoints, split and log. The checkpoints come last, and whole:
+    without them nothing was copied. Modes are not: those of a mount forbid to write."""
+    last = last_checkpoint(earlier / "checkpoints")
+    partial = output / "checkpoints.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    for path in sorted((earlier / "checkpoints").rglob("*")):
+        if path.is_file():
+            target = partial / path.relative_to(earlier / "checkpoints")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    for name in ("split.csv", "training_log.csv"):
+        if (earlier / name).is_file():
+            shutil.copyfile(earlier / name, output / name)
+    set_aside(output, ("checkpoints",))  # of a run without a whole one
+    partial.rename(output / "checkpoints")
+    print(f"copied from {earlier}: the run goes on from step {step_of(last) if last else 0}")
 
 
 def set_aside(output_dir: str | Path, names: tuple[str, ...] = WRITTEN) -> Path | None:

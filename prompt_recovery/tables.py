@@ -95,6 +95,34 @@ def read_table(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[
     return names, rows
 
 
+def columns_of(path: Path) -> list[str]:
+    """Names of a file's columns, as `read_table` gives them, by as little of it as tells; [] for a
+    text that is no table. What is wrong behind the header is not seen.
+
+    Raises DataError for a file that holds something else, or is packed and damaged.
+    """
+    with path.open("rb") as file:
+        start = file.read(2**16)
+        whole = start.startswith((b"PK", b"PAR1", b"[", *PACKED)) or b"\n" not in start
+        content = _unpacked(path, start + (file.read() if whole else b""), [])
+    if content.startswith(b"PAR1"):
+        return [_name(name) for name in _parquet(path, content)[0]]
+    text = content.decode("utf-8-sig", errors="ignore")
+    if text[:1] in ("[", "{"):
+        try:
+            found = json.loads(text if text[0] == "[" else text.partition("\n")[0])
+        except ValueError:
+            return []
+        rows = found if isinstance(found, list) else [found]
+        return [_name(name) for row in rows[:1] if isinstance(row, dict) for name in row]
+    text = re.sub(r'\A"?sep=[,;|\t]"?\r?\n', "", text)
+    line = re.match(r"[^\r\n]{0,10000}", text)
+    headers = [
+        next(csv.reader([line[0] if line else ""], delimiter=each), []) for each in SEPARATORS
+    ]
+    return [_name(name) for name in max(headers, key=len)]
+
+
 def _name(text: str) -> str:
     """A column's name: no quotes and marks around it, "Original Text" is original_text."""
     return re.sub(r"[\s-]+", "_", text.strip('\ufeff\u200b\u00a0" \t\r\n').lower())

@@ -94,6 +94,11 @@ class TrainingTime(NamedTuple):
     answering: float
 
 
+def of_training(started: float, hours: float | None, answering: float) -> TrainingTime | None:
+    """The time of a notebook that began at `started`; None where hours say no limit."""
+    return None if hours is None else TrainingTime(started + 3600 * hours, answering)
+
+
 def must_end(
     allowed: TrainingTime, now: float, step: float, evaluation: float, evaluations: int = 1
 ) -> bool:

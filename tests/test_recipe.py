@@ -49,6 +49,10 @@ READ = [
     (Recipe, "max_steps", 100.0, 100),
     (Recipe, "lora_dropout", 0, 0.0),
     (Recipe, "resume", "True", True),
+    (Recipe, "resume", None, None),
+    (Recipe, "model_dir", None, None),
+    (Recipe, "train_csv", "", None),
+    (Recipe, "time_budget_hours", "11.5", 11.5),
     (Recipe, "four_bit", "false", False),
     (Recipe, "four_bit", None, None),
     (Recipe, "train_csv", "rows.csv", ("rows.csv",)),
@@ -83,9 +87,9 @@ def test_several_answers_are_read_too():
 REFUSED = [
     (Recipe, name, value)
     for name, values in dict(
-        model_dir=[None, 5, " ", ["a"]],
+        model_dir=[5, " ", ["a"]],
         output_dir=[None, ""],
-        train_csv=[None, [], 5, "['a.csv', b]", [["a.csv"]], [""]],
+        train_csv=[[], 5, "['a.csv', b]", [["a.csv"]], [""]],
         style=["xml", None, "", "Plain", 1, "reason"],
         system_placement=["after", None, "system"],
         max_tokens=[0, -1, 640.5, NAN, "many", None, True, 10**6, INF],
@@ -102,7 +106,8 @@ REFUSED = [
         four_bit=["no", 4, 1, "4bit"],
         pad=["eos", "</s>", None, "<unk>"],
         seed=[-1, 0.5, None, 2**32, "x"],
-        resume=["yes", 1, None, "checkpoint-8"],
+        resume=["yes", 1, "checkpoint-8"],
+        time_budget_hours=[0, -1, NAN, "all", 169, True],
         patience=[0, -1, None],
         evaluations=[0, -1, 2.5],
         report_to=["mlflow", None, "all", ["wandb"]],
