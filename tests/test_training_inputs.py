@@ -225,8 +225,7 @@ def test_both_notebooks_install_the_wheels_by_the_same_cell():
     assert cells["train"] == cells["submission"]
 
 
-def test_a_cell_reads_only_what_is_there(mounts):
-    """Nothing under input_dir is written to."""
+def test_nothing_under_input_dir_is_written_to(mounts):
     before = sorted(os.walk(mounts))
     complete(mounts)
     assert sorted(os.walk(mounts)) == before
