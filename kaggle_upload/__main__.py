@@ -18,7 +18,7 @@ from kaggle_upload.publish import Publish, show
 from kaggle_upload.remote import Remote, RemoteDataset, RemoteModel
 
 VERSIONS = stage.HERE / "versions.csv"
-NOTEBOOK = stage.HERE.parent / "notebooks" / "submission.ipynb"
+NOTEBOOKS = stage.HERE.parent / "notebooks"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
         ("wheels", "our wheel and the pinned ones that Kaggle's image lacks, as a private dataset"),
         (
             "notebook",
-            "push notebooks/submission.ipynb: private, no internet, 2x T4, pinned sources",
+            "push notebooks/submission.ipynb, or with --train notebooks/train.ipynb: private, no "
+            "internet, 2x T4, pinned sources",
         ),
         ("submit", "hand in a finished version of the notebook"),
     ):
@@ -83,20 +84,25 @@ def parser() -> argparse.ArgumentParser:
     text = "Kaggle's Python; without it wheels for both go into the dataset, and the notebook picks"
     made["wheels"].add_argument("--python", choices=[*wheels.PYTHONS], help=text)
     made["adapter"].add_argument("--with-library", action="store_true", help="send our wheel along")
-    made["notebook"].add_argument("--to", required=True, metavar="OWNER/NOTEBOOK")
-    for option in ("--adapter", "--base"):
-        made["notebook"].add_argument(
-            option, required=True, metavar="OWNER/MODEL/transformers/VARIATION/N"
-        )
-    made["notebook"].add_argument("--wheels", required=True, metavar="OWNER/DATASET")
-    made["notebook"].add_argument("--file", type=Path, default=NOTEBOOK, metavar="IPYNB")
+    model = "OWNER/MODEL/transformers/VARIATION/N"
+    add = made["notebook"].add_argument
+    add("--to", required=True, metavar="OWNER/NOTEBOOK")
+    add("--base", required=True, metavar=model)
+    add("--wheels", required=True, metavar="OWNER/DATASET")
+    add("--file", type=Path, metavar="IPYNB", help="another one (of notebooks/)")
+    add("--adapter", metavar=model, help="to answer with")
+    add("--competition", metavar="SLUG", help="whose test.csv is answered")
+    add("--train", action="store_true", help="push the train notebook, which takes:")
+    add("--rows", action="append", default=[], metavar="OWNER/DATASET", help="may be repeated")
+    add("--encoder", metavar=f"OWNER/DATASET or {model}", help="sentence-t5's")
+    text = "the notebook whose run ended in time: its output is gone on from"
+    add("--earlier", metavar="OWNER/NOTEBOOK", help=text)
     made["submit"].add_argument("--notebook", required=True, metavar="OWNER/NOTEBOOK/N")
     made["submit"].add_argument("--message", required=True)
     made["submit"].add_argument(
         "--output", default="submission.csv", help="the notebook's output file (%(default)s)"
     )
-    for name in ("notebook", "submit"):
-        made[name].add_argument("--competition", required=True, metavar="SLUG")
+    made["submit"].add_argument("--competition", required=True, metavar="SLUG")
     return top
 
 
@@ -131,6 +137,46 @@ def publish(args: argparse.Namespace, temp: Path) -> None:
     ).run()
 
 
+def push(args: argparse.Namespace) -> None:
+    """notebook, to answer or to train."""
+    needed = ("rows", "encoder") if args.train else ("adapter", "competition")
+    others = ("adapter", "competition") if args.train else ("rows", "encoder", "earlier")
+    how = "with" if args.train else "without"
+    if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
+        raise UploadError(f"{how} --train the notebook needs {' and '.join(missing)} too.")
+    if useless := [f"--{name}" for name in others if getattr(args, name)]:
+        raise UploadError(f"{how} --train the notebook takes no {' and no '.join(useless)}.")
+    handle = Page.parse(args.to, "notebook")
+    models = [args.base] if args.train else [args.adapter, args.base]
+    datasets = [args.wheels, *args.rows]
+    if args.train:
+        # a dataset has two parts, a model's version five, as names and as addresses
+        is_dataset = len(args.encoder.split("/")) == 2 or "/datasets/" in args.encoder
+        (datasets if is_dataset else models).append(args.encoder)
+    earlier = [Page.parse(args.earlier, "notebook", new=False)] if args.earlier else []
+    if handle in earlier:
+        raise UploadError(
+            f"--earlier {handle} is the notebook that would be pushed, and the push makes a new "
+            "version of it: give another --to, such as one with a number."
+        )
+    file = args.file or NOTEBOOKS / ("train.ipynb" if args.train else "submission.ipynb")
+    metadata = stage.notebook_metadata(
+        handle,
+        file.name,
+        [Variation.parse(text, pinned=True) for text in models],
+        [Page.parse(text, "dataset", new=False) for text in datasets],
+        [competition_slug(args.competition)] if args.competition else [],
+        earlier,
+    )
+    stage.pick(file.parent, [file.name])
+    notebook.check(file, args.train)
+    if args.dry_run:
+        about = json.dumps(metadata, indent=2)
+        print(f"would push {file} with kernel-metadata.json: {about}")
+    else:
+        print(f"{handle}/{notebook.push(handle, file, metadata, args.timeout, args.train)}")
+
+
 def _joined(argv: list[str]) -> list[str]:
     """Notes and messages in one word with their option, unless they look like one themselves.
 
@@ -154,20 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as temp:
                 publish(args, Path(temp))
         elif args.command == "notebook":
-            handle = Page.parse(args.to, "notebook")
-            models = [Variation.parse(text, pinned=True) for text in (args.adapter, args.base)]
-            data = Page.parse(args.wheels, "dataset", new=False)
-            sources = (models, data, competition_slug(args.competition))
-            metadata = stage.notebook_metadata(handle, args.file.name, *sources)
-            stage.pick(args.file.parent, [args.file.name])
-            notebook.check(args.file)
-            if args.dry_run:
-                print(
-                    f"would push {args.file} with kernel-metadata.json: "
-                    f"{json.dumps(metadata, indent=2)}"
-                )
-            else:
-                print(f"{handle}/{notebook.push(handle, args.file, metadata, args.timeout)}")
+            push(args)
         else:
             version = Page.parse(args.notebook, "notebook", pinned=True)
             competition = competition_slug(args.competition)

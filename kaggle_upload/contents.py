@@ -32,6 +32,12 @@ def adapter_content(folder: Path, wheel: Path | None = None) -> tuple[Content, d
     AdapterError for files that are not a working adapter.
     """
     paths = pick(folder, ADAPTER)
+    # such as a notebook's whole output, downloaded
+    inside = [path.parent for path in sorted(folder.rglob(ADAPTER[0])) if not paths]
+    if inside := [each for each in inside if not each.name.startswith("checkpoint-")]:
+        raise UploadError(
+            f"{folder} is not the adapter's own folder: give {' or '.join(map(str, inside))}."
+        )
     from prompt_recovery.adapter import check_to_publish  # imports torch
 
     about = check_to_publish(folder)

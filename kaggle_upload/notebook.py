@@ -1,4 +1,5 @@
-"""Push the submission notebook with its pinned sources, and hand a version of it in."""
+"""Push the submission or the train notebook with its pinned sources, and hand in a version of the
+first."""
 
 from __future__ import annotations
 
@@ -15,13 +16,21 @@ from kaggle_upload.stage import lay_out, read
 
 KERNEL = "python3"  # the only one of Kaggle's image
 TRAINS = re.compile(r"^\s*train_csv\s*=|\b(?:training|comparison)\.\w+\(", re.M)
+TRAINS_ONE = re.compile(r"\btraining\.train\(")
+# what a machine of one's own has and Kaggle has not
+LOCAL = re.compile(
+    r"^((?:model|encoder|adapter|input)_dir|(?:train|test)_csv) = (?=[\[('\"])(?!.*/kaggle/)"
+    r"(.+?)(?:  #.*)?$",
+    re.M,
+)
 
 
-def check(path: Path) -> list[tuple[str, str]]:
+def check(path: Path, train: bool = False) -> list[tuple[str, str]]:
     """The (type, source) of the notebook's cells.
 
     Raises UploadError for what would only fail, or do another thing, in the run that each push
-    starts: no notebook, no kernel that Kaggle has, no code, or one that trains.
+    starts: no notebook, no kernel that Kaggle has, no code, a path that is not Kaggle's, or one
+    that trains where it should answer (with `train`: that does not).
     """
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -33,27 +42,45 @@ def check(path: Path) -> list[tuple[str, str]]:
         raise UploadError(f"{path} is not a notebook that Kaggle can run ({error!r}).") from error
     code = "\n".join(source for kind, source in cells if kind == "code")
     if not re.search(r"^\s*[^#\s]", code, re.M):
-        raise UploadError(f"{path} holds no code: give the notebook that writes submission.csv.")
+        raise UploadError(
+            f"{path} holds no code: give the notebook that "
+            f"{'trains' if train else 'writes submission.csv'}."
+        )
     if kernel != KERNEL:
         has = f"names the kernel {kernel!r}" if kernel else "names no kernel"
         raise UploadError(
             f"{path} {has}, and its run on Kaggle would end at once; Kaggle has {KERNEL!r}: "
             f"`jupytext --set-kernel {KERNEL} {path}`."
         )
-    if TRAINS.search(code):
+    if train and not TRAINS_ONE.search(code):
         raise UploadError(
-            f"{path} trains, and a submission only answers: give notebooks/submission.ipynb."
+            f"{path} does not train: give notebooks/train.ipynb, or leave out --train."
+        )
+    if not train and TRAINS.search(code):
+        raise UploadError(
+            f"{path} trains, and a submission only answers: give notebooks/submission.ipynb, or "
+            "push it with --train."
+        )
+    for name, value in LOCAL.findall(code):
+        raise UploadError(
+            f"{path} sets {name} = {value}, which is no path of Kaggle's (/kaggle/input/...): "
+            "leave it at None, and it is found among the sources."
         )
     return cells
 
 
-def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> int:
+def push(
+    handle: Page, path: Path, metadata: dict[str, Any], timeout: float, train: bool = False
+) -> int:
     """Push the notebook and compare what Kaggle then holds with what was sent; the version number.
 
-    Raises UploadError as `check` does, before Kaggle is asked, and where it was not saved, or was
-    saved without a source, public, or with internet.
+    Raises UploadError as `check` does, before Kaggle is asked, where the run of a notebook whose
+    output it needs has not ended well, and where it was not saved, or was saved without a source,
+    public, or with internet.
     """
-    sent = check(path)
+    sent = check(path, train)
+    for source in metadata["kernel_sources"]:
+        _check_ended(Page.parse(source, "notebook", new=False), timeout, "Nothing was pushed.")
     with tempfile.TemporaryDirectory() as folder:
         lay_out(read([path]), Path(folder), {"kernel-metadata.json": metadata})
         reply = cli.run("kernels", "push", "-p", folder, timeout=timeout)
@@ -77,9 +104,9 @@ def push(handle: Page, path: Path, metadata: dict[str, Any], timeout: float) -> 
     # the program does not report sources that Kaggle dropped
     wrong = [
         f"{kind} {source} was not attached"
-        for kind in ("model", "dataset", "competition")
+        for kind in ("model", "dataset", "competition", "kernel")
         for source in metadata[f"{kind}_sources"]
-        if not any(_same(source, got) for got in held[f"{kind}_sources"] or ())
+        if not any(_same(source, got) for got in held.get(f"{kind}_sources") or ())
     ]
     wrong += ["it is public"] if held["is_private"] is not True else []
     wrong += ["it has internet"] if held["enable_internet"] else []
@@ -114,14 +141,7 @@ def submit(notebook: Page, competition: str, file: str, message: str, timeout: f
     if remaining < 1:
         raise UploadError(f"No submission to {competition} remains today; nothing was handed in.")
     place = f"{notebook.owner}/{notebook.slug}"
-    status = cli.run("kernels", "status", str(notebook), timeout=timeout)
-    # the first line; a failure message, which may say anything, comes after it
-    found = re.search(rf'^{re.escape(str(notebook))} has status "([\w.]+)"$', status.out, re.M)
-    if status.kind != "ok" or not found or found[1].rpartition(".")[2].upper() != "COMPLETE":
-        raise UploadError(
-            f"The run of {notebook} has not ended well: {status.said}. Wait for it, or look at its "
-            f"log: `kaggle kernels logs {place}`. Nothing was handed in."
-        )
+    _check_ended(notebook, timeout, "Nothing was handed in.")
     _check_newest(notebook, timeout)
     before = {row["ref"] for row in _submissions(competition, timeout)}
     command = ("competitions", "submit", competition, "-k", place, "-f", file)
@@ -142,6 +162,17 @@ def submit(notebook: Page, competition: str, file: str, message: str, timeout: f
     for row in ours:
         print(f"submission {row['ref']}: {row['status']}, {row['description']!r}")
     print(f"Its score: kaggle competitions submissions {competition}")
+
+
+def _check_ended(notebook: Page, timeout: float, consequence: str) -> None:
+    status = cli.run("kernels", "status", str(notebook), timeout=timeout)
+    # the first line; a failure message, which may say anything, comes after it
+    found = re.search(rf'^{re.escape(str(notebook))} has status "([\w.]+)"$', status.out, re.M)
+    if status.kind != "ok" or not found or found[1].rpartition(".")[2].upper() != "COMPLETE":
+        raise UploadError(
+            f"The run of {notebook} has not ended well: {status.said}. Wait for it, or look at its "
+            f"log: `kaggle kernels logs {notebook.owner}/{notebook.slug}`. {consequence}"
+        )
 
 
 def _check_newest(notebook: Page, timeout: float) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,9 +188,15 @@ def dataset_metadata(handle: Page) -> dict[str, dict[str, Any]]:
 
 
 def notebook_metadata(
-    handle: Page, code_file: str, models: list[Variation], wheels: Page, competition: str
+    handle: Page,
+    code_file: str,
+    models: list[Variation],
+    datasets: list[Page],
+    competitions: Sequence[str] = (),
+    notebooks: Sequence[Page] = (),
 ) -> dict:
-    """The notebook template with the handle and its sources, internet off, private. Raises
+    """The notebook template with the handle and its sources (of notebooks the output), internet
+    off, private. Raises
     UploadError for a short title or one that does not turn into the slug (Kaggle would put the
     notebook at another address)."""
     data = _template("kernel-metadata.json")
@@ -210,8 +216,10 @@ def notebook_metadata(
         "is_private": True,
         "enable_internet": False,  # the program's own default is true
         "model_sources": [str(model) for model in models],
-        "dataset_sources": [str(wheels), *(data.get("dataset_sources") or [])],  # an encoder's, say
-        "competition_sources": [competition],
+        # those of the template: an encoder's, say
+        "dataset_sources": [*map(str, datasets), *(data.get("dataset_sources") or [])],
+        "competition_sources": list(competitions),
+        "kernel_sources": [*map(str, notebooks), *(data.get("kernel_sources") or [])],
     }
 
 

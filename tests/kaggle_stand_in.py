@@ -54,6 +54,7 @@ class StandIn(ThreadingHTTPServer):
         self.refused_sources: set[str] = set()
         self.kernel_status = "COMPLETE"  # of the latest run
         self.kernel_failure = ""
+        self.output: dict[str, dict[str, bytes]] = {}  # by notebook: files of its newest run
         self.keeps = lambda message: message  # what is kept of a submission's description
         self.submissions: list[dict[str, Any]] = []
         self.allowed_submissions = 5
@@ -207,7 +208,7 @@ class StandIn(ThreadingHTTPServer):
     def SaveKernel(self, body: dict[str, Any]) -> dict[str, Any]:
         versions = self.kernels.setdefault(body["slug"], [])
         dropped = {}
-        for kind in ("model", "dataset", "competition"):
+        for kind in ("model", "dataset", "competition", "kernel"):
             asked = body.get(f"{kind}DataSources", [])
             dropped[f"invalid{kind.capitalize()}Sources"] = [
                 one for one in asked if one in self.refused_sources
@@ -237,7 +238,7 @@ class StandIn(ThreadingHTTPServer):
             "enableInternet",
             "machineShape",
         )
-        sources = ("modelDataSources", "datasetDataSources", "competitionDataSources")
+        sources = [f"{kind}DataSources" for kind in ("model", "dataset", "competition", "kernel")]
         about = {key: held.get(key) for key in keys} | {key: held[key] for key in sources}
         about["enableInternet"] = held.get("enableInternet", False)
         blob = {
@@ -259,6 +260,16 @@ class StandIn(ThreadingHTTPServer):
             "status": "COMPLETE" if old else self.kernel_status,
             "failureMessage": self.kernel_failure,
         }
+
+    def ListKernelSessionOutput(self, body: dict[str, Any]) -> dict[str, Any]:
+        place = f"{body['userName']}/{body['kernelSlug']}"
+        names, start = sorted(self.output.get(place, {})), int(body.get("pageToken") or 0)
+        end = start + int(body.get("pageSize") or self.page_size)
+        files = [
+            {"fileName": name, "url": f"http://localhost/output/{place}/{name}"}
+            for name in names[start:end]
+        ]
+        return {"files": files, "log": "", "nextPageToken": str(end) if end < len(names) else ""}
 
     def GetSubmissionLimits(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"numToday": len(self.submissions), "numAllowedNow": self.allowed_submissions}
@@ -350,6 +361,8 @@ class Handler(BaseHTTPRequestHandler):
             return error.status, {"code": error.status, "message": str(error)}
 
     def do_GET(self) -> None:
+        if found := re.search(r"/output/([^/]+/[^/]+)/(.+)$", self.path):
+            return self.reply(200, self.server.output[found[1]][found[2]])
         found = re.search(r"/archive/([^/]+/[^/]+)/([^/]+)/(\d+)/a\.(zip|tar\.gz)$", self.path)
         if not found:
             return self.json(404, {"code": 404, "message": "Not found"})
