@@ -1,11 +1,12 @@
 """python -m prompt_recovery plan MODEL_DIR --cards 14.7 14.7 [--rows test.csv] [--per-hour 0.80]
+                                                  [--train 1500 600 3]
 python -m prompt_recovery quantise SOURCE_DIR TARGET_DIR
 python -m prompt_recovery score A.csv [B.csv ...] --truth rows.csv --encoder DIR [--html page.html]
 
 plan says, without a GPU, whether a model fits on cards that leave so many GiB to a process, how it
-answers on them, and how long a test set takes. quantise writes a 16-bit folder once more in 4 bits,
-which loads in seconds. score says what submissions of anyone's score on rows whose prompts are
-known, how they differ, and where they fail."""
+answers on them, and how long a test set and a training on T4s take. quantise writes a 16-bit folder
+once more in 4 bits, which loads in seconds. score says what submissions of anyone's score on rows
+whose prompts are known, how they differ, and where they fail."""
 
 from __future__ import annotations
 
@@ -15,12 +16,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # tokens of a row where no test set is given: as long as the competition's, by which
 # docs/MEASURED.md is measured
 ROWS, TYPICAL = 1300, 690
 NEW_TOKENS = 64
 T4_GIB = 16
+HELD_OUT = 0.1  # of a training's rows
+ROWS_AT_A_TIME = 4  # on two T4s: 4 rows of 640 tokens fit beside Mixtral, 8 do not (reckoned)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     plan.add_argument(
         "--per-hour", type=float, metavar="PRICE", help="what the machine costs an hour"
+    )
+    plan.add_argument(
+        "--train",
+        type=float,
+        nargs=3,
+        metavar=("ROWS", "TOKENS", "EPOCHS"),
+        help="a training's rows, tokens of each, and epochs",
     )
     quantise = commands.add_parser("quantise", help="write a model once more in 4 bits")
     quantise.add_argument("source_dir", type=Path, help="the 16-bit folder, as the hub has it")
@@ -82,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if args.command == "plan":
-            print_plan(args.model_dir, args.cards, args.rows, args.per_hour)
+            print_plan(args.model_dir, args.cards, args.rows, args.per_hour, args.train)
         elif args.command == "score":
             print_scores(args.submissions, args.truth, args.encoder, args.html)
         elif args.target_dir.exists():
@@ -104,7 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def print_plan(
-    model_dir: Path, cards: Sequence[float], test_csv: Path | None, per_hour: float | None
+    model_dir: Path,
+    cards: Sequence[float],
+    test_csv: Path | None,
+    per_hour: float | None,
+    training: Sequence[float] | None,
 ) -> None:
     from prompt_recovery.engine import on_h100s, on_t4s, plan
 
@@ -154,6 +169,35 @@ def print_plan(
         )
         parts = " + ".join(f"{part:.0f}" for part in spent)
         print(f"  {name}: {parts} = {sum(spent):.0f} s{price}")
+    if training:
+        if max(cards) > T4_GIB:
+            raise ValueError("--train is reckoned for T4s: give --cards 14.7 14.7, or 14.7.")
+        print_training(planned, *training)
+
+
+def print_training(planned: Any, rows: float, tokens: float, epochs: float) -> None:
+    from prompt_recovery.engine import train_on_t4s
+
+    if not (rows >= 1 and tokens >= 1 and epochs > 0 and rows * tokens * epochs < math.inf):
+        raise ValueError(f"--train {rows:g} {tokens:g} {epochs:g}: give such as 1500 600 3.")
+    held_out = round(rows * HELD_OUT)
+    spent = train_on_t4s(
+        planned,
+        round(rows),
+        round(tokens),
+        epochs,
+        at_a_time=ROWS_AT_A_TIME,
+        held_out=held_out,
+        new_tokens=NEW_TOKENS,
+    )
+    print(
+        f"\ntraining on T4s, reckoned: {rows:g} rows x {tokens:g} tokens x {epochs:g} epochs, "
+        f"{ROWS_AT_A_TIME} rows at a time, one card at work at a time:\n"
+        f"  steps alone {spent.steps / 3600:.2f} h (multiplying {spent.multiplying / 3600:.2f}, "
+        f"dequantising {spent.dequantising / 3600:.2f})\n"
+        f"  each evaluation of {held_out} rows beside it: losses {spent.losses / 60:.1f} min, "
+        f"answers to half of them {spent.answers / 60:.1f} min"
+    )
 
 
 def _lengths(model_dir: Path, test_csv: Path) -> list[int]:

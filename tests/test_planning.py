@@ -151,6 +151,32 @@ def test_t4s_are_reckoned_in_one_way(true_shape):  # noqa: F811
     )
 
 
+def test_a_training_on_t4s_is_reckoned_in_the_same_way_and_printed(true_shape, capsys):  # noqa: F811
+    """1,500 rows of 600 tokens, 3 epochs, 4 rows at a time, one card at a time: 6 N operations a
+    token, three dequantisations of all experts for each micro-batch."""
+    planned = plan(true_shape[1], [14.7, 14.7])
+    how = dict(at_a_time=4, held_out=150, new_tokens=64)
+    spent = reckoning.train_on_t4s(planned, 1500, 600, 3, **how)
+    tokens = 1500 * 600 * 3
+    assert spent.multiplying == pytest.approx(tokens * 3 * 25.5e9 / 25e12, rel=0.02)
+    assert spent.dequantising == pytest.approx(1125 * 3 * 45.1e9 * 2.5 / 260e9, rel=0.01)
+    assert spent.steps < 3.5 * 3600
+    # half of the rows at a time dequantise twice as often; twice the epochs are twice the time
+    small = reckoning.train_on_t4s(planned, 1500, 600, 3, **how | dict(at_a_time=2))
+    assert small.dequantising == pytest.approx(2 * spent.dequantising)
+    assert reckoning.train_on_t4s(planned, 1500, 600, 6, **how).steps == 2 * spent.steps
+    command = ["plan", str(true_shape[1]), "--cards", "14.7", "14.7", "--train"]
+    assert program.main([*command, "1500", "600", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "reckoned: 1500 rows x 600 tokens x 3 epochs, 4 rows at a time, one card" in printed
+    assert f"steps alone {spent.steps / 3600:.2f} h" in printed and "of 150 rows" in printed
+    for bad in (["0", "600", "3"], ["1500", "nan", "3"], ["1500", "600", "inf"]):
+        assert program.main([*command, *bad]) == 1 and "--train" in capsys.readouterr().err
+    command[3:5] = ["40"]
+    assert program.main([*command, "1500", "600", "3"]) == 1
+    assert "reckoned for T4s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("rows, length, piece", [(1, 1000, 256), (8, 120, 256), (4, 256, 1024)])
 def test_the_table_is_what_torch_holds(rows, length, piece, merged, tmp_path, monkeypatch):

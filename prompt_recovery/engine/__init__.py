@@ -31,7 +31,7 @@ from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.meter import Meter
 from prompt_recovery.engine.planning import Planned, plan
 from prompt_recovery.engine.quantiser import Nf4Error, check_folder
-from prompt_recovery.engine.reckoning import on_h100s, on_t4s
+from prompt_recovery.engine.reckoning import on_h100s, on_t4s, train_on_t4s
 from prompt_recovery.engine.storage import release_buffers
 
 __all__ = [
@@ -72,5 +72,6 @@ __all__ = [
     "save_quantised",
     "spread_order",
     "time_limit",
+    "train_on_t4s",
     "training_plan",
 ]

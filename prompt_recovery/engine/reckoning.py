@@ -1,5 +1,5 @@
-"""What a whole test set takes: by rates measured on H100s with a T4's kernels, and reckoned for
-T4s."""
+"""What a test set takes: by rates measured on H100s with a T4's kernels, and reckoned for T4s; what
+a training takes on T4s, reckoned."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from prompt_recovery.engine.planning import DEQUANTISED, READ, Planned, step_ms
 # A T4: multiplications of its tensor cores a second that a product of many rows reaches, bytes of
 # its memory a second; and bytes that Kaggle's mount gives
 T4_FLOPS, T4_BYTES, KAGGLE_BYTES = 25e12, 260e9, 0.3e9
+MOVED = 2.5  # bytes a weight that dequantising it moves: half a byte in, two out
 
 
 class Seconds(NamedTuple):
@@ -42,14 +43,9 @@ def on_t4s(planned: Planned, lengths: Sequence[int], new_tokens: int) -> Seconds
     GB/s."""
     shape, cards = planned.shape, len(planned.bytes)
     layers = sum(planned.answering.layers)
-    pairs = shape.hidden * 2 * (shape.queries + shape.keys)
-    active = (
-        layers * (pairs + shape.chosen * 3 * shape.hidden * shape.inner)
-        + shape.hidden * shape.vocabulary
-    )
-    experts = layers * shape.experts * 3 * shape.hidden * shape.inner
+    active, experts = _parameters(planned)
     pieces = -(-sum(lengths) // planned.answering.piece)
-    reading = sum(lengths) * 2 * active / (T4_FLOPS * cards) + pieces * experts * 2.5 / (
+    reading = sum(lengths) * 2 * active / (T4_FLOPS * cards) + pieces * experts * MOVED / (
         T4_BYTES * cards
     )
     step = [part.weights + part.merged for part in planned.bytes]
@@ -63,6 +59,61 @@ def on_t4s(planned: Planned, lengths: Sequence[int], new_tokens: int) -> Seconds
         else planned.sizes.weights
     )
     return Seconds(stored / KAGGLE_BYTES, reading, writing)
+
+
+class TrainingSeconds(NamedTuple):
+    """What a training's steps take, their multiplications and dequantising weights, and what one
+    evaluation adds: the loss of its rows, and answers to half of them."""
+
+    multiplying: float
+    dequantising: float
+    losses: float
+    answers: float
+
+    @property
+    def steps(self) -> float:
+        return self.multiplying + self.dequantising
+
+
+def train_on_t4s(
+    planned: Planned,
+    rows: int,
+    tokens: int,
+    epochs: float,
+    *,
+    at_a_time: int,
+    held_out: int,
+    new_tokens: int,
+) -> TrainingSeconds:
+    """Reckoned, as `on_t4s`, with one card at work at a time: a token's forward, recomputation and
+    backward are 6 operations for each active weight, those of the adapter aside; each of the three
+    dequantises all experts (or a dense model's layers) once for a micro-batch.
+
+    Args:
+        rows, tokens: trained on in each epoch, and of each of them.
+        at_a_time: rows of a micro-batch.
+        held_out, new_tokens: rows of an evaluation, and tokens of an answer.
+    """
+    active, experts = _parameters(planned)
+    dequantising = experts * MOVED / T4_BYTES
+    micro_batches = -(-rows // at_a_time) * epochs
+    answering = on_t4s(planned, [tokens] * (held_out // 2), new_tokens)
+    return TrainingSeconds(
+        rows * tokens * epochs * 6 * active / T4_FLOPS,
+        micro_batches * 3 * dequantising,
+        held_out * tokens * 2 * active / T4_FLOPS + -(-held_out // at_a_time) * dequantising,
+        answering.reading + answering.writing,
+    )
+
+
+def _parameters(planned: Planned) -> tuple[int, int]:
+    """Weights that a token is multiplied with, and those of all experts (or of a dense model's
+    layers but attention)."""
+    shape, layers = planned.shape, sum(planned.answering.layers)
+    expert = 3 * shape.hidden * shape.inner
+    attention = 2 * shape.hidden * (shape.queries + shape.keys)
+    active = layers * (attention + shape.chosen * expert) + shape.hidden * shape.vocabulary
+    return active, layers * shape.experts * expert
 
 
 def _groups(planned: Planned, lengths: Sequence[int], new_tokens: int) -> list[tuple[int, int]]:
