@@ -24,6 +24,7 @@ NAMES = [  # module, attribute path in it
     ("transformers.quantizers.quantizers_utils", "get_module_from_name"),
     ("transformers.trainer_pt_utils", "get_length_grouped_indices"),
     ("transformers", "Trainer._save_checkpoint"),
+    ("transformers", "Trainer._load_best_model"),
     ("peft.tuners.tuners_utils", "BaseTunerLayer"),
     ("bitsandbytes.functional", "create_dynamic_map"),
     ("bitsandbytes.functional", "get_4bit_type"),
