@@ -37,7 +37,7 @@ top_p = 0.95
 combine = "first"  # first | join | agree: how several answers become one
 mean_prompt = None  # a sentence that goes behind every answer
 threshold = None  # of agreement, of notebooks/compare: under it a row gets mean_prompt alone
-encoder_dir = None  # a sentence encoder's folder, such as sentence-t5's, for "agree" and threshold
+encoder_dir = None  # a sentence encoder's folder, for "agree", threshold and the rehearsal's score
 allow_base = False  # go on with the base alone if the adapter is missing or broken
 answer_public_test = False  # load the model even for the one row of the public test.csv
 
@@ -94,7 +94,7 @@ silence_known_notices()  # of libraries, by name: those that are nothing to act 
 # %%
 import pandas as pd
 
-from prompt_recovery import answers, inputs, metric, submission, tokenizer
+from prompt_recovery import answers, inputs, metric, rehearsal, submission, tokenizer
 from prompt_recovery.plots import whole_texts
 from prompt_recovery.recipe import SubmissionSettings
 
@@ -208,3 +208,14 @@ whole_texts(test.loc[shown.index].assign(answer=shown["answer"]))
 
 # %%
 whole_texts(pd.read_csv(settings.submission_csv).head(3))
+
+# %% [markdown]
+# ## Rehearsal
+# Before you hand in, give rows that the adapter was not trained on, with their prompts, as
+# `test_csv`. The model is not shown the prompts: they are read here, when every row has its answer.
+#
+# The score is that of the file, fallbacks and all. The times are those of this machine, and for two
+# T4s they are reckoned. Without prompts in `test_csv` this prints nothing.
+
+# %%
+rehearsal.report(job, report)

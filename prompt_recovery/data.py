@@ -53,7 +53,7 @@ def read_rows(
             raise DataError(f"{path} has a header but no rows: give at least one row.")
         numbers = range(1, len(table) + 1)
         if "id" not in table:
-            table["id"] = [f"{stem}-{n}" for n in numbers]
+            table["id"] = _numbered(stem, len(table))
         if "response" not in table:
             table["response"] = ""
         for name in ("id", "response"):
@@ -98,14 +98,18 @@ def rows_hash(rows: pd.DataFrame) -> str:
 
 def read_test(path: str | Path) -> pd.DataFrame:
     """Read a test CSV: columns id (exactly as written), original_text, rewritten_text, all str, in
-    file order.
+    file order. A file of training rows is read too, without their prompts and responses; where it
+    has no ids, its rows are called as read_rows calls them.
 
     No row is ever dropped: blank texts stay, and a file with a header and no rows gives an empty
     table.
     Raises DataError as read_rows does.
     """
     path = Path(path)
-    table = _read_csv(path, TEST_COLUMNS)[list(TEST_COLUMNS)]
+    table = _read_csv(path, TEST_COLUMNS)
+    if "id" not in table:
+        table["id"] = _numbered(path.stem, len(table))
+    table = table[list(TEST_COLUMNS)]
     checked = table.assign(
         source=[f"{path.name}:{n}" for n in range(1, len(table) + 1)], file=str(path)
     )
@@ -113,9 +117,22 @@ def read_test(path: str | Path) -> pd.DataFrame:
     return table
 
 
+def has_prompts(path: str | Path) -> bool:
+    """Whether a file has the column rewrite_prompt. Raises DataError for no file, or a broken
+    one."""
+    return "rewrite_prompt" in read_table(Path(path), ["rewrite_prompt"])[0]
+
+
+def _numbered(stem: str, count: int) -> list[str]:
+    """Ids of rows that have none."""
+    return [f"{stem}-{n}" for n in range(1, count + 1)]
+
+
 def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    header, records = read_table(path, needed)
+    header, records = read_table(path, [name for name in needed if name != "id"])
     missing = [name for name in needed if name not in header]
+    if missing == ["id"] and "rewrite_prompt" in header:
+        missing = []  # training rows need none
     if missing:
         hint = ""
         if len(header) == 1 and re.search(r"[;\t|]", header[0]):

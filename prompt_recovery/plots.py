@@ -77,7 +77,8 @@ def plot_lengths(examples: Sequence[Example], max_tokens: int, path: str | Path)
 
 
 def plot_scores(rows: pd.DataFrame, summary: pd.DataFrame, path: str | Path) -> None:
-    """How the scores of each file's rows are spread, and their means with intervals, as a PNG.
+    """How the scores of each file's rows are spread, and beside it in the same colours their means
+    with intervals, as a PNG.
 
     rows, summary: of scoring.score_files and scoring.summary.
     """
@@ -86,17 +87,16 @@ def plot_scores(rows: pd.DataFrame, summary: pd.DataFrame, path: str | Path) -> 
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 3 + 0.2 * len(summary)), layout="constrained"
     )
-    for place, (name, part) in enumerate(rows.groupby("file", sort=False)):
-        left.hist(part["scs"], bins=40, range=(-1, 1), histtype="step", label=str(name))
+    for place, (_, part) in enumerate(rows.groupby("file", sort=False)):
+        left.hist(part["scs"], bins=40, range=(-1, 1), histtype="step")
         line = summary.iloc[place]
         around = [[line["scs"] - line["low"]], [line["high"] - line["scs"]]]
         right.errorbar(line["scs"], place, xerr=around, fmt="o", capsize=3)
     left.set(xlabel="SCS of a row", ylabel="rows", xlim=(min(0.0, rows["scs"].min()), 1))
     right.set(xlabel="mean SCS, 95% interval", yticks=range(len(summary)))
     right.set_yticklabels(summary["file"])
+    right.margins(y=0.3)
     right.invert_yaxis()
-    if len(summary) > 1:
-        left.legend(frameon=False)
     save_figure(figure, Path(path))
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 from pandas._libs.parsers import STR_NA_VALUES
 
-from prompt_recovery import data, files, metric, plots, splitting
+from prompt_recovery import data, files, metric, plots
 from prompt_recovery.combine import LIMIT, count_tokens
+from prompt_recovery.prompt_groups import prompt_groups
 from prompt_recovery.tables import DataError, read_table
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Scored(NamedTuple):
 
 
 def read_truths(paths: str | Path | Sequence[str | Path]) -> tuple[pd.DataFrame, list[str]]:
-    """(id and rewrite_prompt of every row of the files, what is odd about them).
+    """(id and truth of every row of the files, "" where it has none; what is odd about them).
 
     The files need no texts; where one has no ids, its rows are called as `data.read_rows` calls
     them. Raises DataError as that does, and where no row has a truth.
@@ -61,7 +62,8 @@ def read_truths(paths: str | Path | Sequence[str | Path]) -> tuple[pd.DataFrame,
         notes.append(f"{unsaid.sum()} rows without a truth are not scored: {places}.")
     if unsaid.all():
         raise DataError(f"{rows['file'].iloc[0]}: rewrite_prompt is blank in all {len(rows)} rows.")
-    return rows.loc[~unsaid, ["id", "rewrite_prompt"]].reset_index(drop=True), notes
+    truths = rows["rewrite_prompt"].where(~unsaid, "")
+    return pd.DataFrame({"id": rows["id"], "truth": truths}), notes
 
 
 def read_answers(path: str | Path, name: str) -> tuple[pd.DataFrame, list[str]]:
@@ -131,10 +133,13 @@ def _matched(
             f"{name} has no answer to {_named(missing)} of {len(truths)}: its score is that of "
             f"the other {len(table)}."
         )
-    rows = truths[truths["id"].isin(own)].merge(table, on="id")
+    rows = truths.merge(table, on="id")
     if rows["id"].to_list() != table["id"].to_list():
         notes.append(f"{name} is in another order than the truth: its rows are matched by id.")
-    return rows.rename(columns={"rewrite_prompt": "truth"}), notes
+    rows = rows[rows["truth"] != ""]
+    if rows.empty:
+        raise DataError(f"{name} answers {len(table)} rows, and none of them has a truth.")
+    return rows, notes
 
 
 def _quoted(values: Sequence[str] | pd.Series | np.ndarray) -> str:
@@ -170,7 +175,7 @@ def score_files(
         notes += odd + unmatched
     rows = pd.concat(parts, ignore_index=True)
     answered = rows.drop_duplicates("id")
-    tasks = splitting.prompt_groups(answered["truth"].to_list(), encoder=encoder)
+    tasks = prompt_groups(answered["truth"].to_list(), encoder=encoder)
     rows["task"] = rows["id"].map(dict(zip(answered["id"], tasks, strict=True)))
     rows["empty"] = (rows["answer"].str.strip() == "") | rows["answer"].isin(STR_NA_VALUES)
     rows["scs"] = 0.0
@@ -336,7 +341,7 @@ def text_report(scored: Scored, encoder: str) -> str:
     """For a terminal: what matters most stands last."""
     parts = []
     for title, table in reversed(sections(scored.rows).items()):
-        shown = _beside(table) if {"truth", "answer"} <= set(table) else _as_text(table)
+        shown = beside(table) if {"truth", "answer"} <= set(table) else _as_text(table)
         parts.append(f"{title}\n{shown}")
     return "\n\n".join([*parts, "\n".join([*scored.notes, f"encoder {encoder}"])])
 
@@ -356,7 +361,8 @@ def _as_text(table: pd.DataFrame) -> str:
     )
 
 
-def _beside(table: pd.DataFrame) -> str:
+def beside(table: pd.DataFrame) -> str:
+    """Scored rows, each answer under its truth, for a terminal."""
     return "\n".join(
         f"{row['scs']:6.3f}  {row['id']}\n        truth   {_one_line(row['truth'], 300)}\n"
         f"        answer  {_one_line(row['answer'], 300)}"

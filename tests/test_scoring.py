@@ -166,6 +166,9 @@ def test_truths_that_cannot_be_used_are_refused_or_said(tmp_path, encoder, capsy
     assert found.rows["id"].to_list() == ["t-1", "t-2"]
     assert found.notes == ["1 rows without a truth are not scored: 't.csv:3'."]
     assert "a space behind" not in capsys.readouterr().out  # one column has no separators
+    # a row that was answered and has no truth is not scored, and is no stranger either
+    whole = written(tmp_path / "a.csv", ["a b c", "d e f", "g h i"], ["t-1", "t-2", "t-3"])
+    assert scoring.score_files([whole], path, encoder).rows["id"].to_list() == ["t-1", "t-2"]
     for text, why in (
         ("id,prompt\nt-1,a\n", "no column rewrite_prompt"),
         ("id,rewrite_prompt\nt-1,a\nt-1,b\nt-2,c\n", "more than once"),

@@ -1,0 +1,99 @@
+"""A rehearsal: the submission on rows whose prompts are known, scored before it is handed in.
+
+The prompts are read here alone, when every row has its answer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from itertools import cycle, islice
+
+import pandas as pd
+
+from prompt_recovery import metric, scoring
+from prompt_recovery.data import has_prompts
+from prompt_recovery.engine import ModelError, TooLittleMemory, on_t4s, plan
+from prompt_recovery.inputs import RERUN
+from prompt_recovery.submission_job import Job
+from prompt_recovery.time_budget import seconds_needed
+
+HIDDEN_ROWS = 1300  # of the competition
+T4S = (14.7, 14.7)  # GiB that Kaggle's two leave to a process
+WORST = 5
+
+
+def report(job: Job, answers: pd.DataFrame) -> None:
+    """Print the worst rows of submission.csv, its score, the seconds a row, and what they make for
+    a hidden test set here and, reckoned, on two T4s. Nothing where test_csv holds no prompts.
+
+    answers: of `submission.report`. The encoder is that of the settings, or MiniLM.
+    """
+    settings = job.settings
+    took = time.monotonic() - job.started
+    if os.environ.get(RERUN) or not has_prompts(settings.test_csv):
+        return
+    try:
+        print(_score(job, answers))
+    except (ValueError, OSError) as error:  # whatever it is, the answers stand
+        print(f"no score: {error}")
+    print(_seconds(job, took))
+
+
+def _score(job: Job, answers: pd.DataFrame) -> str:
+    settings = job.settings
+    folder = settings.encoder_dir or metric.minilm_dir()
+    encoder = metric.load_encoder(folder, device="cpu")
+    rows, notes = scoring.score_files([settings.submission_csv], settings.test_csv, encoder)
+    line = scoring.summary(rows).iloc[0]
+    by_model = rows["id"].isin(answers.loc[answers["source"] == "model", "id"])
+    worst = scoring.beside(rows.nsmallest(WORST, "scs"))
+    lines = [
+        f"the {min(WORST, len(rows))} worst of {len(rows)} rows\n{worst}\n",
+        *notes,
+        f"rehearsal: SCS {line['scs']:.3f} (95%: {line['low']:.3f} to {line['high']:.3f}) on "
+        f"{len(rows)} rows, {line['by_task']:.3f} by prompt group, {line['exact_match']:.0%} word "
+        f"for word; encoder {metric.encoder_name(folder)}",
+    ]
+    for how, part in (("model", rows[by_model]), ("fallback", rows[~by_model])):
+        if len(part):
+            lines.append(f"  {len(part)} rows by the {how}: {part['scs'].mean():.3f}")
+    return "\n".join(lines)
+
+
+def _seconds(job: Job, took: float) -> str:
+    meters = [meter for meter in job.meters.values() if meter.batches]
+    if not meters:
+        return "no row was answered in this run, so there is no time to measure"
+    rows = sum(meter.rows for meter in meters)
+    busy = sum(meter.seconds for meter in meters)
+    read = sum(meter.tokens_in for meter in meters) / rows
+    written = sum(meter.tokens_out for meter in meters) / rows
+    rest = max(0.0, took - sum(meter.wall for meter in meters))
+    lengths = list(islice(cycle(map(len, job.prompts.values())), HIDDEN_ROWS))
+    here = seconds_needed(job.plan, job.meters, lengths)
+    first = all(meter.batches == 1 for meter in meters)
+    lines = [
+        f"{busy / rows:.3g} s a row on this machine, of {rows} rows with {read:.0f} tokens to read "
+        f"and {written:.0f} to write; {rest:.0f} s for all else",
+        f"{HIDDEN_ROWS} such rows here: {rest:.0f} + {here:.0f} = {_time(rest + here)}"
+        + (" (from one batch, the first, which is slow)" if first else ""),
+    ]
+    try:
+        planned = plan(job.settings.model_dir, T4S)
+        longest = max(meter.longest for meter in meters)
+        once = on_t4s(planned, lengths, longest)
+        every = on_t4s(planned, lengths * job.plan.answers, longest)
+        spent = (once.loading, once.reading, every.writing)
+        parts = " + ".join(f"{part:.0f}" for part in spent)
+        lines.append(
+            f"{HIDDEN_ROWS} such rows on two T4s, reckoned: {parts} = {_time(sum(spent))} to load, "
+            "read and write"
+        )
+    except (ModelError, TooLittleMemory, ValueError) as error:
+        lines.append(f"on two T4s: {error}")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
