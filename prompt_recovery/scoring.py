@@ -127,11 +127,12 @@ def _matched(
             "belongs to this file, or take these rows out."
         )
     notes = []
-    missing = [each for each in truths["id"] if each not in own]
+    wanted = truths["id"][truths["truth"] != ""]
+    missing = [each for each in wanted if each not in own]
     if missing:
         notes.append(
-            f"{name} has no answer to {_named(missing)} of {len(truths)}: its score is that of "
-            f"the other {len(table)}."
+            f"{name} has no answer to {_named(missing)} of {len(wanted)}: its score is that of "
+            f"the other {len(wanted) - len(missing)}."
         )
     rows = truths.merge(table, on="id")
     if rows["id"].to_list() != table["id"].to_list():
