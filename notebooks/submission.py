@@ -211,8 +211,9 @@ whole_texts(pd.read_csv(settings.submission_csv).head(3))
 
 # %% [markdown]
 # ## Rehearsal
-# Before you hand in, give rows that the adapter was not trained on, with their prompts, as
-# `test_csv`. The model is not shown the prompts: they are read here, when every row has its answer.
+# Before you hand in, give rows with their prompts as `test_csv`, such as the `held_out.csv` that
+# training leaves: rows that the adapter was not trained on. The model is not shown the prompts.
+# They are read here, when every row has its answer.
 #
 # The score is that of the file, fallbacks and all. The times are those of this machine, and for two
 # T4s they are reckoned. Without prompts in `test_csv` this prints nothing.

@@ -278,12 +278,13 @@ adapter.check_adapter(output / "adapter", recipe.model_dir)
 # ## After
 # The score of an answer is the cosine of its embedding and the truth's, cubed with its sign kept.
 # The mean is over the held-out rows of the report, with a bootstrap interval. An answer without a
-# prompt counts 0.
+# prompt counts 0. `held_out.csv` has these rows whole, to rehearse a submission on.
 
 # %%
 after = answers.answer_table(lora, tok, reported, description="answers after", **answer_options)
 predictions = metric.score_table(reported, before, after, encoder)
 files.write_csv(predictions.assign(adapter_sha256=adapter_sha256), output / "predictions.csv")
+files.write_csv(reported[["id", *data.ROW_COLUMNS]], output / "held_out.csv")
 evaluation = metric.evaluation(predictions, metric.encoder_name(recipe.encoder_dir))
 evaluation |= dict(
     chosen_on_these_rows=bool(scored["id"].isin(reported["id"]).any()),

@@ -31,6 +31,7 @@ WRITTEN = (  # what a run leaves in its output_dir
     "checkpoints",
     "evaluation.json",
     "predictions.csv",
+    "held_out.csv",
     "training_log.csv",
     "loss.png",
     "lengths.png",

@@ -107,6 +107,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
         "adapter",
         "checkpoints",
         "evaluation.json",
+        "held_out.csv",
         "lengths.png",
         "loss.png",
         "predictions.csv",

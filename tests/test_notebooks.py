@@ -17,7 +17,7 @@ from conftest import ROOT, TINY  # puts demo/ on the path
 from PIL import Image
 
 from kaggle_upload import contents
-from prompt_recovery import files, metric
+from prompt_recovery import data, files, metric, scoring
 
 FALLBACK = "Please improve this text while keeping its original meaning but altering the tone."
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
@@ -102,6 +102,13 @@ def test_both_notebooks_run_on_natural_rows(tmp_path):
     } <= evaluation.keys()
     assert evaluation["n"] == len(pd.read_csv(out / "predictions.csv")) > 0
     assert evaluation["encoder"] == "all-MiniLM-L6-v2"
+    # the rows of the report stand there whole, to rehearse on; what scores a submission agrees
+    held_out = data.read_rows(out / "held_out.csv")
+    assert held_out["id"].to_list() == files.read_csv(out / "predictions.csv")["id"].to_list()
+    assert data.read_test(out / "held_out.csv")["rewritten_text"].str.strip().all()
+    encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
+    scored = scoring.score_files([out / "predictions.csv"], out / "held_out.csv", encoder).rows
+    assert scored["scs"].mean() == pytest.approx(evaluation["scs_after"], abs=1e-6)
     published = contents.adapter_content(out / "adapter")[1]  # a line of versions.csv
     assert published["style"] == "reason_json" and re.fullmatch(
         "[0-9a-f]{12}", published["rows_hash"]

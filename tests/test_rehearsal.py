@@ -3,8 +3,8 @@
 import json
 import re
 
-import papermill
 import pandas as pd
+import papermill
 import pytest
 from conftest import ROOT, TINY, answer_test, prepared
 
