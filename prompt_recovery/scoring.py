@@ -201,13 +201,15 @@ def score_files(
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """The files' names, or their paths where names are not enough to tell them apart."""
-    given = [Path(path) for path in paths]
-    twice = [path for path, n in Counter(path.resolve() for path in given).items() if n > 1]
+    """The files' names, with as many of their folders as tell them apart."""
+    given = [Path(path).resolve() for path in paths]
+    twice = [path for path, n in Counter(given).items() if n > 1]
     if twice:
         raise DataError(f"{twice[0]} is given more than once: name each file once.")
-    counts = Counter(path.name for path in given)
-    return [path.name if counts[path.name] == 1 else str(path) for path in given]
+    depth = 1
+    while len({path.parts[-depth:] for path in given}) < len(given):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in given]
 
 
 def _longer_than_read(texts: Sequence[str], encoder: SentenceTransformer) -> list[bool]:

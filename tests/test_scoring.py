@@ -234,7 +234,7 @@ def test_the_program_says_it_and_writes_one_page(tmp_path, truth, capsys):
     (tmp_path / "one").mkdir()
     files_of = [
         str(written(tmp_path / "a.csv", [odd, *ANSWERS[1:]])),
-        str(written(tmp_path / "one" / "b.csv", ANSWERS)),
+        str(written(tmp_path / "one" / "a.csv", ANSWERS)),
     ]
     page = tmp_path / "pages" / "scores.html"
     asked = ["score", *files_of, "--truth", str(truth)]
@@ -242,14 +242,17 @@ def test_the_program_says_it_and_writes_one_page(tmp_path, truth, capsys):
     captured = capsys.readouterr()
     assert "Batches: 100%" in captured.err  # the bar
     printed = captured.out
-    line = re.search(r"^b\.csv +4 +(\d\.\d{3}) ", printed, re.MULTILINE)
+    line = re.search(r"^one/a\.csv +4 +(\d\.\d{3}) ", printed, re.MULTILINE)
     mean = expected(ANSWERS, list(TRUTHS.values()), metric.load_encoder(metric.minilm_dir())).mean()
     assert float(line[1]) == pytest.approx(mean, abs=6e-4)
-    assert "The 4 worst rows of a.csv" in printed and "encoder all-MiniLM-L6-v2" in printed
-    assert "b.csv a.csv 4" in " ".join(printed.split())
+    folder = tmp_path.name  # two files of one name are told apart by their folders
+    assert (
+        f"The 4 worst rows of {folder}/a.csv" in printed and "encoder all-MiniLM-L6-v2" in printed
+    )
+    assert f"one/a.csv {folder}/a.csv 4" in " ".join(printed.split())
     html = page.read_text(encoding="utf-8")
     assert "&lt;b&gt;bold&lt;/b&gt; &amp;" in html and odd.split(" ", 1)[1][-200:].strip() in html
-    assert "<b>bold" not in html and str(tmp_path) not in html and "http" not in html
+    assert "<b>bold" not in html and str(tmp_path.parent) not in html and "http" not in html
     (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     assert base64.b64decode(image).startswith(b"\x89PNG")
     before = files.sha256(tmp_path / "a.csv")
