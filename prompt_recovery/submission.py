@@ -106,6 +106,7 @@ def prepare(
         journal,
         key,
         finish,
+        fallback,
         [fallback] * len(test),
         plans_from(
             RowPlan(settings.answers_per_row, settings.max_new_tokens), settings.format.style
@@ -122,10 +123,16 @@ def prepare(
             f"max_new_tokens={settings.max_new_tokens}: a {settings.format.style} answer takes "
             f"{least} tokens or more, and one that is cut short holds no prompt. Raise it."
         )
-    for position, recovered in found.items():
-        job.note(position, recovered)
+    for position, (plan, recovered) in found.items():
+        job.note(position, plan, recovered)
     if found:
-        job.say(f"{len(found)} rows stand in {journal.name}, which took {spent:.0f} s")
+        budget = settings.time_budget_hours * 3600
+        left = max(0.0, job.deadline - time.monotonic())
+        job.say(
+            f"{len(found)} rows stand in {journal.name}, which took {spent:.0f} s of "
+            f"time_budget_hours={settings.time_budget_hours:g}, {budget:.0f} s: {left:.0f} s are "
+            "left"
+        )
     job.save()
     if len(found) < len(test):  # rows for which there is no room at all
         encode_row(
@@ -184,7 +191,7 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
     whole file could be written.
     """
     job.ending = ""
-    if len(job.found) == len(job.test):
+    if not job.pending() and not any(map(job.less, job.found)):
         return
     try:
         with (
@@ -192,6 +199,7 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
             tqdm(total=len(job.test), initial=len(job.found), desc="answers", unit="row") as bar,
         ):
             _answer_slices(job, prepared, tokenizer, bar)
+            _answer_again(job, prepared, tokenizer, bar)
     finally:
         job.save()
 
@@ -214,7 +222,7 @@ def _answer_slices(job: Job, model: Any, tokenizer: Any, bar: tqdm) -> None:
         part = queue.pop(0)
         plan, ending = job.plan, job.ending
         error = _answer_slice(job, model, tokenizer, part, bar)
-        rest = [i for i in part if i not in job.found]
+        rest = [i for i in part if job.waits(i)]
         raised = raised if len(rest) == len(part) else 0
         if (plan, ending) != (job.plan, job.ending):
             queue = _slices(job)
@@ -235,6 +243,19 @@ def _answer_slices(job: Job, model: Any, tokenizer: Any, bar: tqdm) -> None:
                 job.ending = f"given up after {GIVE_UP} rows in a row raised"
                 job.say(f"{job.ending}; the last: {error}")
                 break
+
+
+def _answer_again(job: Job, model: Any, tokenizer: Any, bar: tqdm) -> None:
+    """Once every row has an answer, answer those as asked that got less, as long as there is time:
+    an earlier run was short of it, or this one until it turned out to be faster."""
+    less = [position for position in job.found if job.less(position)]
+    left = job.deadline - time.monotonic()
+    if not less or job.ending or job.pending() or left <= 0:
+        return
+    job.say(f"{len(less)} rows have less than was asked: again as asked, {left:.0f} s are left")
+    job.again, job.plans = set(less), [job.asked]
+    bar.total += len(less)
+    _answer_slices(job, model, tokenizer, bar)
 
 
 def _answer_slice(
@@ -281,11 +302,11 @@ def _record(job: Job, rows: list[tuple[int, list[Recovered]]], meter: Meter, bar
     """Take finished rows, and put them where a kill can't reach them."""
     started = time.monotonic()
     for position, found in rows:
-        job.note(position, found)
+        job.note(position, job.plan, found)
     now = time.monotonic()
     meter.writing += now - started  # combining with an encoder on the CPU takes its time
     try:
-        append_journal(job.journal, job.key, rows, now - job.noted)
+        append_journal(job.journal, job.key, job.plan, rows, now - job.noted)
     except OSError as error:
         job.say(
             f"{job.journal} can't be written ({error}): a restart would answer these rows again."
@@ -311,7 +332,10 @@ def _replan(job: Job) -> bool:
         return False
     needed = seconds_needed(job.plan, job.meters, lengths)
     why = f"{len(lengths)} rows would take {needed:.0f} s, {left:.0f} s are left"
-    if not enough:
+    if not enough and job.again:
+        job.ending = OUT_OF_TIME
+        job.say(f"{why}: the shortest first, the others keep what they have")
+    elif not enough:
         job.ending = OUT_OF_TIME
         share = left / max(seconds_needed(chosen, job.meters, lengths), 1e-9)
         job.say(
@@ -332,8 +356,9 @@ def _replan(job: Job) -> bool:
 def report(job: Job) -> pd.DataFrame:
     """Check the file as it lies there, say how many rows are answered by what, and return what came
     of each, in the order of test: id, answer, source (model or fallback), how (the parser's
-    word, or why it is the fallback), stopped, tokens (of all answers to the row). Raises
-    SubmissionError for a file that must not be handed in."""
+    word, or why it is the fallback), stopped, less (than was asked, such as "1 of 4 answers"),
+    tokens (of all answers to the row). Raises SubmissionError for a file that must not be handed
+    in."""
     check_submission(job.test, job.settings.submission_csv)
     lines = []
     for position, text in enumerate(job.answers):
@@ -347,10 +372,13 @@ def report(job: Job) -> pd.DataFrame:
         )
         tokens = sum(each.tokens for each in found)
         lines.append(
-            (text, "model" if by_model else "fallback", how, used.stopped if used else "", tokens)
-        )
-    columns = ["answer", "source", "how", "stopped", "tokens"]
-    table = pd.DataFrame(lines, columns=columns).astype({name: str for name in columns[:4]})
+            (
+                text, "model" if by_model else "fallback", how, used.stopped if used else "",
+                job.less(position), tokens,
+            )
+        )  # fmt: skip
+    columns = ["answer", "source", "how", "stopped", "less", "tokens"]
+    table = pd.DataFrame(lines, columns=columns).astype({name: str for name in columns[:5]})
     table.insert(0, "id", job.test["id"].to_list())
     job.say(summary(table) + (f"; {job.progress()}" if job.meters else ""))
     return table
@@ -365,4 +393,8 @@ def summary(report: pd.DataFrame) -> str:
     return (
         f"{len(report)} rows: {by_model.sum()} by the model, {(~by_model).sum()} by the fallback"
         + (f" ({reasons})" if reasons else "")
+        + "".join(
+            f"; {n} with {less} only, for want of time"
+            for less, n in report.loc[report["less"] != "", "less"].value_counts().items()
+        )
     )

@@ -14,6 +14,7 @@ import pandas as pd
 
 from prompt_recovery.answers import Recovered
 from prompt_recovery.combine import LIMIT, count_tokens
+from prompt_recovery.time_budget import RowPlan
 from prompt_recovery.unwrap import SPECIALS, is_prompt
 
 
@@ -114,10 +115,11 @@ def journal_path(submission_csv: str | Path) -> Path:
     return Path(f"{submission_csv}.journal")
 
 
-def read_journal(path: Path, key: str) -> tuple[dict[int, list[Recovered]], float]:
-    """(answers by row position, seconds that earlier runs took) of the lines of this key, of
-    `keys.answers_key`. A line that was cut off by a kill is passed over."""
-    found: dict[int, list[Recovered]] = {}
+def read_journal(path: Path, key: str) -> tuple[dict[int, tuple[RowPlan, list[Recovered]]], float]:
+    """(plan and answers by row position, seconds that earlier runs took) of the lines of this key,
+    of `keys.answers_key`. Of a row that was answered again, the answers by the larger plan. A line
+    that was cut off by a kill is passed over."""
+    found: dict[int, tuple[RowPlan, list[Recovered]]] = {}
     seconds = 0.0
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
@@ -126,17 +128,24 @@ def read_journal(path: Path, key: str) -> tuple[dict[int, list[Recovered]], floa
             continue
         if entry.get("key") == key:
             seconds += entry["seconds"]
+            plan = RowPlan(*entry["plan"])
             for position, answers in entry["rows"]:
-                found.setdefault(position, [Recovered(*answer) for answer in answers])
+                if position not in found or plan > found[position][0]:
+                    found[position] = plan, [Recovered(*answer) for answer in answers]
     return found, seconds
 
 
 def append_journal(
-    path: Path, key: str, rows: Sequence[tuple[int, list[Recovered]]], seconds: float
+    path: Path,
+    key: str,
+    plan: RowPlan,
+    rows: Sequence[tuple[int, list[Recovered]]],
+    seconds: float,
 ) -> None:
-    """Add finished rows under the key of their answers, and the seconds they took; they are on the
-    disk when it returns. Raises OSError."""
-    line = json.dumps({"key": key, "seconds": round(seconds, 3), "rows": rows}).encode() + b"\n"
+    """Add rows that were answered by this plan under the key of their answers, and the seconds they
+    took; they are on the disk when it returns. Raises OSError."""
+    entry = {"key": key, "plan": plan, "seconds": round(seconds, 3), "rows": rows}
+    line = json.dumps(entry).encode() + b"\n"
     if path.exists() and path.stat().st_size:
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)

@@ -32,6 +32,7 @@ class Job:
     key: str  # of the answers, see `keys.answers_key`
     # the prompts found for a row -> its one answer, "" if they say nothing
     finish: Callable[[list[str]], str]
+    fallback: str
     answers: list[str]  # what submission.csv holds
     plans: list[RowPlan]  # the one that is followed, then lesser ones
     started: float
@@ -39,6 +40,8 @@ class Job:
     noted: float  # when the journal was last written
     seed: int = 0
     found: dict[int, list[Recovered]] = field(default_factory=dict)
+    by: dict[int, RowPlan] = field(default_factory=dict)  # the plan of each row in found
+    again: set[int] = field(default_factory=set)  # rows in found that are being answered as asked
     reasons: dict[int, str] = field(default_factory=dict)  # of rows that were not answered
     # token ids of the rows as the model is asked
     prompts: dict[int, list[int]] = field(default_factory=dict)
@@ -56,15 +59,22 @@ class Job:
     def plan(self) -> RowPlan:
         return self.plans[0]
 
+    @property
+    def asked(self) -> RowPlan:
+        return RowPlan(self.settings.answers_per_row, self.settings.max_new_tokens)
+
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:6.0f} s] {text}", flush=True)
 
-    def note(self, position: int, found: list[Recovered]) -> None:
-        self.found[position] = found
+    def note(self, position: int, plan: RowPlan, found: list[Recovered]) -> None:
+        self.found[position], self.by[position] = found, plan
+        self.again.discard(position)
+        self.reasons.pop(position, None)  # of a lesser answer
         answer = self.finish([each.prompt for each in found if each.prompt is not None])
         if answer:
             self.answers[position] = answer
         else:
+            self.answers[position] = self.fallback
             broken = any(each.stopped == NOT_FINITE for each in found)
             self.reasons[position] = "logits not finite" if broken else "no prompt in the answer"
 
@@ -81,19 +91,38 @@ class Job:
         self.written = time.monotonic()
 
     def fail(self, position: int, error: Exception) -> None:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        self.reasons[position] = "out of memory" if memory else f"raised {type(error).__name__}"
+        if position in self.found:
+            self.again.discard(position)
+            kept = "its shorter answer"
+        else:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            self.reasons[position] = "out of memory" if memory else f"raised {type(error).__name__}"
+            kept = "the fallback"
         self.say(
-            f"row {position} (id {self.test['id'].iloc[position]}) keeps the fallback: "
-            f"{str(error)[:300]}"
+            f"row {position} (id {self.test['id'].iloc[position]}) keeps {kept}: {str(error)[:300]}"
         )
 
     def longest_first(self) -> list[int]:
         return sorted(self.prompts, key=lambda i: (-len(self.prompts[i]), i))
 
+    def waits(self, position: int) -> bool:
+        """Whether the row is still to be answered."""
+        done = position in self.found or position in self.reasons
+        return position in self.again or not done
+
     def pending(self) -> list[int]:
         """Positions still to be answered, the longest first."""
-        return [i for i in self.longest_first() if i not in self.found and i not in self.reasons]
+        return [position for position in self.longest_first() if self.waits(position)]
+
+    def less(self, position: int) -> str:
+        """By how much less than asked the row was answered; "" if by nothing, or not at all. A
+        shorter limit counts for an answer that it cut."""
+        by, found = self.by.get(position, self.asked), self.found.get(position, [])
+        if by.answers < self.asked.answers:
+            return f"{by.answers} of {self.asked.answers} answers"
+        cut = any(each.stopped == "length" for each in found)
+        shorter = cut and by.new_tokens < self.asked.new_tokens
+        return f"{by.new_tokens} of {self.asked.new_tokens} tokens" if shorter else ""
 
     def lengths_to_come(self) -> list[int]:
         return [len(self.prompts[i]) for i in self.pending()]

@@ -81,7 +81,7 @@ def next_plan(
 
     if first or fits(followed):
         return followed, True
-    if followed.answers > 1:
+    if followed.answers > 1 and lesser:
         return lesser[0], True  # what a single answer takes is measured before it gets shorter
     return next(((plan, True) for plan in lesser if fits(plan)), (plans[-1], False))
 

@@ -33,7 +33,7 @@ from prompt_recovery import (
 from prompt_recovery.engine import decoding, generation, loading
 from prompt_recovery.recipe import Format, SettingError
 from prompt_recovery.submission import SubmissionError, clean_answer
-from prompt_recovery.tokenizer import TokenizerError, encode_row
+from prompt_recovery.tokenizer import TokenizerError, encode_row, encode_text
 
 FALLBACK = "Fall, back"
 OPTIONS = dict(
@@ -665,6 +665,86 @@ def test_what_earlier_runs_took_counts(slow, tmp_path, capsys):
         base, tok, rows(60), tmp_path / "s.csv", **options | dict(time_budget_hours=1)
     )
     assert set(report["how"]) <= DONE
+
+
+def test_rows_with_less_than_was_asked_are_answered_as_asked_once_there_is_time(
+    slow, tmp_path, capsys
+):
+    """391 of 720 rows kept one answer of four, "by the model", with all the time in the world."""
+    base, tok, clock = slow(0.5, 0.001)
+    options = OPTIONS | dict(
+        max_new_tokens=12, batch_tokens=400, answers_per_row=3, how="join", seed=1
+    )
+    test = rows(24)
+    plain = {id for text in test["original_text"] for id in encode_text(tok, text)}
+    test.loc[2, "original_text"] += " 漢"
+    (mark, *_) = set(encode_text(tok, test["original_text"][2])) - plain
+    started = clock.now
+    calm = answer_test(base, tok, test, tmp_path / "calm.csv", **options)
+    took, out = clock.now - started, tmp_path / "s.csv"
+    assert "want of time" not in capsys.readouterr().out and set(calm["less"]) == {""}
+    # too little for three answers, too much for one: what is over goes to rows that got one
+    started = clock.now
+    first = answer_test(base, tok, test, out, **options | dict(time_budget_hours=0.5 * took / 3600))
+    said, spent = capsys.readouterr().out, clock.now - started
+    less = first.index[first["less"] == "1 of 3 answers"]
+    assert 2 in less and 0 < len(less) < 24 and set(first["less"]) == {"", "1 of 3 answers"}
+    assert f"; {len(less)} with 1 of 3 answers only, for want of time" in said
+    assert "again as asked" in said and "the others keep what they have" in said
+    assert took * 0.3 < spent <= took * 0.5 + 3 * LONGEST_BATCH
+    whole = first["less"] == ""
+    assert first.loc[whole, "answer"].to_list() == calm.loc[whole, "answer"].to_list()
+    # no more time: it is counted again, and the time that is gone is said beside the budget
+    again = answer_test(
+        base, tok, test, out, **options | dict(time_budget_hours=0.9 * spent / 3600)
+    )
+    said = capsys.readouterr().out
+    assert again.equals(first) and f"; {len(less)} with 1 of 3" in said
+    assert re.search(
+        rf"24 rows stand in s.csv.journal, which took {spent:.0f} s of time_budget_hours=0.0\d+, "
+        rf"{0.9 * spent:.0f} s: 0 s are left",
+        said,
+    )
+    # a row that raises keeps what it has
+
+    def fault(ids):
+        if ids.shape[1] > 1 and (ids == mark).any():
+            raise KeyError("z")
+
+    hook = base.register_forward_pre_hook(
+        lambda _, args, kwargs: fault(kwargs["input_ids"]), with_kwargs=True
+    )
+    report = answer_test(base, tok, test, out, **options)
+    hook.remove()
+    said = capsys.readouterr().out
+    assert "row 2 (id 02) keeps its shorter answer" in said
+    assert report.index[report["less"] != ""].to_list() == [2]
+    assert report["answer"][2] == first["answer"][2] and "; 1 with 1 of 3 answers" in said
+    report = answer_test(base, tok, test, out, **options)
+    said = capsys.readouterr().out
+    assert "1 rows have less than was asked: again as asked" in said and "want of" not in said
+    assert out.read_bytes() == (tmp_path / "calm.csv").read_bytes() and report.equals(calm)
+    # all as asked: nothing is asked again
+    assert answer_test("no model", None, test, out, **options).equals(calm)
+
+
+def test_a_shorter_limit_is_less_only_for_answers_that_it_cut(loaded, tmp_path, capsys):
+    options = OPTIONS | dict(max_new_tokens=24)
+    calm = answer_test(*loaded, rows(8), tmp_path / "s.csv", **options)
+    (journal,) = tmp_path.glob("*.journal")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    found = [row for line in lines for row in line["rows"]]
+    for position, answers in found:
+        answers[0][0], answers[0][2] = "Shorter.", "length" if position % 2 else "eos"
+    journal.write_text(json.dumps(lines[0] | {"rows": found, "plan": [1, 16]}))
+    capsys.readouterr()
+    report = answer_test(None, None, rows(8), tmp_path / "s.csv", **options)
+    assert report["less"].to_list() == ["", "16 of 24 tokens"] * 4
+    assert "; 4 with 16 of 24 tokens only" in capsys.readouterr().out
+    report = answer_test(*loaded, rows(8), tmp_path / "s.csv", **options)
+    assert report["answer"].to_list() == [
+        calm["answer"][n] if n % 2 else "Shorter." for n in range(8)
+    ]
 
 
 def test_the_rate_is_printed_as_it_goes(slow, tmp_path, capsys):
