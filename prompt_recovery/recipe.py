@@ -259,7 +259,8 @@ class Recipe(Settings):
     seed: int = setting(0, whole(0, 2**32 - 1), "adapter", "answers")
     resume: bool | None = setting(None, optional(flag, "what input_dir holds"))
     time_budget_hours: float | None = setting(None, optional(number(0, 168, above=True)))
-    patience: int = setting(3, whole(1, 10**9), "run")  # evaluations without gain
+    # evaluations without gain; not in fewer than 20 steps that are evaluated one by one
+    patience: int = setting(3, whole(1, 10**9), "run")
     evaluations: int = setting(10, whole(1, 10**6), "run")  # in the whole run
     report_to: str = setting("none", reporter)
     # None: a memory plan's, on a GPU

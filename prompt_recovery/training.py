@@ -84,13 +84,14 @@ def train(
     where 30% of the answers are right, and 98% are at the end (LOG.md).
 
     recipe: `evaluations` says how often eval loss is measured and a checkpoint kept; training stops
-    after `patience` of them without gain. activation_checkpointing None lets a memory plan choose
-    rows at a time and checkpointed layers on a GPU, with gradient accumulation up to batch_size *
-    gradient_accumulation rows a step, and checkpoints nothing on the CPU; True and False take
-    batch_size rows at a time with every layer or none. Out of memory, the run goes on with fewer
-    rows. Under `accelerate launch` the rows of a step are shared out to the processes. With
-    `resume` it goes on from the last whole checkpoint under output_dir/checkpoints, if there is
-    one; else these are moved aside.
+    after `patience` of them without gain, but not in a run of fewer than 20 steps whose evaluations
+    are 10 or more, which stand at single steps. activation_checkpointing None lets a memory plan
+    choose rows at a time and checkpointed layers on a GPU, with gradient accumulation up to
+    batch_size * gradient_accumulation rows a step, and checkpoints nothing on the CPU; True and
+    False take batch_size rows at a time with every layer or none. Out of memory, the run goes on
+    with fewer rows. Under `accelerate launch` the rows of a step are shared out to the processes.
+    With `resume` it goes on from the last whole checkpoint under output_dir/checkpoints, if there
+    is one; else these are moved aside.
     scored_with: what score() depends on, such as its encoder; a resumed run must share it.
     allowed: training ends in time for what comes behind it, with a checkpoint from which a run that
     resumes goes on as if it had not ended. The adapter is then the best one so far.
@@ -100,9 +101,10 @@ def train(
 
     Returns the log (see `training_log`), also written to output_dir/training_log.csv. Its
     attrs["ended"] says which step is kept and why training ended.
-    Raises TrainingError where the rows of a step can't be shared out evenly, or a loss is not
-    finite; RunFolderError where another run has output_dir, or its checkpoints belong to other rows
-    or settings; TooLittleMemory where one row does not fit.
+    Raises TrainingError where the rows of a step can't be shared out evenly, processes differ in
+    what they must share, or a loss is not finite; ProcessLost where another process is;
+    RunFolderError where another run has output_dir, or its checkpoints belong to other rows or
+    settings; TooLittleMemory where one row does not fit.
     """
     with named_if_lost(), shared(recipe.output_dir) as writes:
         sides = train_examples, eval_examples
@@ -146,7 +148,7 @@ def _course(recipe: Recipe, examples: int) -> _Course:
     log = max(1, steps // (recipe.evaluations * 5))
     # a multiple: a resumed log has no gap
     every = log * max(1, steps // (recipe.evaluations * log))
-    # ten evaluations of so few steps stand at each, and patience would end the run at the fourth
+    # each step would be an evaluation, and the run might end at the fourth with the first kept
     short = steps < 2 * Recipe.evaluations <= 2 * recipe.evaluations
     return _Course(rows, steps, log, every, stops_early=not short)
 

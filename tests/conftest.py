@@ -1,5 +1,6 @@
 """Shared: the tiny Mixtral, nasty texts, Mistral's own tokenizer in a folder."""
 
+import os
 import shutil
 import sys
 from functools import cache
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
+# as in `make test`, and before torch reads it: forks of a test would wait for OpenMP's threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "demo"))

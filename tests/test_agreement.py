@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import TINY, prepared, table
 from safetensors.torch import load_file
@@ -37,6 +36,7 @@ def start(act, limit, names):
     for number, name in enumerate(names):
         process = os.fork()
         if process == 0:
+            signal.alarm(120)  # ends it
             os.environ |= dict(
                 RANK=str(number), WORLD_SIZE=str(len(names)), LOCAL_RANK="0",
                 LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -44,7 +44,6 @@ def start(act, limit, names):
             os.environ[group.TIME_LIMIT] = str(limit)
             status = 1
             try:
-                torch.set_num_threads(1)
                 AcceleratorState._reset_state(reset_partial_state=True)
                 GradientState._reset_state()
                 socket.gethostname = lambda name=name: name
@@ -299,6 +298,22 @@ def test_a_comparison_and_a_submission_run_as_one_process(tmp_path, monkeypatch)
     with pytest.raises(agreement.SeveralProcesses, match="2 were launched .*its own output_dir"):
         comparison.read_split([], tmp_path / "rows.csv", 0.1, 0, tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_only_the_first_process_of_a_machine_writes(tmp_path):
+    tok, lora = build()
+    examples = make_examples(tok, demo_rows(4), **SHORT)
+
+    def go(number):
+        os.environ["LOCAL_RANK"] = str(number)  # two processes of one machine
+        folder = tmp_path / ("first", "second")[number]
+        recipe = Recipe(output_dir=folder, **FAST | dict(batch_size=2, max_steps=1))
+        return list(training.train(lora, tok, examples, [], recipe)["step"])
+
+    assert machines(go, names=("alpha", "alpha")) == [[1], [1]]
+    names = {path.name for path in (tmp_path / "first/checkpoints/checkpoint-1").iterdir()}
+    assert {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} < names
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_worker_killed_on_one_machine_and_all_gone_on_with_equals_one_process(tmp_path):

@@ -25,6 +25,8 @@ NAMES = [  # module, attribute path in it
     ("transformers.trainer_pt_utils", "get_length_grouped_indices"),
     ("transformers", "Trainer._save_checkpoint"),
     ("transformers", "Trainer._load_best_model"),
+    ("transformers", "Trainer._save"),
+    ("transformers", "Trainer._save_rng_state"),
     ("peft.tuners.tuners_utils", "BaseTunerLayer"),
     ("bitsandbytes.functional", "create_dynamic_map"),
     ("bitsandbytes.functional", "get_4bit_type"),

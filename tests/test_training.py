@@ -555,6 +555,17 @@ def test_equal_scores_go_by_loss_and_the_end_is_said(tmp_path, capsys):
     )
 
 
+def test_a_short_run_goes_to_its_end_whatever_its_first_steps_score(tmp_path, capsys):
+    """Its first step stood as the best, and three more steps ended it."""
+    tok, lora = build()
+    examples = make_examples(tok, demo_rows(6), **SHORT)
+    scores = iter([0.5, 0.1, 0.1, 0.1, 0.2, 0.3, 0.6])
+    recipe = Recipe(output_dir=tmp_path, **FAST | dict(batch_size=2, max_steps=7))
+    log = training.train(lora, tok, examples[:4], examples[4:], recipe, score=scores.__next__)
+    assert log["step"].to_list() == [*range(1, 8)]
+    assert "kept: step 7, eval_scs 0.6" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("loss", [0.0, 0.5, 30.0])
 def test_a_higher_score_is_chosen_whatever_the_loss(loss):
     assert trainer.choice(0.1 + 1e-5, loss) > trainer.choice(0.1, 0.0)
