@@ -241,5 +241,18 @@ def write_quantised(folder: Path, layers: int = 32) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+def write_dense(folder: Path, layers: int = 32) -> None:
+    """Mistral-7B's shape with random weights in bf16, 14.5 GB, as the hub has it."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(num_hidden_layers=layers, vocab_size=32000, sliding_window=None)
+    config.max_position_embeddings = 32768
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = MistralForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+
+
 if __name__ == "__main__":
     write_quantised(Path(sys.argv[1]) / "nf4")

@@ -10,6 +10,8 @@ python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at 
     load      the 16-bit folder, of zeros, quantised while it loads
     bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, the training's
     train     steps, layers split: 8 x 512 tokens on those, 4 x 640 on cards like T4s
+    dense     Mistral-7B's shape on the first card, like a T4 and with 22.9 GiB in bf16: steps, 50
+              rows by the submission's script (not run yet)
 --one runs both stages on the first card, without a ballast, to debug.
 
 A ballast process leaves 14.7 GiB a card and samples how much is free. Patched, after Triton has
@@ -184,19 +186,12 @@ def prepare(work: Work) -> None:
     import true_shape
 
     import notebooks
-    from prompt_recovery import adapter
-    from prompt_recovery.engine import base_id, load_base
-    from prompt_recovery.recipe import Format
     from prompt_recovery.tokenizer import load_tokenizer
 
     start = time.monotonic()
     true_shape.write_quantised(work.nf4, work.args.layers)
     shutil.copy2(work.args.tokenizer, work.nf4 / "tokenizer.model")
-    lora = adapter.add_lora(load_base(work.nf4), base=base_id(work.nf4))
-    for name, weight in lora.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, 0, 0.01)
-    adapter.save_adapter(lora, work.adapter, Format())
+    write_adapter(work.nf4, work.adapter)
     notebooks.lengthened_rows(ROOT / "demo" / "natural_rows.csv", 160).to_csv(
         work.folder / "rows.csv", index=False
     )
@@ -207,6 +202,18 @@ def prepare(work: Work) -> None:
     )
     test.sample(50, random_state=1).to_csv(work.folder / "test50.csv", index=False)
     print(f"prepared in {time.monotonic() - start:.0f} s")
+
+
+def write_adapter(model_dir: Path, adapter_dir: Path) -> None:
+    from prompt_recovery import adapter
+    from prompt_recovery.engine import base_id, load_base
+    from prompt_recovery.recipe import Format
+
+    lora = adapter.add_lora(load_base(model_dir), base=base_id(model_dir))
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, 0, 0.01)
+    adapter.save_adapter(lora, adapter_dir, Format())
 
 
 def load_16_bit(work: Work) -> None:
@@ -607,6 +614,46 @@ def steps(work: Work, rows: int, length: int, count: int = 8) -> None:
     )
 
 
+def dense(work: Work) -> None:
+    """Each part in a process of its own, which sees the first card only."""
+    for part in ("_dense_write", "_dense_t4", "_dense24"):
+        alone = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+        done = subprocess.run(command(work.args, part), env=alone)
+        print(f"{part}: rc {done.returncode}", flush=True)
+
+
+def dense_write(work: Work) -> None:
+    import shutil
+
+    import true_shape
+
+    folder = work.folder / "dense"
+    true_shape.write_dense(folder, work.args.layers)
+    shutil.copy2(work.args.tokenizer, folder / "tokenizer.model")
+    write_adapter(folder, work.folder / "dense-adapter")
+
+
+def dense_t4(work: Work) -> None:
+    work.t4s()
+    dense_run(work, "dense-t4.csv")
+
+
+def dense24(work: Work) -> None:
+    work.ballast = Ballast(CARD_24)
+    dense_run(work, "dense-24.csv")
+
+
+def dense_run(work: Work, to: str) -> None:
+    work.nf4, work.adapter = work.folder / "dense", work.folder / "dense-adapter"
+    steps(work, rows=8, length=512)
+    print(f"training: {work.peak()}")
+    torch.cuda.empty_cache()
+    start = time.monotonic()
+    report = work.submission("test50.csv", to)["report"]
+    print(report.groupby(["source", "how", "stopped"]).size().to_string())
+    print(f"{len(report)} rows in {time.monotonic() - start:.0f} s; {work.peak()}")
+
+
 PARTS = {
     "prepare": prepare,
     "t4": t4,
@@ -616,6 +663,10 @@ PARTS = {
     "load": load_16_bit,
     "bf16": bf16,
     "train": train,
+    "dense": dense,
+    "_dense_write": dense_write,
+    "_dense_t4": dense_t4,
+    "_dense24": dense24,
     "_one": one,
     "_rows200": rows200,
     "_answer24": answer24,
