@@ -23,6 +23,7 @@ from prompt_recovery.quiet import silence_known_notices
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 OUTPUT = ROOT / "outputs" / "demo"
+MODEL = str(DEMO / "tiny-mixtral")
 
 # Found on the tiny model (LOG.md): attention-only LoRA learns the task at rates far above Mixtral's
 # 2e-5
@@ -38,9 +39,9 @@ SETTINGS = dict(
 )
 
 
-def run_notebook(name: str, parameters: dict) -> float:
-    """Run notebooks/NAME.ipynb into OUTPUT, its prints and bars shown as they come; returns
-    seconds.
+def run_notebook(name: str, parameters: dict, target: str | None = None) -> float:
+    """Run notebooks/NAME.ipynb into OUTPUT, as TARGET.ipynb, its prints and bars shown as they
+    come; returns seconds.
 
     An error in a cell ends the program with that cell's message.
     """
@@ -49,7 +50,7 @@ def run_notebook(name: str, parameters: dict) -> float:
     try:
         papermill.execute_notebook(
             ROOT / "notebooks" / f"{name}.ipynb",
-            OUTPUT / f"{name}.ipynb",
+            OUTPUT / f"{target or name}.ipynb",
             parameters=parameters,
             cwd=ROOT,
             kernel_name="python3",
@@ -80,36 +81,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)  # nothing of an earlier run is used
     OUTPUT.mkdir(parents=True)
 
-    shared = dict(model_dir=str(DEMO / "tiny-mixtral"), style="plain", four_bit=False)
-    seconds = run_notebook(
-        "train",
-        shared
-        | SETTINGS
-        | dict(
-            train_csv=str(rows),
-            output_dir=str(OUTPUT / "train"),
-            encoder_dir=str(metric.minilm_dir()),
-        ),
-    )
+    seconds = run_notebook("train", training(rows, "plain", OUTPUT / "train"))
     # a rehearsal: rows with their prompts, of which the model is shown the texts alone
     test, truths = (files.read_csv(DEMO / name) for name in ("test.csv", "test_truths.csv"))
     files.write_csv(test.merge(truths[["id", "rewrite_prompt"]], on="id"), OUTPUT / "rehearsal.csv")
-    seconds += run_notebook(
-        "submission",
-        shared
-        | dict(
-            adapter_dir=str(OUTPUT / "train" / "adapter"),
-            test_csv=str(OUTPUT / "rehearsal.csv"),
-            submission_csv=str(OUTPUT / "submission.csv"),
-            max_new_tokens=32,
-        ),
-    )
+    adapter = str(OUTPUT / "train" / "adapter")
+    seconds += run_notebook("submission", rehearsal(adapter, OUTPUT / "submission.csv"))
     report(rows, seconds)
 
 
-def rehearsed() -> list[str]:
-    """What the submission's notebook printed of its rehearsal, from the score on."""
-    cells = json.loads((OUTPUT / "submission.ipynb").read_text())["cells"]
+def training(rows: Path, style: str, output: Path) -> dict:
+    """Parameters of notebooks/train."""
+    return SETTINGS | dict(
+        model_dir=MODEL,
+        train_csv=str(rows),
+        output_dir=str(output),
+        style=style,
+        four_bit=False,
+        encoder_dir=str(metric.minilm_dir()),
+    )
+
+
+def rehearsal(adapter_dir: str | list[str], submission: Path, max_new_tokens: int = 32) -> dict:
+    """Parameters of notebooks/submission. adapter_dir: one path or a list."""
+    return dict(
+        model_dir=MODEL,
+        adapter_dir=adapter_dir,
+        test_csv=str(OUTPUT / "rehearsal.csv"),
+        submission_csv=str(submission),
+        four_bit=False,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def rehearsed(notebook: str = "submission") -> list[str]:
+    """What a submission's notebook printed of its rehearsal, from the score on."""
+    cells = json.loads((OUTPUT / f"{notebook}.ipynb").read_text())["cells"]
     outputs = [each for each in cells[-1]["outputs"] if each.get("name") == "stdout"]
     printed = "".join(part for each in outputs for part in each["text"])
     return printed[printed.index("rehearsal: ") :].splitlines()

@@ -49,7 +49,7 @@ def _score(job: Job, answers: pd.DataFrame) -> str:
     by_model = rows["id"].isin(answers.loc[answers["source"] == "model", "id"])
     worst = scoring.beside(rows.nsmallest(WORST, "scs"))
     lines = [
-        f"the {min(WORST, len(rows))} worst of {len(rows)} rows\n{worst}\n",
+        f"the worst of {len(rows)} rows\n{worst}\n",
         *notes,
         f"rehearsal: SCS {line['scs']:.3f} (95%: {line['low']:.3f} to {line['high']:.3f}) on "
         f"{len(rows)} rows, {line['by_task']:.3f} by prompt group, {line['exact_match']:.0%} word "
@@ -76,7 +76,7 @@ def _seconds(job: Job, took: float) -> str:
     lines = [
         f"{busy / rows:.3g} s a row on this machine, of {rows} rows with {read:.0f} tokens to read "
         f"and {written:.0f} to write; {rest:.0f} s for all else",
-        f"{HIDDEN_ROWS} such rows here: {rest:.0f} + {here:.0f} = {_time(rest + here)}"
+        f"{HIDDEN_ROWS} such rows here: {_sum(rest, here)}"
         + (" (from one batch, the first, which is slow)" if first else ""),
     ]
     try:
@@ -85,15 +85,19 @@ def _seconds(job: Job, took: float) -> str:
         once = on_t4s(planned, lengths, longest)
         every = on_t4s(planned, lengths * job.plan.answers, longest)
         spent = (once.loading, once.reading, every.writing)
-        parts = " + ".join(f"{part:.0f}" for part in spent)
         lines.append(
-            f"{HIDDEN_ROWS} such rows on two T4s, reckoned: {parts} = {_time(sum(spent))} to load, "
-            "read and write"
+            f"{HIDDEN_ROWS} such rows on two T4s, reckoned: {_sum(*spent)} to load, read and write"
+            if sum(spent) >= 1
+            else "on two T4s: the model is too small to be reckoned by its bytes and FLOPs"
         )
     except (ModelError, TooLittleMemory, ValueError) as error:
         lines.append(f"on two T4s: {error}")
     return "\n".join(lines)
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+def _sum(*seconds: float) -> str:
+    parts = [round(each) for each in seconds]
+    whole = sum(parts)
+    return " + ".join(map(str, parts)) + (
+        f" = {whole} s" if whole < 120 else f" s = {whole / 60:.0f} minutes"
+    )

@@ -336,7 +336,7 @@ def sections(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
     for name, part in rows.groupby("file", sort=False):
         worst = part.nsmallest(WORST, "scs")
-        tables[f"The {len(worst)} worst rows of {name}"] = worst[["id", "scs", "truth", "answer"]]
+        tables[f"The worst of {len(part)} rows of {name}"] = worst[["id", "scs", "truth", "answer"]]
     return {title: table for title, table in tables.items() if len(table)}
 
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pandas as pd
 import papermill
 import pytest
 from conftest import ROOT, TINY, answer_test, prepared
+from test_memory import true_shape  # noqa: F401  (a fixture)
 
 from prompt_recovery import data, inputs, metric, rehearsal, submission
 from prompt_recovery.engine import Meter, on_t4s, plan
@@ -36,8 +38,9 @@ def rows_file(path, prompts, ids=True, count=6):
 
 
 def test_the_model_is_not_shown_the_truth(loaded, tmp_path):
-    """The same rows with other prompts, or none, give the same bytes, and are one journal's."""
-    bytes_of, journals = [], []
+    """The same rows with other prompts, or none, give the same bytes, and are the same rows to the
+    journal."""
+    bytes_of = []
     for number, prompts in enumerate(("Make it rhyme.", "Talk like a pirate.", None)):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -46,9 +49,9 @@ def test_the_model_is_not_shown_the_truth(loaded, tmp_path):
             pd.read_csv(path)[list(data.TEST_COLUMNS)].to_csv(path, index=False)
         answer_test(*loaded, data.read_test(path), folder / "s.csv", **OPTIONS)
         bytes_of.append((folder / "s.csv").read_bytes())
-        journals += [each.name for each in folder.glob("*.journal")]
+        # the first one's journal has them all
+        assert len(prepared(data.read_test(path), tmp_path / "0" / "s.csv", **OPTIONS).found) == 6
     assert bytes_of[0] == bytes_of[1] == bytes_of[2] and b"Fall" not in bytes_of[0]
-    assert len(set(journals)) == 1 and len(journals) == 3
 
 
 def test_rows_without_ids_are_called_as_the_score_calls_them(tmp_path):
@@ -97,7 +100,7 @@ def test_the_notebook_ends_with_the_score_and_the_times(loaded, tmp_path):
     ending = printed.strip().splitlines()[-3:]
     assert re.match(r"[\d.e-]+ s a row on this machine, of 6 rows with \d+ tokens", ending[0])
     assert ending[1].startswith("1300 such rows here: ")
-    assert ending[2].startswith("1300 such rows on two T4s, reckoned: ")
+    assert ending[2].startswith("on two T4s: the model is too small")
 
 
 def test_times_are_what_the_meter_measured_and_the_reckoning_s(tmp_path, capsys):
@@ -120,10 +123,34 @@ def test_times_are_what_the_meter_measured_and_the_reckoning_s(tmp_path, capsys)
         in (printed)
     )
     # 1 ms a token, 0.2 s a row: 1,300 rows of 250 tokens
-    assert "1300 such rows here: 18 + 585 = 10 minutes" in printed
-    reckoned = on_t4s(plan(TINY, [14.7, 14.7]), lengths * 325, 8)
-    assert f" = {sum(reckoned):.0f} s to load, read and write" in printed
+    assert "1300 such rows here: 18 + 585 s = 10 minutes" in printed
     assert "4 rows by the fallback" in printed
+
+
+def test_two_t4s_are_reckoned_in_the_one_way_that_plan_has(
+    true_shape,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    path = rows_file(tmp_path / "rows.csv", "Make it rhyme.", count=4)
+    options = OPTIONS | dict(test_csv=path, answers_per_row=3, how="join")
+    job = prepared(data.read_test(path), tmp_path / "s.csv", **options)
+    job.settings = replace(job.settings, model_dir=str(true_shape[1]))
+    job.prompts = {n: [1] * length for n, length in enumerate((500, 600, 700, 800))}
+    meter = Meter()
+    meter.add([500, 600, 700, 800], [40, 48] * 6, 10.0, 10.0)
+    job.meters = {job.plan: meter}
+    answers = submission.report(job)
+    capsys.readouterr()
+    rehearsal.report(job, answers)
+    printed = capsys.readouterr().out
+    planned, lengths = plan(true_shape[1], [14.7, 14.7]), [500, 600, 700, 800] * 325
+    loading, reading, writing = on_t4s(planned, lengths, 48)
+    three = on_t4s(planned, lengths * 3, 48).writing  # each prompt is read once
+    assert 5 * 60 < three < 30 * 60 and three > 2 * writing
+    parts = [round(each) for each in (loading, reading, three)]
+    said = f"reckoned: {' + '.join(map(str, parts))} s = {sum(parts) / 60:.0f} minutes to load"
+    assert said in printed and "from one batch, the first, which is slow" in printed
 
 
 def test_without_prompts_or_while_scored_nothing_is_printed(tmp_path, capsys, monkeypatch):

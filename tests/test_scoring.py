@@ -247,7 +247,8 @@ def test_the_program_says_it_and_writes_one_page(tmp_path, truth, capsys):
     assert float(line[1]) == pytest.approx(mean, abs=6e-4)
     folder = tmp_path.name  # two files of one name are told apart by their folders
     assert (
-        f"The 4 worst rows of {folder}/a.csv" in printed and "encoder all-MiniLM-L6-v2" in printed
+        f"The worst of 4 rows of {folder}/a.csv" in printed
+        and "encoder all-MiniLM-L6-v2" in printed
     )
     assert f"one/a.csv {folder}/a.csv 4" in " ".join(printed.split())
     html = page.read_text(encoding="utf-8")
