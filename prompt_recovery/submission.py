@@ -201,7 +201,7 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
             _answer_slices(job, prepared, tokenizer, bar)
             _answer_again(job, prepared, tokenizer, bar)
     finally:
-        job.save()
+        job.save(last=True)
 
 
 def _slices(job: Job) -> list[list[int]]:
@@ -354,12 +354,12 @@ def _replan(job: Job) -> bool:
 
 
 def report(job: Job) -> pd.DataFrame:
-    """Check the file as it lies there, say how many rows are answered by what, and return what came
-    of each, in the order of test: id, answer, source (model or fallback), how (the parser's
-    word, or why it is the fallback), stopped, less (than was asked, such as "1 of 4 answers"),
-    tokens (of all answers to the row). Raises SubmissionError for a file that must not be handed
-    in."""
-    check_submission(job.test, job.settings.submission_csv)
+    """Check the file as it lies there against the answers, say how many rows are answered by what,
+    and return what came of each, in the order of test: id, answer, source (model or fallback), how
+    (the parser's word, or why it is the fallback), stopped, less (than was asked, such as "1 of 4
+    answers"), tokens (of all answers to the row). Raises SubmissionError for a file that must not
+    be handed in."""
+    check_submission(job.test, job.settings.submission_csv, job.answers)
     lines = []
     for position, text in enumerate(job.answers):
         found = job.found.get(position, [])

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -56,10 +56,12 @@ def write_submission(test: pd.DataFrame, answers: Sequence[str], path: str | Pat
         raise
 
 
-def check_submission(test: pd.DataFrame, path: str | Path) -> None:
+def check_submission(
+    test: pd.DataFrame, path: str | Path, answers: Sequence[str] | None = None
+) -> None:
     """Read the file back: the same ids in the same order, two columns, and answers that are neither
-    blank nor longer than the scorer reads, without special tokens or control characters. Raises
-    SubmissionError otherwise."""
+    blank nor longer than the scorer reads, without special tokens or control characters, and these
+    ones, if they are given. Raises SubmissionError otherwise."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
         scored = pd.read_csv(path, dtype=str)  # by pandas' defaults, as a scorer reads it
@@ -94,6 +96,14 @@ def check_submission(test: pd.DataFrame, path: str | Path) -> None:
     ):
         if wrong.any():
             raise SubmissionError(f"{path}: rows {frame.index[wrong].to_list()[:5]} {what}.")
+    other = [] if answers is None else frame.index[prompts != list(answers)].to_list()
+    if other:
+        raise SubmissionError(
+            f"{path} does not hold what was found for {len(other)} of {len(test)} rows, the first "
+            f"is row {other[0]}: its last write failed. Don't hand it in: free some space, or give "
+            f"another submission_csv with a copy of {journal_path(path)} beside it, and run this "
+            "again."
+        )
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
@@ -133,6 +143,24 @@ def read_journal(path: Path, key: str) -> tuple[dict[int, tuple[RowPlan, list[Re
                 if position not in found or plan > found[position][0]:
                     found[position] = plan, [Recovered(*answer) for answer in answers]
     return found, seconds
+
+
+@contextmanager
+def lent(journal: Path) -> Iterator[None]:
+    """Inside the with block the journal's room is free; afterwards it is there again, as much of it
+    as there is room for."""
+    content = journal.read_bytes() if journal.is_file() else b""
+    journal.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        try:
+            _write(journal, content, os.O_TRUNC)
+        except OSError as error:
+            print(
+                f"{journal} gave its room to the file ({error}): a restart would answer the rows "
+                "again that it lost."
+            )
 
 
 def append_journal(

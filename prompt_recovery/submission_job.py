@@ -15,10 +15,11 @@ import torch
 from prompt_recovery.answers import NOT_FINITE, Recovered
 from prompt_recovery.engine import Meter
 from prompt_recovery.recipe import SubmissionSettings
-from prompt_recovery.submission_file import check_submission, write_submission
+from prompt_recovery.submission_file import check_submission, lent, write_submission
 from prompt_recovery.time_budget import RowPlan
 
 NO_MODEL = "no model"
+FULL = errno.ENOSPC, errno.EDQUOT  # a disk, or the part of it that this user may fill
 
 
 @dataclass
@@ -78,13 +79,20 @@ class Job:
             broken = any(each.stopped == NOT_FINITE for each in found)
             self.reasons[position] = "logits not finite" if broken else "no prompt in the answer"
 
-    def save(self) -> None:
-        """Bring submission.csv up to date; if the disk is full, the last whole one stays."""
+    def save(self, last: bool = False) -> None:
+        """Bring submission.csv up to date; if the disk is full, the last whole one stays. The last
+        write gets the journal's room, if need be."""
         path = self.settings.submission_csv
         try:
-            write_submission(self.test, self.answers, path)
+            try:
+                write_submission(self.test, self.answers, path)
+            except OSError as error:
+                if not last or error.errno not in FULL:
+                    raise
+                with lent(self.journal):
+                    write_submission(self.test, self.answers, path)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = error.errno in (*FULL, errno.EFBIG)
             remedy = "Free some space." if full else "Give another submission_csv."
             self.say(f"{path} can't be written ({error}): the one before stays. {remedy}")
             check_submission(self.test, path)

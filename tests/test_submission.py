@@ -16,7 +16,7 @@ import pandas as pd
 import papermill
 import pytest
 import torch
-from conftest import NASTY, ROOT, TINY, answer_test
+from conftest import NASTY, ROOT, TINY, answer_test, prepared
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -548,8 +548,7 @@ test = pd.read_csv(table, dtype=str)
 answer_test(None, None, test, out, **options)
 room = os.stat(out).st_size + 50
 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-report = answer_test(*inputs.load(base, None), test, out, **options)
-assert set(report["source"]) == {"model"}
+answer_test(*inputs.load(base, None), test, out, **options)
 """
     test.to_csv(tmp_path / "test.csv", index=False)
     calm = answer_test(*loaded, test, tmp_path / "calm.csv", **OPTIONS)
@@ -558,7 +557,10 @@ assert set(report["source"]) == {"model"}
     done = subprocess.run(
         [sys.executable, "-c", program, passed], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    # the file is whole, and not what was found: that is said last
+    assert done.returncode == 1 and "SubmissionError" in done.stderr.splitlines()[-1]
+    assert "does not hold what was found for" in done.stderr.splitlines()[-1]
+    assert "40 by the model" not in done.stdout
     assert f"{out} can't be written" in done.stdout and "Free some space" in done.stdout
     assert re.search(r"journal can't be written", done.stdout)
     submission_file.check_submission(test, out)
@@ -574,6 +576,57 @@ assert set(report["source"]) == {"model"}
     (tmp_path / "full.csv.partial").symlink_to("/dev/full")
     with pytest.raises(SubmissionError, match="no submission"):
         answer_test(None, None, test, tmp_path / "full.csv", **OPTIONS)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder, pages):
+    """All of the disk but so many pages."""
+    about = os.statvfs(folder)
+    (folder / "filler").write_bytes(bytes((about.f_bavail - pages) * about.f_frsize))
+
+
+def test_the_last_write_takes_the_journal_s_room_or_the_run_fails(loaded, tmp_path, small_disk):
+    """600 rows "by the model", and the file held 472 fallbacks."""
+    test = rows(40)
+    test["id"] = [f"{n}-" + "x" * 500 for n in range(40)]
+    options = OPTIONS | dict(write_seconds=1e9)
+    calm = answer_test(*loaded, test, tmp_path / "calm.csv", **options)
+    expected, out = (tmp_path / "calm.csv").read_bytes(), small_disk / "s.csv"
+    pages = -(-len(expected) // os.statvfs(small_disk).f_frsize)
+
+    def run(room, model):
+        (small_disk / "filler").unlink(missing_ok=True)
+        job = prepared(test, out, **options)
+        fill(small_disk, room)
+        if model:
+            submission.answer(job, *model)
+        return submission.report(job)
+
+    # the journal's one page is the last that the file needs; there is none for the journal then,
+    # until the old file is gone
+    assert run(pages, loaded).equals(calm) and out.read_bytes() == expected
+    assert run(0, None).equals(calm)
+    # too little even so: the run fails, and what was found stands in the journal
+    for path in small_disk.iterdir():
+        path.unlink()
+    with pytest.raises(
+        SubmissionError, match=r"for \d+ of 40 rows, the first is row \d+: its last"
+    ):
+        run(pages - 1, loaded)
+    submission_file.check_submission(test, out)
+    assert set(read(out)["rewrite_prompt"]) == {FALLBACK}
+    assert run(pages, None).equals(calm) and out.read_bytes() == expected
 
 
 def test_a_place_that_cannot_be_written_is_not_called_full(tmp_path, capsys):
