@@ -60,16 +60,22 @@ class _Held(NamedTuple):
 _held: dict[Path, _Held] = {}
 
 
-def claim(output_dir: str | Path) -> None:
-    """Make output_dir this process's own until `release` or its end; it may be claimed more than
-    once.
+def claim(place: str | Path, setting: str = "output_dir") -> None:
+    """Make a run's folder, or the one file that it writes, this process's own until `release` or
+    its end; it may be claimed more than once.
 
-    Raises RunFolderError where another process has it. A lock that a dead process left is taken
-    over.
+    setting: which names it. Raises RunFolderError where another process has it. A lock that a dead
+    process left is taken over.
     """
-    owner = _lock(Path(output_dir).resolve() / LOCK)
+    owner = _lock(lock_of(place, setting))
     if owner is not None:
-        raise _refusal(output_dir, owner)
+        raise _refusal(place, owner, setting)
+
+
+def lock_of(place: str | Path, setting: str = "output_dir") -> Path:
+    """The lock in a folder, or beside a file."""
+    path = Path(place).resolve()
+    return path / LOCK if setting == "output_dir" else path.with_name(f"{path.name}.lock")
 
 
 def _lock(path: Path) -> dict[str, Any] | None:
@@ -113,9 +119,9 @@ def _lock(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def release(output_dir: str | Path) -> None:
-    """Give a claimed folder back; nothing happens if this process has not claimed it."""
-    path = Path(output_dir).resolve() / LOCK
+def release(place: str | Path, setting: str = "output_dir") -> None:
+    """Give a claimed folder or file back; nothing happens if this process has not claimed it."""
+    path = lock_of(place, setting)
     if path in _held:
         held = _held.pop(path)
         held.done.set()
@@ -174,13 +180,14 @@ def _owner(file: IO[str]) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _refusal(output_dir: str | Path, owner: dict[str, Any]) -> RunFolderError:
-    folder = Path(output_dir).resolve()
+def _refusal(
+    place: str | Path, owner: dict[str, Any], setting: str = "output_dir"
+) -> RunFolderError:
     return RunFolderError(
-        f"{folder} belongs to a run of process {owner.get('process', '?')} on "
+        f"{Path(place).resolve()} belongs to a run of process {owner.get('process', '?')} on "
         f"{owner.get('host', '?')} since {owner.get('since', '?')}. Wait for it or end it (a "
-        "notebook's kernel holds it until it is shut down), or give another output_dir. If that "
-        f"host is gone, remove {folder / LOCK}."
+        f"notebook's kernel holds it until it is shut down), or give another {setting}. If that "
+        f"host is gone, remove {lock_of(place, setting)}."
     )
 
 

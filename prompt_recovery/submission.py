@@ -23,6 +23,7 @@ from prompt_recovery.combine import LIMIT, combine, count_tokens
 from prompt_recovery.engine import Meter, Sampling, ready, spread_order
 from prompt_recovery.keys import answers_key
 from prompt_recovery.recipe import MOST_TOKENS, Format, SubmissionSettings
+from prompt_recovery.run_folder import RunFolderError, claim, release
 from prompt_recovery.submission_file import (
     SubmissionError,
     append_journal,
@@ -53,7 +54,8 @@ def prepare(
     seed: int = 0,
 ) -> Job:
     """Everything that needs no GPU. The file stands when it returns, with what earlier runs of the
-    same rows, model, adapter and settings finished, and the fallback for the rest.
+    same rows, model, adapter and settings finished, and the fallback for the rest. Until `report`
+    it is this process's own.
 
     Args: test: of `data.read_test`. settings: with their paths and format, of `inputs.complete`.
         tokenizer: the base's, which encodes each row here, once. encoder: for "agree" and
@@ -62,7 +64,8 @@ def prepare(
         answer; None: as the base has them, at most 4096. seed: of the answers that are drawn.
 
     Raises: SeveralProcesses: launched with others. SubmissionError: a fallback that says nothing, a
-        mean prompt too long to stand behind any answer, no file. ValueError, TokenizerError:
+        mean prompt too long to stand behind any answer, another process that writes the same file,
+        no file. ValueError, TokenizerError:
         settings that fit no row.
     """
     refuse_several(
@@ -87,6 +90,7 @@ def prepare(
     started = time.monotonic() if started is None else started
     if max_tokens is None:
         max_tokens = longest(settings.model_dir, MOST_TOKENS)
+    _claim(settings.submission_csv)
     room = max_tokens - settings.max_new_tokens
     prompts, wrong = _encode(test, tokenizer, room, settings.format)
     key = answers_key(
@@ -144,6 +148,15 @@ def prepare(
     for position, error in wrong.items():
         job.fail(position, error)
     return job
+
+
+def _claim(submission_csv: str) -> None:
+    try:
+        claim(submission_csv, "submission_csv")
+    except RunFolderError as error:
+        raise SubmissionError(str(error)) from None
+    except OSError as error:
+        print(f"{submission_csv} can't be locked ({error}): see to it that no second run writes it")
 
 
 def _encode(
@@ -359,7 +372,10 @@ def report(job: Job) -> pd.DataFrame:
     (the parser's word, or why it is the fallback), stopped, less (than was asked, such as "1 of 4
     answers"), tokens (of all answers to the row). Raises SubmissionError for a file that must not
     be handed in."""
-    check_submission(job.test, job.settings.submission_csv, job.answers)
+    try:
+        check_submission(job.test, job.settings.submission_csv, job.answers)
+    finally:
+        release(job.settings.submission_csv, "submission_csv")
     lines = []
     for position, text in enumerate(job.answers):
         found = job.found.get(position, [])

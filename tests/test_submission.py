@@ -637,6 +637,40 @@ def test_a_place_that_cannot_be_written_is_not_called_full(tmp_path, capsys):
     assert "Give another submission_csv." in said and "Free some space" not in said
 
 
+def test_a_second_notebook_on_the_same_file_is_refused_by_name(loaded, tmp_path):
+    out = tmp_path / "s.csv"
+    program = f"""
+import sys, time
+sys.path.insert(0, "tests")
+from conftest import prepared
+from test_submission import OPTIONS, rows
+prepared(rows(3), {str(out)!r}, **OPTIONS)
+print("holds it", flush=True)
+time.sleep(100)
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert any("holds it" in line for line in other.stdout)
+        before = out.read_bytes()
+        with pytest.raises(
+            SubmissionError,
+            match=rf"s\.csv belongs to a run of process {other.pid} on .* since .*another "
+            r"submission_csv\. If that host is gone, remove .*s\.csv\.lock",
+        ):
+            answer_test(*loaded, rows(5), out, **OPTIONS)
+        assert out.read_bytes() == before
+        answer_test(*loaded, rows(5), tmp_path / "other.csv", **OPTIONS)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    # a dead one holds nothing, and one that has reported has given it back
+    report = answer_test(*loaded, rows(5), out, **OPTIONS)
+    assert set(report["source"]) == {"model"} and not list(tmp_path.glob("*.lock"))
+
+
 # --- time -----------------------------------------------------------------------------------------
 
 
