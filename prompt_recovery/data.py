@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -43,7 +44,7 @@ def read_rows(
     files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if not files:
         raise DataError("No CSV file was given: name at least one.")
-    repeated = [str(path) for path, n in Counter(path.resolve() for path in files).items() if n > 1]
+    repeated = [path for path, n in Counter(map(os.path.realpath, files)).items() if n > 1]
     if repeated:
         raise DataError(f"{repeated[0]} is given more than once: name each file once.")
     parts = []
@@ -138,7 +139,7 @@ def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
         if len(header) == 1 and re.search(r"[;\t|]", header[0]):
             hint = " The columns must be separated by commas."
         raise DataError(
-            f"{path} has no column {', '.join(missing)}; its columns are {header}.{hint}"
+            f"{path} has no column {', '.join(missing)}; its columns are {str(header)[:300]}.{hint}"
         )
     twice = [name for name in (*needed, "id", "response") if header.count(name) > 1]
     if twice:

@@ -20,6 +20,7 @@ from typing import Any
 # Longer than any text; csv's own limit of 131,072 characters would refuse a long book chapter.
 FIELD_LIMIT = 2**31 - 1
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+UNPACKING = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
 GET_AGAIN = "download the file itself once more"
 SAVE_AS = "save it as 'CSV UTF-8'"
@@ -42,7 +43,15 @@ OTHERS = (
     (rb".{257}ustar", "a tar archive: unpack it, and give the file of rows"),
     (rb"\x80[\x02-\x05]", "a pickle, which can run code when it is loaded: write it as CSV"),
     (rb"\x93NUMPY|\x89PNG|\xff\xd8\xff|GIF8", "no table of texts: check the path"),
+    (rb"\s*\|[^\n]*\n\s*\|[ \t\r:|-]+\n", "a Markdown table: write it as CSV"),
 )
+# office files are zips
+OFFICE = {
+    r"xl/workbook\.(xml|bin)": f"an Excel workbook: {SAVE_AS}",
+    r"word/document\.xml": "a Word document: give the rows as CSV",
+    r"content\.xml": f"an OpenDocument file: {SAVE_AS}",
+}
+ONE_OBJECT = "is one JSON object: write one a line (pandas: to_json(orient='records', lines=True))"
 
 
 class DataError(ValueError):
@@ -63,19 +72,14 @@ def read_table(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[
         DataError: for no file, an empty one, one that is no table (it says what it is), bad UTF-8,
             malformed records, a header that stands inside in another order.
     """
-    if path.is_dir():
-        found = sorted(each.name for each in path.iterdir() if each.is_file())[:5]
-        raise DataError(f"{path.absolute()} is a folder: give one of its files, such as {found}.")
-    if not path.is_file():
-        raise DataError(f"No file at {path.absolute()}: check the path.")
     notes: list[str] = []
-    content = _unpacked(path, path.read_bytes(), notes)
+    content = _unpacked(path, _read(path), notes)
     if content.startswith(b"PAR1"):
         notes.append("Parquet")
         header, records = _parquet(path, content)
     else:
         text = _decoded(path, content)
-        if json_lines := _json(path, text):
+        if json_lines := _json(path, text, needed):
             notes.append("JSON")
             header, records = json_lines
         else:
@@ -111,7 +115,7 @@ def columns_of(path: Path) -> list[str]:
     if text[:1] in ("[", "{"):
         try:
             found = json.loads(text if text[0] == "[" else text.partition("\n")[0])
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
         rows = found if isinstance(found, list) else [found]
         return [_name(name) for row in rows[:1] if isinstance(row, dict) for name in row]
@@ -121,6 +125,25 @@ def columns_of(path: Path) -> list[str]:
         next(csv.reader([line[0] if line else ""], delimiter=each), []) for each in SEPARATORS
     ]
     return [_name(name) for name in max(headers, key=len)]
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a file. Raises DataError for what is none, and for one that can't be read."""
+    try:
+        if path.is_dir():
+            found = sorted(each.name for each in path.iterdir() if each.is_file())[:5]
+            raise DataError(
+                f"{path.absolute()} is a folder: give one of its files, such as {found}."
+            )
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is a pipe or a device: write what it gives into a file first.")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        link = f", to which {path} links" if path.is_symlink() else ""
+        place = path.readlink() if link else path.absolute()
+        raise DataError(f"No file at {place}{link}: check the path.") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.") from error
 
 
 def _name(text: str) -> str:
@@ -137,8 +160,9 @@ def _unpacked(path: Path, content: bytes, notes: list[str]) -> bytes:
         if content.startswith(b"PK\x03\x04") or content.startswith(b"PK\x05\x06"):
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 names = [each.filename for each in archive.infolist() if not each.is_dir()]
-                if "xl/workbook.xml" in names:
-                    raise DataError(f"{path} is an Excel workbook: {SAVE_AS}.")
+                for sign, meaning in OFFICE.items():
+                    if any(re.fullmatch(sign, name) for name in names):
+                        raise DataError(f"{path} is {meaning}.")
                 names = [
                     n for n in names if not n.startswith("__MACOSX/") and n[-9:] != ".DS_Store"
                 ]
@@ -153,14 +177,9 @@ def _unpacked(path: Path, content: bytes, notes: list[str]) -> bytes:
             if content.startswith(start):
                 notes.append(unpack.__module__.lstrip("_"))
                 return _unpacked(path, unpack(content), notes)
-    except (
-        zipfile.BadZipFile,
-        EOFError,
-        OSError,
-        RuntimeError,
-        zlib.error,
-        lzma.LZMAError,
-    ) as error:
+    except DataError:
+        raise  # it is a ValueError too, as is bz2's error for a file cut short
+    except (*UNPACKING, ValueError) as error:
         raise DataError(
             f"{path} is packed and can't be unpacked ({error}): {GET_AGAIN}."
         ) from error
@@ -168,6 +187,10 @@ def _unpacked(path: Path, content: bytes, notes: list[str]) -> bytes:
 
 
 def _decoded(path: Path, content: bytes) -> str:
+    if content[:400].count(0) > len(content[:400]) / 4:
+        raise DataError(
+            f"{path} is not UTF-8 but UTF-16 (Excel's 'Unicode Text'), or no text: {SAVE_AS}."
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -194,7 +217,7 @@ def _parquet(path: Path, content: bytes) -> tuple[list[str], list[list[str]]]:
     return _records(path, [{str(name): value for name, value in row.items()} for row in rows])
 
 
-def _json(path: Path, text: str) -> tuple[list[str], list[list[str]]] | None:
+def _json(path: Path, text: str, needed: Sequence[str]) -> tuple[list[str], list[list[str]]] | None:
     """Rows of JSON lines or of a list of objects; None for a text that is no JSON."""
     if not re.match(r"\s*[\[{]", text):
         return None
@@ -202,25 +225,35 @@ def _json(path: Path, text: str) -> tuple[list[str], list[list[str]]] | None:
     place = 1
     try:
         if listed:
-            rows = json.loads(text)
+            rows = json.loads(text, object_pairs_hook=_object)
         else:
             rows = []
             for place, line in enumerate(text.split("\n"), 1):  # noqa: B007  (for the message)
-                rows += [json.loads(line)] if line.strip() else []
+                rows += [json.loads(line, object_pairs_hook=_object)] if line.strip() else []
     except json.JSONDecodeError as error:
         try:
             json.loads(text)
         except json.JSONDecodeError:
             where = error if listed else f"line {place}: {error}"
             raise DataError(f"{path} is JSON, and broken ({where}); write it again.") from error
-        raise DataError(
-            f"{path} is one JSON object: write an object a line (pandas: to_json(orient='records', "
-            "lines=True))."
-        ) from error
+        raise DataError(f"{path} {ONE_OBJECT}.") from error
+    except (RecursionError, ValueError) as error:  # nested too deep; numbers of 4,300 digits
+        raise DataError(f"{path} is JSON that can't be read, line {place}: {error}.") from error
     wrong = [n for n, row in enumerate(rows, 1) if not isinstance(row, dict)]
     if wrong:
         raise DataError(f"{path} is JSON, and row {wrong[0]} is no object: write an object a row.")
+    nested = [value for row in rows for value in row.values() if isinstance(value, (list, dict))]
+    if nested and len(rows) == 1 and not any(isinstance(rows[0].get(n), str) for n in needed):
+        raise DataError(f"{path} {ONE_OBJECT}.")
     return _records(path, rows)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json itself takes the last of several values of one name without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"an object has a name twice: {[name for name, _ in pairs]}"[:300])
+    return values
 
 
 def _records(path: Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -267,13 +300,33 @@ def _csv(
         notes.append(f"separated by {SEPARATORS[separator]}")
     if spaced:
         notes.append("a space behind each separator")
-    return _parse(path, text, separator, spaced)
+    header, records, wrong = _parse(path, text, separator, spaced)
+    if not text.strip():
+        raise DataError(f"{path} is empty: it needs a header and rows.")
+    for number, record in enumerate(records, 1):
+        if len(record) > len(header) > 1 and record[1 - len(header) :] == header[1:]:
+            raise DataError(
+                f"{path} holds the header inside row {number}: files were put together, and the "
+                "first does not end in a line end. Give each file by itself."
+            )
+        if record[0].startswith("<<<<<<< ") and len(record) != len(header):
+            raise DataError(f"{path} holds git's conflict markers (row {number}): settle them.")
+    if wrong:
+        remedy = "Put texts that hold commas or line ends in double quotes."
+        if not set(needed) <= {_name(name) for name in header}:
+            remedy = f"The first line must be the header; it is {str(header)[:200]}."
+        raise DataError(
+            f"{path} has {len(header)} columns, but "
+            f"{'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. {remedy}"
+        )
+    return header, records
 
 
 def _parse(
     path: Path, text: str, separator: str, spaced: bool
-) -> tuple[list[str], list[list[str]]]:
-    """Header and records of a CSV text. csv, not pandas: pandas pads short rows without a word."""
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header and records of a CSV text, and what is said of records of another length than the
+    header. csv, not pandas: pandas pads short rows without a word."""
     old_limit = csv.field_size_limit(FIELD_LIMIT)
     try:
         # newline="" keeps the line ends inside quotes as they are; strict refuses stray and
@@ -302,12 +355,4 @@ def _parse(
             ) from error
     finally:
         csv.field_size_limit(old_limit)
-    if not header:
-        raise DataError(f"{path} is empty: it needs a header and rows.")
-    if wrong:
-        raise DataError(
-            f"{path} has {len(header)} columns, but "
-            f"{'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. Put texts that hold "
-            "commas or line ends in double quotes."
-        )
-    return header, records
+    return header, records, wrong

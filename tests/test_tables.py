@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sqlite3
 import tarfile
 import zipfile
@@ -91,6 +92,11 @@ READ = {
         + PLAIN.partition("\n")[2],
         "1 repeated header",
     ),
+    "a nested column besides": (
+        "rows.jsonl",
+        "\n".join(json.dumps({**row, "meta": {"a": [1]}}) for row in FRAME.to_dict("records")),
+        "JSON",
+    ),
     "an extra column": ("rows.csv", FRAME.assign(Other=1).to_csv(), None),
 }
 
@@ -167,6 +173,42 @@ NAMED = {
         "another header as row 3",
     ),
     "a Parquet file cut short": (b"PAR1" + bytes(50), "Parquet file"),
+    "a bzip2 cut short": (bz2.compress(PLAIN.encode())[:-5], "can't be unpacked"),
+    "UTF-16": (PLAIN.encode("utf-16"), "not UTF-8 but UTF-16"),
+    "UTF-16 without a mark": (PLAIN.encode("utf-16-le"), "not UTF-8 but UTF-16"),
+    "a program": (b"\x7fELF" + bytes(60), "or no text"),
+    "a disk's zeros": (bytes(1000), "or no text"),
+    "white space": (b"  \n\n", "is empty: it needs a header"),
+    "a Word document": (packed_zip("[Content_Types].xml", "word/document.xml"), "a Word document"),
+    "an OpenDocument sheet": (packed_zip("mimetype", "content.xml"), "an OpenDocument file"),
+    "a Markdown table": (
+        b"| id | original_text | rewritten_text | rewrite_prompt |\n|---|:--|---|---|\n"
+        b"| 1 | a | b | c |\n",
+        "a Markdown table",
+    ),
+    "files put together without a line end between": (
+        (PLAIN.rstrip("\n") + PLAIN).encode(),
+        "the header inside row 2: files were put together",
+    ),
+    "git's conflict markers": (
+        PLAIN.replace("b,Zwei", "<<<<<<< HEAD\nb,Zwei").encode(),
+        r"conflict markers \(row 2\)",
+    ),
+    "a title above the header": (
+        b"My rows\n" + PLAIN.encode(),
+        r"The first line must be the header; it is \['My rows'\]",
+    ),
+    "a JSON object of columns": (FRAME.to_json().encode(), "one JSON object: write one a line"),
+    "a JSON object of rows": (
+        json.dumps({"data": FRAME.to_dict("records")}).encode(),
+        "one JSON object: write one a line",
+    ),
+    "a name twice in JSON": (
+        b'{"original_text": "a", "original_text": "b", "rewritten_text": "c"}',
+        "an object has a name twice",
+    ),
+    "deep JSON": (b"[" * 100_000, "JSON that can't be read"),
+    "a number of 5,000 digits": (b'[{"id": ' + b"9" * 5000 + b"}]", "JSON that can't be read"),
 }
 
 
@@ -190,6 +232,24 @@ def test_databases_folders_and_missing_files_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=f"No file at {tmp_path}/data/none.csv"):
         read_rows("data/none.csv")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "gone.csv")
+    with pytest.raises(DataError, match=rf"No file at {tmp_path}/gone\.csv, to which link\.csv"):
+        read_rows("link.csv")
+    (tmp_path / "round.csv").symlink_to("round.csv")
+    with pytest.raises(DataError, match=r"round\.csv can't be read: Too many levels of symbolic"):
+        read_rows("round.csv")
+    with pytest.raises(DataError, match="can't be read: File name too long"):
+        read_rows("a" * 300)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        read_rows("pipe")
+
+
+def test_a_header_of_megabytes_is_not_printed_whole(tmp_path):
+    (tmp_path / "rows.csv").write_text("x" * 10**6 + "\n1\n")
+    with pytest.raises(DataError, match="has no column") as caught:
+        read_rows(tmp_path / "rows.csv")
+    assert len(str(caught.value)) < 1000
 
 
 def test_parquet(tmp_path, monkeypatch):
