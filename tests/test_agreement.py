@@ -96,7 +96,9 @@ def test_what_differs_is_refused_by_machine_and_setting_before_the_base_is_loade
     for each in encoders:
         each.mkdir()
         (each / "config.json").write_text(each.name)
-    shared = dict(model_dir=TINY, encoder_dir=encoders[0], output_dir=tmp_path / "a")
+    shared = dict(
+        model_dir=TINY, encoder_dir=encoders[0], output_dir=tmp_path / "a", resume=False
+    )  # fmt: skip
     rows = table([("a b", "c d", "Make it rhyme."), ("e", "f", "Shorten it.")])
     other_base = tmp_path / "base"
     shutil.copytree(TINY, other_base)
@@ -132,7 +134,7 @@ def test_what_differs_is_refused_by_machine_and_setting_before_the_base_is_loade
     first, second = machines(check)
     assert first == second
     for (words, *_), said in zip([*cases, ('torch is "2.10" on alpha',)], first, strict=True):
-        assert (words in said and " on beta (process 1)" in said) if words else not said
+        assert (words in said and " on beta (process 1)" in said) if words else not said, said
 
 
 def test_rows_that_cannot_be_shared_are_said_before_anything_is_read():
