@@ -24,13 +24,16 @@ LOCAL = re.compile(
     re.M,
 )
 
+HOURS = re.compile(r"^time_budget_hours = ([\d.]+)", re.M)
+SESSION, SUBMISSION = 12, 9  # hours after which Kaggle ends a run, and loses what it wrote
+
 
 def check(path: Path, train: bool = False) -> list[tuple[str, str]]:
     """The (type, source) of the notebook's cells.
 
     Raises UploadError for what would only fail, or do another thing, in the run that each push
-    starts: no notebook, no kernel that Kaggle has, no code, a path that is not Kaggle's, or one
-    that trains where it should answer (with `train`: that does not).
+    starts: no notebook, no kernel that Kaggle has, no code, a path that is not Kaggle's, more time
+    than Kaggle gives, or one that trains where it should answer (with `train`: that does not).
     """
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -65,6 +68,12 @@ def check(path: Path, train: bool = False) -> list[tuple[str, str]]:
         raise UploadError(
             f"{path} sets {name} = {value}, which is no path of Kaggle's (/kaggle/input/...): "
             "leave it at None, and it is found among the sources."
+        )
+    limit = SESSION if train else SUBMISSION
+    if (hours := HOURS.findall(code)) and float(hours[-1]) >= limit:
+        raise UploadError(
+            f"{path} sets time_budget_hours = {hours[-1]}, and Kaggle ends the run after {limit}: "
+            f"give less, such as {limit - 0.5:g}."
         )
     return cells
 

@@ -214,6 +214,7 @@ def notebook_metadata(
         "title": title,
         "code_file": code_file,
         "is_private": True,
+        "enable_gpu": True,
         "enable_internet": False,  # the program's own default is true
         "model_sources": [str(model) for model in models],
         # those of the template: an encoder's, say

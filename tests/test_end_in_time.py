@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_training import FAST, SHORT, build, demo_rows, lora_state
 
-from prompt_recovery import trainer, training
+from prompt_recovery import run_folder, trainer, training
 from prompt_recovery.examples import make_examples
 from prompt_recovery.recipe import Recipe
 from prompt_recovery.time_budget import REST, SAFETY, TrainingTime, must_end
@@ -110,6 +110,21 @@ def test_the_last_step_is_kept_where_it_is_the_best(tmp_path, ends_after):
         held = load_file(folder / f"checkpoints/checkpoint-{number}/adapter_model.safetensors")
         for name, value in state.items():
             assert torch.equal(value, held[name.replace(".default", "")])
+
+
+def test_the_best_of_an_earlier_session_is_kept_where_none_is_better(tmp_path, ends_after):
+    """In another folder, as a session goes on from a copy of the first one's output."""
+    ends_after(6)
+    go(tmp_path / "first", scores=[0.9, 0.1])
+    best = load_file(tmp_path / "first/checkpoints/checkpoint-4/adapter_model.safetensors")
+    run_folder.begin(tmp_path / "second", True, tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    ends_after(99)
+    log, state = go(tmp_path / "second", resume=True, scores=[0.2])
+    run_folder.release(tmp_path / "second")
+    assert log.attrs["ended"].startswith("kept: step 4, eval_scs 0.9")
+    for name, value in state.items():
+        assert torch.equal(value, best[name.replace(".default", "")])
 
 
 def test_patience_that_ends_in_the_same_step_is_said_and_stays(tmp_path, ends_after):

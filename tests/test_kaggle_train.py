@@ -118,11 +118,14 @@ def test_without_train_its_options_are_refused_and_those_to_answer_are_needed(ca
         (TRAIN, {"input_dir": "inputs"}, "input_dir = "),
         (NOTEBOOK, {"adapter_dir": "outputs/adapter"}, "adapter_dir = "),
         (NOTEBOOK, {"test_csv": "test.csv"}, "test_csv = "),
+        (TRAIN, {"time_budget_hours": 12}, "Kaggle ends the run after 12: give less, such as 11.5"),
+        (TRAIN, {"time_budget_hours": 11.9}, None),
+        (NOTEBOOK, {"time_budget_hours": 9.0}, "Kaggle ends the run after 9: give less"),
         (TRAIN, {"train_csv": "/kaggle/input/datasets/me/r/rows.csv", "epochs": 2}, None),
         (TRAIN, {"model_dir": None, "output_dir": "out", "resume": True}, None),
     ],
 )
-def test_paths_of_another_machine_are_refused_in_either_notebook(
+def test_paths_of_another_machine_and_more_time_than_there_is_are_refused_in_either_notebook(
     case, tmp_path, source, parameters, bad  # noqa: F811
 ):  # fmt: skip
     mine = tmp_path / "mine.ipynb"
@@ -137,7 +140,7 @@ def test_paths_of_another_machine_are_refused_in_either_notebook(
         code, _, err = case.run("notebook", "--to", SLUG, "--base", f"{BASE}/1", *sources, *words)
     assert code == (1 if bad else 0), err
     if bad:
-        assert bad in err and "no path of Kaggle's" in err
+        assert bad in err and ("no path of Kaggle's" in err or "time_budget_hours" in err)
 
 
 def test_a_later_session_has_the_earlier_one_s_output_once_it_has_ended_well(case):  # noqa: F811
@@ -192,10 +195,15 @@ def test_an_adapter_is_published_from_a_notebook_s_output(case, tmp_path):  # no
 def test_sources_of_the_template_are_attached_too(case, tmp_path, monkeypatch):  # noqa: F811
     template = json.loads((ROOT / "kaggle_upload" / "kernel-metadata.json").read_text())
     (tmp_path / "kernel-metadata.json").write_text(
-        json.dumps(template | {"kernel_sources": [f"{USER}/other"], "dataset_sources": ["a/rows"]})
+        json.dumps(
+            template
+            | {"kernel_sources": [f"{USER}/other"], "dataset_sources": ["a/rows"]}
+            | {"enable_gpu": False, "enable_internet": True, "is_private": False}
+        )
     )
     monkeypatch.setattr(stage, "HERE", tmp_path)
     code, out, err = push(case, "--earlier", f"{TO}-0", "--dry-run")
     sent = json.loads(out.partition("kernel-metadata.json: ")[2])
     assert code == 0 and sent["kernel_sources"] == [f"{TO}-0", f"{USER}/other"], err
     assert sent["dataset_sources"] == [DATASET, ROWS, ENCODER, "a/rows"]
+    assert sent["enable_gpu"] and sent["is_private"] and not sent["enable_internet"]
