@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_agreement import folder as told  # noqa: F401  (a fixture that each test gets)
+from test_agreement import machines
 from test_training import FAST, SHORT, build, demo_rows, lora_state
 
 from prompt_recovery import run_folder, trainer, training
@@ -135,6 +137,18 @@ def test_patience_that_ends_in_the_same_step_is_said_and_stays(tmp_path, ends_af
     again, same = go(tmp_path / "out", resume=True, **options)
     assert again.attrs["ended"] == log.attrs["ended"]
     assert all(torch.equal(state[name], value) for name, value in same.items())
+
+
+def test_processes_end_at_the_step_at_which_the_first_one_must(tmp_path):
+    """Their clocks differ; what one decided alone would leave the other waiting."""
+
+    def act(number):
+        allowed = TrainingTime(float("inf") if number else 0.0, 0.0)
+        log, _ = go(tmp_path / "both", allowed=allowed, scores=[0.5])
+        return [int(log["step"].max()), log.attrs["ended"]]
+
+    first, second = machines(act, names=("alpha", "alpha"))
+    assert first == second and first[0] == 1 and "ENDED IN TIME at step 1 of 8" in first[1]
 
 
 def test_what_was_measured_decides(tmp_path):
