@@ -118,12 +118,6 @@ def read_test(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def has_prompts(path: str | Path) -> bool:
-    """Whether a file has the column rewrite_prompt. Raises DataError for no file, or a broken
-    one."""
-    return "rewrite_prompt" in read_table(Path(path), ["rewrite_prompt"])[0]
-
-
 def _numbered(stem: str, count: int) -> list[str]:
     """Ids of rows that have none."""
     return [f"{stem}-{n}" for n in range(1, count + 1)]

@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 import time
 from itertools import cycle, islice
+from pathlib import Path
 
 import pandas as pd
 
 from prompt_recovery import metric, scoring
-from prompt_recovery.data import has_prompts
 from prompt_recovery.engine import ModelError, TooLittleMemory, on_t4s, plan
 from prompt_recovery.inputs import RERUN
 from prompt_recovery.submission_job import Job
+from prompt_recovery.tables import columns_of
 from prompt_recovery.time_budget import seconds_needed
 
 HIDDEN_ROWS = 1300  # of the competition
@@ -31,7 +32,7 @@ def report(job: Job, answers: pd.DataFrame) -> None:
     """
     settings = job.settings
     took = time.monotonic() - job.started
-    if os.environ.get(RERUN) or not has_prompts(settings.test_csv):
+    if os.environ.get(RERUN) or "rewrite_prompt" not in columns_of(Path(settings.test_csv)):
         return
     try:
         print(_score(job, answers))
