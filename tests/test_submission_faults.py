@@ -2,7 +2,9 @@
 nobody disturbed.
 
 The test starts this file as a program, which loads the model once and forks a child for each start
-of the run.
+of the run. With more kills than the test has time for, in a folder of its own:
+
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/test_submission_faults.py FOLDER "two stages" 300
 """
 
 import contextlib
@@ -31,7 +33,7 @@ from prompt_recovery.engine.planning import AnswerPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "demo" / "tiny-mixtral"
-KILLS = {1: 220, 2: 24}  # by the number of stages
+KILLS = {"one answer": 220, "two stages": 24, "several answers": 12}  # of the test, by case
 ROWS = 16
 OPTIONS = dict(
     fallback_prompt="Fall, back",
@@ -47,11 +49,18 @@ OPTIONS = dict(
 )
 
 
-@pytest.mark.parametrize("stages", KILLS)
-def test_kills_leave_no_trace(stages, tmp_path):
+SETTINGS = {
+    "several answers": dict(
+        answers_per_row=3, how="join", mean_prompt="Improve it.", seed=7, max_new_tokens=5
+    )
+}
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_kills_leave_no_trace(case, tmp_path):
     """Two stages give the bytes of one."""
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(stages)],
+        [sys.executable, __file__, str(tmp_path), case, str(KILLS[case])],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -61,8 +70,8 @@ def test_kills_leave_no_trace(stages, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["answered_again"] == 0
-    assert counts["kills"] >= KILLS[stages] and counts["resumed"] > KILLS[stages] / 3
-    if stages == 1:
+    assert counts["kills"] >= KILLS[case] and counts["resumed"] > KILLS[case] / 3
+    if case == "one answer":
         # kills met every kind of moment, and restarts went on from the journal
         assert min(counts["moments"].values()) >= 3 and len(counts["moments"]) == 8
         assert counts["runs"] >= 10
@@ -97,7 +106,7 @@ def armed(rng):
         setattr(os, name, wrap(name))
 
 
-def start(folder, model, tokenizer, test, rng, kill):
+def start(folder, model, tokenizer, test, rng, kill, options):
     """Run in a forked child; whether it ended by itself. kill: die at a hook, or by the parent
     after a random while."""
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -110,7 +119,7 @@ def start(folder, model, tokenizer, test, rng, kill):
         faulthandler.dump_traceback_later(120, exit=True)
         if at_hook:
             armed(rng)
-        answer_test(model, tokenizer, test, folder / "s.csv", **OPTIONS)
+        answer_test(model, tokenizer, test, folder / "s.csv", **options)
         os._exit(0)
     os.close(log)
     if kill and not at_hook:
@@ -135,9 +144,10 @@ def check_at_rest(folder, test, final):
     return sum(answer != "Fall, back" for answer in answers)
 
 
-def main(folder, stages):
+def main(folder, case, kills):
     import torch
 
+    options = OPTIONS | SETTINGS.get(case, {})
     torch.set_num_threads(1)  # a fork does not take a pool of threads along
     # tqdm's own lock is shared by all forks: one that dies holding it stops the others. Set before
     # the first bar, since a class of bars that has made its own lock keeps it.
@@ -150,23 +160,22 @@ def main(folder, stages):
     calm = folder / "calm"
     calm.mkdir()
     gc.freeze()  # else each child copies what its first collection touches
-    assert start(calm, model, tokenizer, test, rng, kill=False)
+    assert start(calm, model, tokenizer, test, rng, False, options)
     expected = (calm / "s.csv").read_bytes()
     final = pd.read_csv(calm / "s.csv", dtype=str)["rewrite_prompt"].to_list()
     assert len(set(final)) > ROWS / 2 and "Fall, back" not in final
-    if stages == 2:
+    if case == "two stages":
         generation.plan_of = lambda model: AnswerPlan((2, 3), True, 64, 500)
-    kills = KILLS[stages]
     counts = dict(kills=0, runs=0, resumed=0, answered_again=0, moments={})
     while counts["kills"] < kills:
-        case = folder / str(counts["runs"])
-        case.mkdir()
+        work = folder / str(counts["runs"])
+        work.mkdir()
         answered = 0
         while True:
-            over = start(case, model, tokenizer, test, rng, kill=counts["kills"] < kills)
-            said = (case / "log").read_text()
+            over = start(work, model, tokenizer, test, rng, counts["kills"] < kills, options)
+            said = (work / "log").read_text()
             counts["resumed"] += "rows stand in" in said
-            now = check_at_rest(case, test, final)
+            now = check_at_rest(work, test, final)
             assert now >= answered, "answers were lost"
             answered = now
             if over:
@@ -176,17 +185,17 @@ def main(folder, stages):
             moment = moment[1] if moment else "any"
             counts["moments"][moment] = counts["moments"].get(moment, 0) + 1
         counts["runs"] += 1
-        assert (case / "s.csv").read_bytes() == expected
-        (journal,) = case.glob("*.journal")
+        assert (work / "s.csv").read_bytes() == expected
+        (journal,) = work.glob("*.journal")
         rows = []
         for line in journal.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):
                 rows += [position for position, _ in json.loads(line)["rows"]]
         assert set(rows) == set(range(ROWS))
         counts["answered_again"] += len(rows) - ROWS
-        shutil.rmtree(case)
+        shutil.rmtree(work)
     print(json.dumps(counts))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
