@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from prompt_recovery import keys
 from prompt_recovery.agreement import refuse_several
 from prompt_recovery.answers import Recovered, answer_prompts
 from prompt_recovery.base import base_digest, longest
 from prompt_recovery.combine import LIMIT, combine, count_tokens
 from prompt_recovery.engine import Meter, Sampling, ready, spread_order
-from prompt_recovery.keys import answers_key
 from prompt_recovery.recipe import MOST_TOKENS, Format, SubmissionSettings
 from prompt_recovery.run_folder import RunFolderError, claim, release
 from prompt_recovery.submission_file import (
@@ -34,7 +34,7 @@ from prompt_recovery.submission_file import (
 )
 from prompt_recovery.submission_job import Job
 from prompt_recovery.time_budget import SHORTEST, RowPlan, next_plan, plans_from, seconds_needed
-from prompt_recovery.tokenizer import encode_row
+from prompt_recovery.tokenizer import encode_row, loses_its_middle
 
 GIVE_UP = 16  # rows that raise one after the other: the device or the model is broken, not the rows
 OUT_OF_TIME = "out of time"
@@ -65,8 +65,7 @@ def prepare(
 
     Raises: SeveralProcesses: launched with others. SubmissionError: a fallback that says nothing, a
         mean prompt too long to stand behind any answer, another process that writes the same file,
-        no file. ValueError, TokenizerError:
-        settings that fit no row.
+        no file. ValueError, TokenizerError: settings that fit no row.
     """
     refuse_several(
         "A submission",
@@ -92,8 +91,8 @@ def prepare(
         max_tokens = longest(settings.model_dir, MOST_TOKENS)
     _claim(settings.submission_csv)
     room = max_tokens - settings.max_new_tokens
-    prompts, wrong = _encode(test, tokenizer, room, settings.format)
-    key = answers_key(
+    prompts, cut, wrong = _encode(test, tokenizer, room, settings.format)
+    key = keys.answers_key(
         "" if settings.model_dir is None else base_digest(settings.model_dir, settings.four_bit),
         settings.adapter_dir,
         tokenizer,
@@ -120,7 +119,15 @@ def prepare(
         noted=started,
         seed=seed,
         prompts=prompts,
+        cut=cut,
+        alone=settings.allow_base and settings.adapter_dir is None,
     )
+    if cut:
+        job.say(
+            f"{len(cut)} of {len(test)} rows lose the middle of their texts: a prompt with its "
+            f"answer has {max_tokens} tokens, of which max_new_tokens={settings.max_new_tokens} "
+            "are the answer's"
+        )
     least = SHORTEST[settings.format.style]
     if settings.max_new_tokens < least:
         job.say(
@@ -161,16 +168,21 @@ def _claim(submission_csv: str) -> None:
 
 def _encode(
     test: pd.DataFrame, tokenizer: Any, room: int, format: Format
-) -> tuple[dict[int, list[int]], dict[int, Exception]]:
-    """(token ids, what was raised) by row position: whatever is wrong with one row must not cost
-    the others."""
-    prompts, wrong = {}, {}
+) -> tuple[dict[int, list[int]], set[int], dict[int, Exception]]:
+    """(token ids by row position, rows that were cut, what was raised by row position): whatever is
+    wrong with one row must not cost the others."""
+    prompts, cut, wrong = {}, set(), {}
     for position, row in enumerate(test.to_dict("records")):
         try:
-            prompts[position] = encode_row(tokenizer, row, max_tokens=room, format=format)[0]
+            ids = prompts[position] = encode_row(tokenizer, row, max_tokens=room, format=format)[0]
+            # one that was cut fills its room but for some pieces that join in another way
+            if len(ids) > 0.9 * room and loses_its_middle(
+                tokenizer, row, max_tokens=room, format=format
+            ):
+                cut.add(position)
         except Exception as error:
             wrong[position] = error
-    return prompts, wrong
+    return prompts, cut, wrong
 
 
 def _checked_fallback(settings: SubmissionSettings) -> str:
@@ -182,7 +194,17 @@ def _checked_fallback(settings: SubmissionSettings) -> str:
             f"fallback_prompt={settings.fallback_prompt!r} says nothing; a blank answer, or a "
             "word for missing, fails the whole submission. Give a real prompt."
         )
+    if count_tokens(fallback) > LIMIT:
+        raise SubmissionError(
+            f"fallback_prompt={fallback[:80]!r} has {count_tokens(fallback)} tokens, the scorer "
+            f"reads {LIMIT}. Give a shorter one."
+        )
     mean_prompt = (settings.mean_prompt or "").strip()
+    if mean_prompt and not clean_answer(mean_prompt):
+        raise SubmissionError(
+            f"mean_prompt={mean_prompt!r} says nothing, or a word for missing. Give a real one, or "
+            "None for no mean prompt."
+        )
     # by a threshold it stands alone
     behind = mean_prompt if settings.threshold is not None else f"a. {mean_prompt}"
     if count_tokens(behind) > LIMIT:
@@ -190,7 +212,7 @@ def _checked_fallback(settings: SubmissionSettings) -> str:
             f"mean_prompt={mean_prompt[:80]!r} has {count_tokens(mean_prompt)} tokens: behind an "
             f"answer it would stand in no row, since the scorer reads {LIMIT}. Give a shorter one."
         )
-    return combine([fallback])
+    return fallback
 
 
 # --- answer -------------------------------------------------------------------------------------
@@ -204,6 +226,9 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
     whole file could be written.
     """
     job.ending = ""
+    if job.settings.adapter_dir is not None and not hasattr(model, "peft_config"):
+        # allow_base, and the adapter was refused when it was loaded: these are not its answers
+        job.alone, job.key = True, keys.key(job.key, "the base alone")
     if not job.pending() and not any(map(job.less, job.found)):
         return
     try:
@@ -370,8 +395,8 @@ def report(job: Job) -> pd.DataFrame:
     """Check the file as it lies there against the answers, say how many rows are answered by what,
     and return what came of each, in the order of test: id, answer, source (model or fallback), how
     (the parser's word, or why it is the fallback), stopped, less (than was asked, such as "1 of 4
-    answers"), tokens (of all answers to the row). Raises SubmissionError for a file that must not
-    be handed in."""
+    answers"), lacks (what the settings ask for and the answer is without; see `Job.lacks`), tokens
+    (of all answers to the row). Raises SubmissionError for a file that must not be handed in."""
     try:
         check_submission(job.test, job.settings.submission_csv, job.answers)
     finally:
@@ -390,13 +415,14 @@ def report(job: Job) -> pd.DataFrame:
         lines.append(
             (
                 text, "model" if by_model else "fallback", how, used.stopped if used else "",
-                job.less(position), tokens,
+                job.less(position), "; ".join(job.lacks(position)), tokens,
             )
         )  # fmt: skip
-    columns = ["answer", "source", "how", "stopped", "less", "tokens"]
-    table = pd.DataFrame(lines, columns=columns).astype({name: str for name in columns[:5]})
+    columns = ["answer", "source", "how", "stopped", "less", "lacks", "tokens"]
+    table = pd.DataFrame(lines, columns=columns).astype({name: str for name in columns[:6]})
     table.insert(0, "id", job.test["id"].to_list())
-    job.say(summary(table) + (f"; {job.progress()}" if job.meters else ""))
+    alone = "; by the base alone, without an adapter" if job.alone else ""
+    job.say(summary(table) + alone + (f"; {job.progress()}" if job.meters else ""))
     return table
 
 
@@ -412,5 +438,10 @@ def summary(report: pd.DataFrame) -> str:
         + "".join(
             f"; {n} with {less} only, for want of time"
             for less, n in report.loc[report["less"] != "", "less"].value_counts().items()
+        )
+        + "".join(
+            f"; {n} lack {what}"
+            for what, n in report["lacks"].str.split("; ").explode().value_counts().items()
+            if what
         )
     )

@@ -13,9 +13,16 @@ import pandas as pd
 import torch
 
 from prompt_recovery.answers import NOT_FINITE, Recovered
+from prompt_recovery.combine import LIMIT
+from prompt_recovery.data import normalise
 from prompt_recovery.engine import Meter
 from prompt_recovery.recipe import SubmissionSettings
-from prompt_recovery.submission_file import check_submission, lent, write_submission
+from prompt_recovery.submission_file import (
+    check_submission,
+    clean_answer,
+    lent,
+    write_submission,
+)
 from prompt_recovery.time_budget import RowPlan
 
 NO_MODEL = "no model"
@@ -46,7 +53,9 @@ class Job:
     reasons: dict[int, str] = field(default_factory=dict)  # of rows that were not answered
     # token ids of the rows as the model is asked
     prompts: dict[int, list[int]] = field(default_factory=dict)
+    cut: set[int] = field(default_factory=set)  # rows whose texts were cut to fit into room
     meters: dict[RowPlan, Meter] = field(default_factory=dict)
+    alone: bool = False  # the base answers without an adapter
     # why rows without a reason of their own have no answer; "" while all may get one
     ending: str = NO_MODEL
     written: float = float("-inf")
@@ -134,6 +143,25 @@ class Job:
 
     def lengths_to_come(self) -> list[int]:
         return [len(self.prompts[i]) for i in self.pending()]
+
+    def lacks(self, position: int) -> list[str]:
+        """What the settings ask for and the row's answer is without."""
+        found, mean = self.found.get(position, []), normalise(self.settings.mean_prompt or "")
+        if not found or position in self.reasons:
+            return []
+        prompts = [text for each in found if (text := clean_answer(each.prompt or ""))]
+        answer = normalise(self.answers[position])
+        stand = [normalise(text) in answer for text in prompts]
+        alone = self.settings.threshold is not None and answer == mean
+        whole = all(stand) if self.settings.combine == "join" else any(stand)
+        lacking = {
+            "the middle of their texts": position in self.cut,
+            "an answer's end, at max_new_tokens": any(each.stopped == "length" for each in found),
+            "a prompt in some of their answers": len(prompts) < len(found),
+            f"a part of what was found, at {LIMIT} tokens": not alone and not whole,
+            f"mean_prompt, at {LIMIT} tokens": mean not in answer,
+        }
+        return [what for what, lacks in lacking.items() if lacks]
 
     def progress(self) -> str:
         tokens = sum(meter.tokens_out for meter in self.meters.values())

@@ -276,6 +276,15 @@ def encode_row(
     )
 
 
+def loses_its_middle(
+    tokenizer: PreTrainedTokenizerFast, row: Mapping[Any, Any], *, max_tokens: int, format: Format
+) -> bool:
+    """Whether `encode_row` cuts the row's texts."""
+    texts = str(row["original_text"]), str(row["rewritten_text"])
+    whole = render_conversation(*texts, format.style, format.system_placement)
+    return len(encode_conversation(tokenizer, whole)[0]) > max_tokens
+
+
 def _cut_middle(tokenizer: PreTrainedTokenizerFast, text: str, keep: int) -> str:
     encoded = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True

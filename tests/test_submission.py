@@ -360,6 +360,97 @@ def test_a_mean_prompt_that_fits_behind_no_answer_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_prompt_that_says_nothing_or_is_longer_than_the_scorer_reads_is_refused(tmp_path):
+    for name, wrong, message in (
+        ("mean_prompt", "N/A", "mean_prompt='N/A' says nothing"),
+        ("mean_prompt", "</s>", "says nothing"),
+        ("fallback_prompt", "Improve this text. " * 40, "fallback_prompt=.*the scorer reads 128"),
+    ):
+        with pytest.raises(SubmissionError, match=message):
+            answer_test(None, None, rows(2), tmp_path / "s.csv", **OPTIONS | {name: wrong})
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_whose_room_max_new_tokens_takes_are_counted(loaded, tmp_path, capsys):
+    """119 of 120 rows were cut at 400 of 512, unsaid."""
+    test = pd.concat([rows(1), rows(3, words=40).tail(2)], ignore_index=True)
+    options = OPTIONS | dict(max_new_tokens=100, max_tokens=220)
+    report = answer_test(*loaded, test, tmp_path / "s.csv", **options)
+    said = capsys.readouterr().out
+    assert "2 of 3 rows lose the middle of their texts" in said
+    assert "has 220 tokens, of which max_new_tokens=100 are the answer's" in said
+    assert "; 2 lack the middle of their texts" in said.splitlines()[-1]
+    found = report["lacks"].str.contains("middle").to_list()
+    assert found == [False, True, True]
+    # exactly as many tokens as there is room for
+    length = len(encode_row(loaded[1], test.loc[1].to_dict(), max_tokens=4000)[0])
+    for room, cut in ((length, 0), (length - 1, 1)):
+        answer_test(
+            None, None, test.iloc[[1]].reset_index(drop=True), tmp_path / "t.csv",
+            **options | dict(max_tokens=room + 100),
+        )  # fmt: skip
+        assert ("1 of 1 rows lose" in capsys.readouterr().out) == cut
+
+
+def test_what_the_settings_ask_for_and_an_answer_lacks_is_counted(loaded, tmp_path, capsys):
+    mean = "Improve this text. " * 28  # stands behind short answers alone
+    assert combine.LIMIT - 20 < combine.count_tokens(mean) < combine.LIMIT - 4
+    short, long = (
+        "Shorten it.",
+        "Turn this letter into a poem of four lines, as a pirate would say.",
+    )
+    many = [
+        f"Make it rhyme with number {n} and keep all of the names in it as they are"
+        for n in range(9)
+    ]
+    cases = (
+        (dict(), [short], "eos", ""),
+        (dict(), [short], "length", "an answer's end, at max_new_tokens"),
+        (dict(mean_prompt=mean), [short], "eos", ""),
+        (dict(mean_prompt=mean), [long], "eos", "mean_prompt, at 128 tokens"),
+        (dict(), [long * 12], "eos", "a part of what was found, at 128 tokens"),
+        (
+            dict(how="join", answers_per_row=9),
+            many,
+            "eos",
+            "a part of what was found, at 128 tokens",
+        ),
+        (dict(how="join", answers_per_row=2), [short, long], "eos", ""),
+        (
+            dict(how="join", answers_per_row=2),
+            [short, None],
+            "eos",
+            "a prompt in some of their answers",
+        ),
+    )
+    for n, (more, prompts, stopped, lacks) in enumerate(cases):
+        out = tmp_path / f"{n}.csv"
+        options = OPTIONS | more
+        answer_test(*loaded, rows(1), out, **options)
+        journal = tmp_path / f"{n}.csv.journal"
+        found = [[0, [[prompt, "plain", stopped, 9] for prompt in prompts]]]
+        journal.write_text(json.dumps(json.loads(journal.read_text()) | {"rows": found}))
+        capsys.readouterr()
+        report = answer_test(None, None, rows(1), out, **options)
+        assert report["source"][0] == "model" and report["lacks"][0] == lacks, (n, report["answer"])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert (f"; 1 lack {lacks}" in last) if lacks else ("lack" not in last)
+
+
+def test_answers_of_the_base_alone_are_never_taken_for_an_adapter_s(
+    loaded, lora_dir, tmp_path, capsys
+):
+    allowed = OPTIONS | dict(allow_base=True)
+    answer_test(*loaded, rows(2), tmp_path / "s.csv", **allowed)
+    assert "; by the base alone, without an adapter" in capsys.readouterr().out
+    # refused only when it was loaded
+    with_one = allowed | dict(adapter_dir=lora_dir)
+    answer_test(*loaded, rows(2), tmp_path / "s.csv", **with_one)
+    assert "; by the base alone, without an adapter" in capsys.readouterr().out
+    report = answer_test(None, None, rows(2), tmp_path / "s.csv", **with_one)
+    assert set(report["how"]) == {"no model"}
+
+
 def test_answers_are_cleaned():
     for text, clean in (
         ("a</s>", "a"),
