@@ -1,7 +1,7 @@
 """Two machines that share no disk, made of network namespaces of this one, train as one: the train
 notebook's own script on two launchers over gloo, with the faults that such runs meet.
 
-python bench/two_machines.py WORK    as root, with `ip` and `unshare`; 3 minutes
+python bench/two_machines.py WORK    as root, with `ip` and `unshare`; 3 to 7 minutes
 
 Each case must equal one process, or be refused by name before the first step; a machine that
 vanishes must be said within the time limit. Prints a line a case, and exits 1 where one is wrong.
