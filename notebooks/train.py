@@ -153,6 +153,7 @@ print(*data.describe_account(account), sep="\n")
 # evaluations looks good on its own rows. With fewer than 40, all do both, which is said.
 
 # %%
+recipe = training_inputs.with_encoder(recipe)
 encoder = metric.load_encoder(recipe.encoder_dir)
 training.check_together(recipe, rows)
 run_folder.begin(output, recipe.resume, earlier)

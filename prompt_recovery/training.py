@@ -122,9 +122,9 @@ def check_together(recipe: Recipe, rows: pd.DataFrame) -> None:
     _rows_a_process(recipe)
     if state.num_processes > 1:
         check_same(
-            **recipe.values("adapter", "run", "answers"), pad=recipe.pad, resume=recipe.resume,
-            eval_fraction=recipe.eval_fraction, rows=rows_hash(rows),
-            base=base_digest(recipe.model_dir, recipe.four_bit),
+            **recipe.values("adapter", "run", "answers"), pad=recipe.pad,
+            resume=bool(recipe.resume), eval_fraction=recipe.eval_fraction,
+            rows=rows_hash(rows), base=base_digest(recipe.model_dir, recipe.four_bit),
             encoder=encoder_hash(recipe.encoder_dir),
         )  # fmt: skip
         state.print(describe())
@@ -174,7 +174,7 @@ def _train(
     on_gpu = torch.cuda.is_available()
     bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     check_same(
-        **settings, resume=recipe.resume, bf16=bf16, gpu=on_gpu,
+        **settings, resume=bool(recipe.resume), bf16=bf16, gpu=on_gpu,
         activation_checkpointing=recipe.activation_checkpointing, in_time=allowed is not None,
     )  # fmt: skip
     # 2 x 4 and 4 x 2 rows are the same step

@@ -21,43 +21,56 @@ def complete(recipe: Recipe) -> tuple[Recipe, Path | None]:
     """The recipe with what was left open, and the earlier output from which the run goes on, if
     any. What was found is printed.
 
-    model_dir and encoder_dir are the only ones under input_dir, train_csv are all files there with
-    the columns of rows; what an earlier run wrote is none of them. resume=None goes on where
+    model_dir is the only one under input_dir, train_csv are all files there with the columns of
+    rows; what an earlier run wrote is none of them. (The encoder is found by `with_encoder`, once
+    the rows are known to be good.) resume=None goes on where
     input_dir holds an earlier run's output, and begins anew elsewhere. time_budget_hours=None is
     11.5 where there is an input_dir, and no limit elsewhere.
 
     Raises InputError where nothing is found, or several where one is wanted, listing them.
     """
     root = Path(recipe.input_dir)
-    files = files_under(root)
-    earlier = [
-        path.parent.parent for path in files if path.parts[-2:] == ("checkpoints", "settings.json")
-    ]
-    # what that run itself had moved aside
-    earlier = [each for each in earlier if not re.fullmatch(r"earlier-\d+", each.name)]
-    own = [path for path in files if not any(path.is_relative_to(each) for each in earlier)]
+    own, earlier = _apart(root)
     rows = recipe.train_csv or tuple(str(path) for path in own if _holds_rows(path))
     if not rows:
         raise InputError(
             f"train_csv is None and no file under {root} has the columns {', '.join(ROW_COLUMNS)}: "
             "attach a dataset of rows as input, or set train_csv in the parameters cell."
         )
-    encoders = [path.parent for path in own if path.name == "modules.json"]
     recipe = replace(
         recipe,
         model_dir=the_one("model_dir", recipe.model_dir, bases_among(own), BASE, root),
         train_csv=rows,
-        encoder_dir=the_one(
-            "encoder_dir", recipe.encoder_dir, encoders, "a sentence encoder's modules.json", root
-        ),
         time_budget_hours=recipe.time_budget_hours or (KAGGLE_HOURS if root.is_dir() else None),
     )
     listed = "\n         ".join(recipe.train_csv)
-    print(f"model    {recipe.model_dir}\nencoder  {recipe.encoder_dir}\nrows     {listed}")
+    print(f"model    {recipe.model_dir}\nrows     {listed}")
     if recipe.time_budget_hours:
         print(f"time     {recipe.time_budget_hours:g} h, after which all is written")
     found = _to_go_on_from(earlier, recipe, root)
     return replace(recipe, resume=found is not None or bool(recipe.resume)), found
+
+
+def with_encoder(recipe: Recipe) -> Recipe:
+    """The recipe with its encoder_dir, given or the only one under input_dir. Raises InputError as
+    `complete`."""
+    root = Path(recipe.input_dir)
+    found = [path.parent for path in _apart(root)[0] if path.name == "modules.json"]
+    what = "a sentence encoder's modules.json"
+    encoder_dir = the_one("encoder_dir", recipe.encoder_dir, found, what, root)
+    print(f"encoder  {encoder_dir}")
+    return replace(recipe, encoder_dir=encoder_dir)
+
+
+def _apart(root: Path) -> tuple[list[Path], list[Path]]:
+    """Files under root that no earlier run wrote, and the outputs of earlier runs."""
+    files = files_under(root)
+    earlier = [
+        path.parent.parent for path in files if path.parts[-2:] == ("checkpoints", "settings.json")
+    ]
+    # what that run itself had moved aside
+    earlier = [each for each in earlier if not re.fullmatch(r"earlier-\d+", each.name)]
+    return [path for path in files if not any(path.is_relative_to(e) for e in earlier)], earlier
 
 
 def _holds_rows(path: Path) -> bool:

@@ -61,7 +61,8 @@ def session(root, slug="train-recover-prompts", step=8, whole=True):
 
 
 def complete(root, **settings):
-    return training_inputs.complete(Recipe(input_dir=root, **settings))
+    recipe, earlier = training_inputs.complete(Recipe(input_dir=root, **settings))
+    return training_inputs.with_encoder(recipe), earlier
 
 
 def test_all_is_found_however_deep(mounts, capsys):
