@@ -111,11 +111,13 @@ from prompt_recovery import (
     metric,
     plots,
     run_folder,
+    run_lock,
     splitting,
     time_budget,
     tokenizer,
     training,
     training_inputs,
+    training_log,
 )
 from prompt_recovery.recipe import FALLBACK, Recipe
 
@@ -251,7 +253,7 @@ log = training.train(
 
 # %%
 if not PartialState().is_main_process:
-    run_folder.release(output)
+    run_lock.release(output)
     raise SystemExit
 
 # %% [markdown]
@@ -293,10 +295,10 @@ evaluation |= dict(
     rows_hash=data.rows_hash(train_rows),
     adapter_sha256=adapter_sha256,
     training=log.attrs["ended"],
-    skipped_steps=training.skipped_steps(log),
+    skipped_steps=training_log.skipped_steps(log),
 )
 files.write_text(json.dumps(evaluation, indent=2) + "\n", output / "evaluation.json")
-run_folder.release(output)
+run_lock.release(output)
 evaluation
 
 # %% [markdown]

@@ -216,14 +216,14 @@ def _lengths(model_dir: Path, test_csv: Path) -> list[int]:
 def print_scores(
     submissions: Sequence[Path], truths: Sequence[Path], encoder_dir: Path | None, page: Path | None
 ) -> None:
-    from prompt_recovery import metric, scoring
+    from prompt_recovery import metric, score_report, scoring
 
     folder = encoder_dir or metric.minilm_dir()
     scored = scoring.score_files(submissions, truths, metric.load_encoder(folder))
     name = f"{metric.encoder_name(folder)} ({metric.encoder_hash(folder)})"
-    print(scoring.text_report(scored, name))
+    print(score_report.text_report(scored, name))
     if page:
-        scoring.write_page(scored, name, page)
+        score_report.write_page(scored, name, page)
         print(f"written: {page}")
 
 

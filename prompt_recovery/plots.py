@@ -80,7 +80,7 @@ def plot_scores(rows: pd.DataFrame, summary: pd.DataFrame, path: str | Path) -> 
     """How the scores of each file's rows are spread, and beside it in the same colours their means
     with intervals, as a PNG.
 
-    rows, summary: of scoring.score_files and scoring.summary.
+    rows, summary: of scoring.score_files and score_report.summary.
     """
     import matplotlib.pyplot as plt
 

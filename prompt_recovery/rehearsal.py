@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from prompt_recovery import metric, scoring
+from prompt_recovery import metric, score_report, scoring
 from prompt_recovery.engine import ModelError, TooLittleMemory, on_t4s, plan
 from prompt_recovery.inputs import RERUN
 from prompt_recovery.submission_job import Job
@@ -46,9 +46,9 @@ def _score(job: Job, answers: pd.DataFrame) -> str:
     folder = settings.encoder_dir or metric.minilm_dir()
     encoder = metric.load_encoder(folder, device="cpu")
     rows, notes = scoring.score_files([settings.submission_csv], settings.test_csv, encoder)
-    line = scoring.summary(rows).iloc[0]
+    line = score_report.summary(rows).iloc[0]
     by_model = rows["id"].isin(answers.loc[answers["source"] == "model", "id"])
-    worst = scoring.beside(rows.nsmallest(WORST, "scs"))
+    worst = score_report.beside(rows.nsmallest(WORST, "scs"))
     lines = [
         f"the worst of {len(rows)} rows\n{worst}\n",
         *notes,

@@ -23,7 +23,7 @@ from prompt_recovery.base import base_digest, longest
 from prompt_recovery.combine import LIMIT, combine, count_tokens
 from prompt_recovery.engine import Meter, Sampling, ready, spread_order
 from prompt_recovery.recipe import MOST_TOKENS, Format, SubmissionSettings
-from prompt_recovery.run_folder import RunFolderError, claim, release
+from prompt_recovery.run_lock import RunFolderError, claim, release
 from prompt_recovery.submission_file import (
     SubmissionError,
     append_journal,

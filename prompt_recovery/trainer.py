@@ -5,25 +5,21 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from prompt_recovery.engine import TooLittleMemory, TrainingPlan, apply_plan, gathered
 from prompt_recovery.examples import IGNORED, TrainingError
-from prompt_recovery.files import write_csv
-from prompt_recovery.run_folder import last_checkpoint, note_processes, remove_broken, rotate
-from prompt_recovery.time_budget import TrainingTime, must_end
+from prompt_recovery.run_folder import last_checkpoint, remove_broken
 
 # A loss scale below 1 makes gradients smaller than they are: they are not too large for fp16, they
 # are no numbers. It begins at 65,536, so that is 17 steps left out in a row.
@@ -268,92 +264,3 @@ def choice(score: float, loss: float) -> float:
     """The value by which checkpoints are chosen, the higher the better: the score to six places,
     then the loss, which weighs less than the last of these."""
     return round(score, 6) - 1e-7 * loss / (1 + loss)
-
-
-class OrderOfEpoch(TrainerCallback):
-    """Tell the sampler its epoch. accelerate does not reach it where several processes go on in the
-    middle of an epoch: they would see the first epoch's rows there."""
-
-    def __init__(self, trainer: RowTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.order.set_epoch(math.floor(state.epoch + 1e-6))
-
-
-class WriteLog(TrainerCallback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            write_csv(training_log(state.log_history), self.path)
-
-
-class KeepTwo(TrainerCallback):
-    """Rotate checkpoints by step, where transformers goes by the times of files."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        note_processes(state, args.world_size)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            rotate(args.output_dir, state.best_global_step)
-
-
-class WatchScale(TrainerCallback):
-    """fp16's loss scaler after each step; the last one has a line of the log, for its count."""
-
-    def __init__(self, trainer: RowTrainer) -> None:
-        self.trainer = trainer
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_scale()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.accelerator.scaler is not None and state.global_step >= state.max_steps:
-            control.should_log = True
-
-
-class EndInTime(TrainerCallback):
-    """End the training while there is time for its evaluation and for what comes behind it, with a
-    checkpoint from which a later run goes on as if there had been no end."""
-
-    def __init__(self, trainer: RowTrainer, allowed: TrainingTime) -> None:
-        self.trainer, self.allowed = trainer, allowed
-        self.step = self.evaluation = 0.0  # the longest so far, in seconds
-        self.began = self.ended = time.monotonic()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ended = time.monotonic()
-        self.step = max(self.step, self.ended - self.began)
-        due = control.should_evaluate  # which this step pays for, too
-        end = must_end(
-            self.allowed, self.ended, self.step, self.evaluation, evaluations=2 if due else 1
-        )
-        if state.global_step < state.max_steps and broadcast_object_list([end])[0]:
-            self.trainer.out_of_time = control.should_save = control.should_log = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.evaluation = max(self.evaluation, time.monotonic() - self.ended)
-        if control.should_training_stop:
-            self.trainer.out_of_time = False  # patience ended it in the same step
-        # behind the checkpoint, which would say that the training is over
-        control.should_training_stop |= self.trainer.out_of_time
-
-
-def training_log(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
-    """transformers' log history as one row a step:
-    step, epoch, loss, eval_loss, eval_scs, learning_rate, and in fp16 skipped_steps (since the row
-    before) and loss_scale; NaN where not measured."""
-    columns = ["step", "epoch", "loss", "eval_loss", "eval_scs", "learning_rate"]
-    if any("loss_scale" in entry for entry in history):
-        columns += ["skipped_steps", "loss_scale"]
-    frame = pd.DataFrame(
-        [{k: entry[k] for k in columns if k in entry} for entry in history], columns=columns
-    )
-    frame = frame[frame["loss"].notna() | frame["eval_loss"].notna()]
-    return frame.groupby("step", as_index=False).first().reindex(columns=columns)

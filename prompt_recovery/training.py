@@ -6,7 +6,6 @@ same random numbers as if it had not been killed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainingArguments
 
 from prompt_recovery.adapter import training_key
-from prompt_recovery.agreement import check_same, describe, same_checkpoint
+from prompt_recovery.agreement import check_same, describe
 from prompt_recovery.base import base_digest
+from prompt_recovery.callbacks import EndInTime, KeepTwo, OrderOfEpoch, WatchScale, WriteLog
 from prompt_recovery.data import rows_hash
 from prompt_recovery.engine import (
     TrainingPlan,
@@ -39,28 +38,14 @@ from prompt_recovery.examples import (
     check_supervised,
     collate,
 )
-from prompt_recovery.files import write_csv, write_text
 from prompt_recovery.keys import key
 from prompt_recovery.metric import encoder_hash
 from prompt_recovery.recipe import Recipe
-from prompt_recovery.run_folder import (
-    RunFolderError,
-    last_checkpoint,
-    made_by,
-    remove_broken,
-    set_aside,
-    shared,
-)
+from prompt_recovery.resuming import finished, go_on_from
+from prompt_recovery.run_lock import shared
 from prompt_recovery.time_budget import TrainingTime
-from prompt_recovery.trainer import (
-    EndInTime,
-    KeepTwo,
-    OrderOfEpoch,
-    RowTrainer,
-    WatchScale,
-    WriteLog,
-    training_log,
-)
+from prompt_recovery.trainer import RowTrainer
+from prompt_recovery.training_log import ending, training_log
 
 
 def train(
@@ -180,8 +165,8 @@ def _train(
     # 2 x 4 and 4 x 2 rows are the same step
     for name in ("batch_size", "gradient_accumulation"):
         del settings[name]
-    last = _go_on_from(settings, recipe, course, writes)
-    if last and (log := _finished(last, model, recipe, course)) is not None:
+    last = go_on_from(settings, recipe, course.evaluate, writes)
+    if last and (log := finished(last, model, recipe, course.steps)) is not None:
         return log
     model.config.use_cache = False
     plan = _plan(model, train_examples, recipe, bf16)
@@ -202,27 +187,10 @@ def _train(
         release_buffers(model)
         model.eval()
     log = training_log(trainer.state.log_history)
-    log.attrs["ended"] = _ending(
+    log.attrs["ended"] = ending(
         vars(trainer.state), course.steps, recipe.patience, trainer.out_of_time
     )
     state.print(log.attrs["ended"])
-    return log
-
-
-def _finished(last: Path, model: PeftModel, recipe: Recipe, course: _Course) -> pd.DataFrame | None:
-    """The log of a run that was killed after its last step, with its adapter put into the model;
-    None if it had not ended. Trainer would do one more step all the same."""
-    saved = json.loads((last / "trainer_state.json").read_text())
-    if not saved["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
-        return None
-    kept = last.parent / Path(saved["best_model_checkpoint"] or last).name
-    set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
-    log = training_log(saved["log_history"])
-    if processes().is_main_process:
-        write_csv(log, Path(recipe.output_dir) / "training_log.csv")
-    log.attrs["ended"] = _ending(saved, course.steps, recipe.patience)
-    processes().print(log.attrs["ended"])
-    model.eval()
     return log
 
 
@@ -261,37 +229,6 @@ def _trainer(
     trainer.fill = fill
     trainer.rows_in_order = course.rows
     return trainer
-
-
-def _ending(state: Mapping[str, Any], total: int, patience: int, out_of_time: bool = False) -> str:
-    """Which step is kept, why the training ended, and the steps that fp16's scaler left out; state:
-    that of Trainer."""
-    log = training_log(state["log_history"])
-    measures = ["eval_loss"] if log["eval_scs"].isna().all() else ["eval_scs", "eval_loss"]
-    kept = f"kept: step {state['best_global_step'] or state['global_step']}"
-    for row in log[log["step"] == state["best_global_step"]].to_dict("records"):
-        kept += "".join(f", {name} {row[name]:.4g}" for name in measures)
-    if skipped := skipped_steps(log):
-        kept += (
-            f"; {skipped} of {state['global_step']} steps changed nothing, since their gradients "
-            "were not finite in fp16"
-        )
-    if state["global_step"] >= total:
-        return f"{kept}; all {total} steps done"
-    if out_of_time:
-        return (
-            f"{kept}; ENDED IN TIME at step {state['global_step']} of {total}, since "
-            "time_budget_hours is nearly over: resume=True goes on from there"
-        )
-    return (
-        f"{kept}; STOPPED EARLY at step {state['global_step']} of {total}, since {patience} "
-        f"evaluations in a row brought no better {' or, where equal, '.join(measures)}"
-    )
-
-
-def skipped_steps(log: pd.DataFrame) -> int:
-    """Steps of a training's log that fp16's loss scaler left out; 0 in other precisions."""
-    return int(log["skipped_steps"].sum()) if "skipped_steps" in log else 0
 
 
 def _arguments(
@@ -373,58 +310,3 @@ def _plan(
         model.config.get_text_config().num_hidden_layers if recipe.activation_checkpointing else 0
     )
     return TrainingPlan(micro, rows // micro, checkpointed=layers)
-
-
-def _go_on_from(
-    settings: Mapping[str, Any], recipe: Recipe, course: _Course, writes: bool
-) -> Path | None:
-    """The checkpoint from which all processes go on, if there is one and it is of these settings,
-    which are kept in settings.json."""
-    first, folder = processes().is_main_process, Path(recipe.output_dir)
-    checkpoints = folder / "checkpoints"
-    if writes:
-        if not recipe.resume:
-            set_aside(folder, ("checkpoints", "training_log.csv"))
-        remove_broken(checkpoints)
-    now = json.loads(json.dumps(settings, sort_keys=True, default=sorted))
-    everywhere(lambda: _check_checkpoints(checkpoints, now) if first else None)
-    last = same_checkpoint(folder, writes, course.evaluate)
-    if writes:
-        write_text(json.dumps(now, indent=1), checkpoints / "settings.json")
-    if last and first:
-        print(f"going on from {last}")
-    return last
-
-
-def _check_checkpoints(checkpoints: Path, now: Mapping[str, Any]) -> None:
-    last, note = last_checkpoint(checkpoints), checkpoints / "settings.json"
-    if last is None:
-        return
-    remedy = "Give that back, or take another output_dir, or resume=False to start again."
-    if not note.is_file():
-        raise RunFolderError(
-            f"resume=True, but {checkpoints} does not say with which settings it was made. {remedy}"
-        )
-    then = json.loads(note.read_text())
-    differences = [
-        f"{name} was {str(then.get(name))[:80]}, now {str(now.get(name))[:80]}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if differences:
-        raise RunFolderError(
-            f"resume=True, but {checkpoints} was made with other rows or settings: "
-            f"{'; '.join(differences)}. {remedy}"
-        )
-    saved = json.loads((last / "trainer_state.json").read_text())
-    best, made, sharing = saved["best_global_step"], made_by(saved), processes().num_processes
-    if best is not None and not (checkpoints / f"checkpoint-{best}").is_dir():
-        raise RunFolderError(
-            f"resume=True, but the best checkpoint so far, checkpoint-{best}, is no longer in "
-            f"{checkpoints}: put it back, or resume=False to start again."
-        )
-    if made not in (None, sharing):
-        print(
-            f"{last} was made by {made} processes, and there are {sharing}: the same rows a step, "
-            "but other random numbers for dropout"
-        )

@@ -18,7 +18,7 @@ from conftest import TINY, prepared, table
 from safetensors.torch import load_file
 from test_training import FAST, SHORT, build, demo_rows
 
-from prompt_recovery import agreement, comparison, run_folder, training
+from prompt_recovery import agreement, comparison, run_folder, run_lock, training
 from prompt_recovery.engine import checkpointing, gathered, group
 from prompt_recovery.examples import TrainingError, make_examples
 from prompt_recovery.recipe import Recipe
@@ -151,25 +151,25 @@ def test_one_process_writes_on_each_disk_and_another_run_s_folder_is_refused_eve
     def share(number):
         found = []
         for pair in places:
-            with run_folder.shared(tmp_path / pair[number]) as writes:
+            with run_lock.shared(tmp_path / pair[number]) as writes:
                 found.append(writes)
                 gathered(None)
         return found
 
     assert machines(share) == [[True, True], [False, True]]
-    assert not [*tmp_path.rglob(run_folder.LOCK)]
+    assert not [*tmp_path.rglob(run_lock.LOCK)]
 
     def taken(number):
-        run_folder._held.clear()  # the parent's
-        with run_folder.shared(tmp_path / ["one", "two"][number]):
+        run_lock._held.clear()  # the parent's
+        with run_lock.shared(tmp_path / ["one", "two"][number]):
             pass
 
-    run_folder.claim(tmp_path / "two")  # as a worker does whose launcher was killed
+    run_lock.claim(tmp_path / "two")  # as a worker does whose launcher was killed
     try:
         for said in machines(taken):
             assert f"{tmp_path}/two belongs to a run of process {os.getpid()}" in said
     finally:
-        run_folder.release(tmp_path / "two")
+        run_lock.release(tmp_path / "two")
 
 
 def checkpoint(folder, step, text="", processes=2):

@@ -11,7 +11,7 @@ from test_agreement import folder as told  # noqa: F401  (a fixture that each te
 from test_agreement import machines
 from test_training import FAST, SHORT, build, demo_rows, lora_state
 
-from prompt_recovery import run_folder, trainer, training
+from prompt_recovery import run_folder, run_lock, trainer, training
 from prompt_recovery.examples import make_examples
 from prompt_recovery.recipe import Recipe
 from prompt_recovery.time_budget import REST, SAFETY, TrainingTime, must_end
@@ -123,7 +123,7 @@ def test_the_best_of_an_earlier_session_is_kept_where_none_is_better(tmp_path, e
     shutil.rmtree(tmp_path / "first")
     ends_after(99)
     log, state = go(tmp_path / "second", resume=True, scores=[0.2])
-    run_folder.release(tmp_path / "second")
+    run_lock.release(tmp_path / "second")
     assert log.attrs["ended"].startswith("kept: step 4, eval_scs 0.9")
     for name, value in state.items():
         assert torch.equal(value, best[name.replace(".default", "")])

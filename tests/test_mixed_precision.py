@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from test_training import FAST, SHORT, build, demo_rows, lora_state
 
-from prompt_recovery import training
+from prompt_recovery import training, training_log
 from prompt_recovery.examples import TrainingError, make_examples
 from prompt_recovery.recipe import Recipe
 
@@ -86,13 +86,13 @@ def test_skipped_steps_are_counted_where_they_happened_and_said(tmp_path, half, 
     assert log["skipped_steps"].to_list() == [0, 1, 1, 0, 0, 1]
     assert log["loss_scale"].to_list() == [2.0**n for n in (16, 15, 14, 14, 14, 13)]
     written = pd.read_csv(tmp_path / "training_log.csv")
-    assert written["skipped_steps"].sum() == training.skipped_steps(log) == 3
+    assert written["skipped_steps"].sum() == training_log.skipped_steps(log) == 3
     assert "3 of 6 steps changed nothing" in capsys.readouterr().out
 
 
 def test_the_last_steps_are_counted_where_the_log_has_no_line_for_them(tmp_path, half):
     log, _ = go(tmp_path, spoiled={11}, max_steps=11, evaluations=1)
-    assert log["step"].to_list() == [2, 4, 6, 8, 10, 11] and training.skipped_steps(log) == 1
+    assert log["step"].to_list() == [2, 4, 6, 8, 10, 11] and training_log.skipped_steps(log) == 1
 
 
 def test_a_skipped_step_changes_no_weight(tmp_path, half):
@@ -121,4 +121,4 @@ def test_gradients_that_stay_not_finite_stop_the_run(tmp_path, half):
 
 def test_fp32_has_no_such_columns(tmp_path):
     log, _ = go(tmp_path)
-    assert "skipped_steps" not in log and training.skipped_steps(log) == 0
+    assert "skipped_steps" not in log and training_log.skipped_steps(log) == 0

@@ -13,15 +13,15 @@ import pytest
 from conftest import ROOT
 from test_training import FAST, SHORT, build, demo_rows, lora_state
 
-from prompt_recovery import run_folder, training
+from prompt_recovery import run_folder, run_lock, training
 from prompt_recovery.examples import TrainingError, make_examples
 from prompt_recovery.files import sha256
 from prompt_recovery.recipe import Recipe
 
 OWNER = f"""
 import sys, time; sys.path[:0] = [{str(ROOT)!r}]
-from prompt_recovery import run_folder
-run_folder.claim(sys.argv[1])
+from prompt_recovery import run_lock
+run_lock.claim(sys.argv[1])
 print("claimed", flush=True)
 time.sleep(60)
 """
@@ -46,42 +46,42 @@ def test_a_second_run_is_refused_by_name_and_a_dead_one_s_lock_is_taken_over(tmp
     try:
         name = rf"process {owner.pid} on {socket.gethostname()} since 20"
         with pytest.raises(TrainingError, match=name):
-            run_folder.claim(tmp_path)
+            run_lock.claim(tmp_path)
         tok, lora = build()
         examples = make_examples(tok, demo_rows(6), **SHORT)
         with pytest.raises(TrainingError, match=name):
             run(tmp_path, tok, lora, examples, max_steps=1)
-        assert [path.name for path in tmp_path.iterdir()] == [run_folder.LOCK]
+        assert [path.name for path in tmp_path.iterdir()] == [run_lock.LOCK]
     finally:
         owner.kill()
         owner.wait()
-    run_folder.claim(tmp_path)
+    run_lock.claim(tmp_path)
     assert f"took over the lock that process {owner.pid} on" in capsys.readouterr().out
-    run_folder.claim(tmp_path)  # a notebook's cell run twice
+    run_lock.claim(tmp_path)  # a notebook's cell run twice
     run(tmp_path, tok, lora, examples, max_steps=1)
     assert (
-        json.loads((tmp_path / run_folder.LOCK).read_text())["process"] == os.getpid()
+        json.loads((tmp_path / run_lock.LOCK).read_text())["process"] == os.getpid()
     )  # train gives back what it took
-    run_folder.release(tmp_path)
-    assert not (tmp_path / run_folder.LOCK).exists()
+    run_lock.release(tmp_path)
+    assert not (tmp_path / run_lock.LOCK).exists()
 
 
 def test_another_host_s_lock_counts_while_it_is_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "BEAT", 0.05)
-    lock = tmp_path / run_folder.LOCK
+    monkeypatch.setattr(run_lock, "BEAT", 0.05)
+    lock = tmp_path / run_lock.LOCK
     lock.write_text(json.dumps(dict(process=1, host="elsewhere", since="2026-11-26 10:00:00")))
     with pytest.raises(
         TrainingError, match="process 1 on elsewhere since 2026-11-26 10:00:00.*remove"
     ):
-        run_folder.claim(tmp_path)
-    os.utime(lock, (time.time() - run_folder.STALE - 1,) * 2)
-    run_folder.claim(tmp_path)
+        run_lock.claim(tmp_path)
+    os.utime(lock, (time.time() - run_lock.STALE - 1,) * 2)
+    run_lock.claim(tmp_path)
     os.utime(lock, (1, 1))
     deadline = time.monotonic() + 5
     while lock.stat().st_mtime == 1 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert lock.stat().st_mtime > 1
-    run_folder.release(tmp_path)
+    run_lock.release(tmp_path)
 
 
 def test_what_an_earlier_run_left_is_moved_aside_and_goes_on_there(tmp_path, capsys):
@@ -100,12 +100,12 @@ def test_what_an_earlier_run_left_is_moved_aside_and_goes_on_there(tmp_path, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "earlier-1",
         "mine.txt",
-        run_folder.LOCK,
+        run_lock.LOCK,
     ]
-    run_folder.release(tmp_path)
+    run_lock.release(tmp_path)
     run_folder.begin(tmp_path, resume=False)  # nothing to move, nothing said
     assert "moved" not in capsys.readouterr().out and not (tmp_path / "earlier-2").exists()
-    run_folder.release(tmp_path)
+    run_lock.release(tmp_path)
     _, again = build()
     log = run(aside, tok, again, examples, max_steps=2, resume=True)
     assert log["step"].max() == 2 and "all 2 steps done" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from prompt_recovery import __main__ as program
-from prompt_recovery import data, files, metric, scoring
+from prompt_recovery import data, files, metric, score_report, scoring
 from prompt_recovery.tables import DataError
 
 TRUTHS = {
@@ -60,7 +60,7 @@ def test_the_score_is_the_training_notebooks(tmp_path, encoder):
     files.write_csv(submission.sample(frac=1, random_state=2), tmp_path / "submission.csv")
     paths = [tmp_path / "predictions.csv", tmp_path / "submission.csv"]
     found = scoring.score_files(paths, ROOT / "demo" / "natural_rows.csv", encoder)
-    table = scoring.summary(found.rows)
+    table = score_report.summary(found.rows)
     assert figure["scs_after"] > 0.02 and figure["no_prompt"] > 0.1
     for line in table.to_dict("records"):
         assert line["scs"] == pytest.approx(figure["scs_after"], abs=1e-6)
@@ -186,7 +186,7 @@ def test_answers_that_say_nothing_count_zero_and_shares_are_counted(tmp_path, tr
     answers = ["", "N/A", "Make it RHYME!", "make it rhyme"]
     found = scoring.score_files([written(tmp_path / "a.csv", answers)], truth, encoder)
     assert found.rows["scs"].to_list()[:2] == [0, 0] and (found.rows["scs"][2:] > 0).all()
-    line = scoring.summary(found.rows).iloc[0]
+    line = score_report.summary(found.rows).iloc[0]
     assert (line["empty"], line["repeated"], line["cut"]) == (0.5, 0.5, 0)
     assert "2 ids ('1', '2'). Each counts 0" in "".join(found.notes)
     long = ["word " * 300, *ANSWERS[1:]]
@@ -209,7 +209,7 @@ def test_differences_are_paired_over_the_rows_that_both_have(tmp_path, encoder):
         written(tmp_path / "c.csv", guesses[:25], ids[:25]),
     ]
     found = scoring.score_files(paths, ROOT / "demo" / "natural_rows.csv", encoder)
-    table = scoring.differences(found.rows).set_index(["file", "over"])
+    table = score_report.differences(found.rows).set_index(["file", "over"])
     a, b = (expected(each, truths, encoder) for each in (guesses, better))
     wanted = metric.paired_difference(b, a)
     line = table.loc["b.csv", "a.csv"]
@@ -220,11 +220,11 @@ def test_differences_are_paired_over_the_rows_that_both_have(tmp_path, encoder):
     assert "do not answer the same rows" in found.notes[-1]
     # every row stands in one length band and one task, with its score
     for column in ("truth", "answer"):
-        bands = scoring.by_length(found.rows, column)
+        bands = score_report.by_length(found.rows, column)
         assert (bands["rows a.csv"].sum(), bands["rows c.csv"].sum()) == (40, 25)
         mean = (bands["scs a.csv"].fillna(0) * bands["rows a.csv"]).sum() / 40
         assert mean == pytest.approx(a.mean(), abs=1e-5)
-    tasks = scoring.by_task(found.rows)
+    tasks = score_report.by_task(found.rows)
     assert tasks["rows"].sum() == 40 and tasks["cost"].is_monotonic_decreasing
     assert tasks["cost"].sum() == pytest.approx(1 - found.rows["scs"].mean())
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, TINY
 
-from prompt_recovery import metric, run_folder, tables, training_inputs
+from prompt_recovery import metric, run_folder, run_lock, tables, training_inputs
 from prompt_recovery.inputs import InputError
 from prompt_recovery.recipe import Recipe
 
@@ -140,7 +140,7 @@ def test_the_copy_can_be_written_to_and_the_mount_stays_as_it_is(mounts, tmp_pat
             path: stat.st_mtime_ns for path, stat in before.items()
         }
     finally:
-        run_folder.release(output)
+        run_lock.release(output)
         for path in [folder, *folder.rglob("*")]:
             path.chmod(0o755)
     assert "goes on from step 8" in capsys.readouterr().out
@@ -170,14 +170,14 @@ def test_an_output_dir_that_is_further_is_kept_and_half_a_copy_is_none(mounts, t
     (partial / "left").touch()
     (output / "checkpoints/mine").mkdir(parents=True)
     run_folder.begin(output, True, folder)
-    run_folder.release(output)
+    run_lock.release(output)
     assert not partial.exists() and not (output / "checkpoints/left").exists()
     assert (output / "earlier-1/checkpoints/mine").is_dir()  # nobody's files are removed
     shutil.copytree(output / "checkpoints/checkpoint-8", output / "checkpoints/checkpoint-12")
     state = output / "checkpoints/checkpoint-12/trainer_state.json"
     state.write_text('{"global_step": 12}')
     run_folder.begin(output, True, folder)
-    run_folder.release(output)
+    run_lock.release(output)
     assert run_folder.last_checkpoint(output / "checkpoints").name == "checkpoint-12"
 
 
