@@ -11,7 +11,7 @@ from test_agreement import folder as told  # noqa: F401  (a fixture that each te
 from test_agreement import machines
 from test_training import FAST, SHORT, build, demo_rows, lora_state
 
-from prompt_recovery import run_folder, run_lock, trainer, training
+from prompt_recovery import callbacks, run_folder, run_lock, training
 from prompt_recovery.examples import make_examples
 from prompt_recovery.recipe import Recipe
 from prompt_recovery.time_budget import REST, SAFETY, TrainingTime, must_end
@@ -42,7 +42,7 @@ def ends_after(monkeypatch):
     def at(step):
         calls = []
         monkeypatch.setattr(
-            trainer, "must_end", lambda *a, **k: calls.append(1) or len(calls) >= step
+            callbacks, "must_end", lambda *a, **k: calls.append(1) or len(calls) >= step
         )
 
     return at
