@@ -134,6 +134,16 @@ def prepare(
             f"max_new_tokens={settings.max_new_tokens}: a {settings.format.style} answer takes "
             f"{least} tokens or more, and one that is cut short holds no prompt. Raise it."
         )
+    given = [
+        f"{name}={value:g}"
+        for name, value in (("temperature", settings.temperature), ("top_p", settings.top_p))
+        if value not in (getattr(SubmissionSettings, name), 0)
+    ]
+    if settings.answers_per_row == 1 and given:
+        job.say(
+            f"{', '.join(given)}: the one answer to a row is the likeliest, and none is drawn. Set "
+            "answers_per_row to 2 or more with combine."
+        )
     for position, (plan, recovered) in found.items():
         job.note(position, plan, recovered)
     if found:

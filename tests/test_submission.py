@@ -351,6 +351,18 @@ def test_a_limit_that_cuts_most_answers_short_is_said(tmp_path, capsys):
     assert "max_new_tokens" not in capsys.readouterr().out
 
 
+def test_how_to_draw_is_said_to_do_nothing_where_nothing_is_drawn(tmp_path, capsys):
+    for more, said in (
+        (dict(temperature=1.2), "temperature=1.2: the one answer"),
+        (dict(temperature=0, top_p=0.5), "top_p=0.5: the one answer"),
+        (dict(temperature=0.8), ""),
+        (dict(temperature=1.2, answers_per_row=2, how="join"), ""),
+    ):
+        answer_test(None, None, rows(1), tmp_path / "s.csv", **OPTIONS | more)
+        found = capsys.readouterr().out
+        assert said in found if said else "none is drawn" not in found
+
+
 def test_a_mean_prompt_that_fits_behind_no_answer_is_refused(tmp_path):
     long = "Improve this text and keep its meaning. " * 20
     with pytest.raises(
