@@ -12,16 +12,20 @@ from urllib.parse import unquote
 
 OWNER = re.compile(r"[a-z0-9]+(?:[_-][a-z0-9]+)*")
 SLUG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
-NAME = re.compile(r"[^\s/-][^\s/]*")  # a dash in front would be an option of the kaggle program
+# a dash in front would be an option of the kaggle program, "." and ".." another folder
+NAME = re.compile(r"(?!\.+$)[^\s/-][^\s/]*")
 # the API's spelling; a page shows "PyTorch", "TensorFlow 2" or "Gemma C++"
 FRAMEWORKS = (
     "tensorFlow1 tensorFlow2 tfLite tfJs pyTorch jax flax pax maxText gemmaCpp ggml gguf coral "
     "scikitLearn mxnet onnx keras transformers api other tensorRtLlm triton vllm"
 ).split()
 SPELLING = {name.lower(): name for name in FRAMEWORKS}
-# of an address's path, in front of the parts and between them
-KINDS = {"models", "model", "datasets", "code", "competitions", "c"}
+ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?kaggle\.com/([^?#]*)", re.IGNORECASE)
+# of an address's path: in front of the parts, between them, behind a dataset's or notebook's
+KINDS = dict(models="model", model="model", datasets="dataset", code="notebook")
+KINDS |= dict(competitions="competition", c="competition")
 LABELS = {"frameworks", "variations", "versions"}
+TABS = set("code comments data discussion edit input log metadata notebook output settings".split())
 
 
 class UploadError(RuntimeError):
@@ -40,9 +44,9 @@ def check_slug(slug: str, what: str, pattern: re.Pattern[str] = SLUG) -> str:
 
 def competition_slug(text: str) -> str:
     """A competition's slug from itself or its page's address. Raises UploadError."""
-    parts = _parts(text)
+    parts = _parts(text, "competition")
     # the pages /overview, /data, /leaderboard ... of an address
-    return check_slug(parts[0] if _is_address(text) else text, "competition")
+    return check_slug(parts[0] if ADDRESS.match(text.strip()) else "/".join(parts), "competition")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Variation:
         Raises UploadError where a part is missing, a version is missing (`pinned`) or too much, a
         new name is no slug, or the framework is one that the kaggle program can't publish.
         """
-        parts, version = _split(text, 4, pinned, "OWNER/MODEL/transformers/VARIATION")
+        parts, version = _split(text, "model", pinned, "OWNER/MODEL/transformers/VARIATION")
         if pinned:
             return cls(parts[0], parts[1], parts[2], parts[3], version)
         check_slug(parts[0], "owner", OWNER)
@@ -100,7 +104,7 @@ class Page:
             UploadError: as Variation.parse, and for slugs of a length that Kaggle refuses (dataset
                 6 to 50, notebook 5 to 50).
         """
-        parts, version = _split(text, 2, pinned, f"OWNER/{what.upper()}")
+        parts, version = _split(text, what, pinned, f"OWNER/{what.upper()}")
         if new and not pinned:
             check_slug(parts[0], "owner", OWNER), check_slug(parts[1], what)
         least = {"dataset": 6, "notebook": 5}[what]
@@ -115,9 +119,10 @@ class Page:
         return f"{self.owner}/{self.slug}" + _suffix(self.version)
 
 
-def _split(text: str, count: int, pinned: bool, form: str) -> tuple[list[str], int | None]:
-    parts = _parts(text)
-    if count == 4 and len(parts) > 2:
+def _split(text: str, what: str, pinned: bool, form: str) -> tuple[list[str], int | None]:
+    parts = _parts(text, what)
+    count = 4 if what == "model" else 2
+    if what == "model" and len(parts) > 2:
         parts[2] = SPELLING.get(
             re.sub(r"[\W_]", "", parts[2].replace("++", "pp")).lower(), parts[2]
         )
@@ -128,22 +133,25 @@ def _split(text: str, count: int, pinned: bool, form: str) -> tuple[list[str], i
         )
     if bad := [part for part in parts if not NAME.fullmatch(part)]:
         raise UploadError(
-            f"{bad[0]!r} in {text!r} is empty, holds white space or begins with a dash."
+            f"{bad[0]!r} in {text!r} is empty, holds white space, begins with a dash or is all "
+            "dots."
         )
     return parts[:count], int(version[0]) if pinned else None
 
 
-def _is_address(text: str) -> bool:
-    return re.match(r"(?:https?://)?(?:www\.)?kaggle\.com/", text) is not None
-
-
-def _parts(text: str) -> list[str]:
-    """The parts between the slashes; of an address those that name the thing."""
-    if not _is_address(text):
+def _parts(text: str, what: str) -> list[str]:
+    """The parts between the slashes; of an address those that name the thing. Raises UploadError
+    for the address of something else than `what`."""
+    address = ADDRESS.match(text.strip())
+    if not address:
         return text.split("/")
-    path = re.split(r"[?#]", text.partition("kaggle.com/")[2].strip())[0].strip("/")
-    names = [unquote(name) for name in path.split("/")]
-    names = names[1:] if names[0] in KINDS else names
+    names = [unquote(name) for name in address[1].strip("/").split("/")]
+    if names[0] in KINDS:
+        if KINDS[names[0]] != what:
+            raise UploadError(f"{text} is the page of a {KINDS[names[0]]}; give a {what}'s.")
+        names = names[1:] or [""]
+    while what in ("dataset", "notebook") and len(names) > 2 and names[-1] in TABS:
+        names.pop()
     # .../frameworks/pyTorch/variations/8x7b-instruct-v0.1-hf/versions/1
     return [name for place, name in enumerate(names) if name not in LABELS or place < 2]
 

@@ -29,6 +29,7 @@ def read(path: Path) -> list[dict[str, str]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UploadError(f"{path} is not UTF-8 ({error}): save it as 'CSV UTF-8'.") from error
+    text = re.sub(r'\A"?sep=[,;\t|]"?(?=\r|\n)', "", text)  # a line that Excel writes and reads
     lines = text.splitlines()
     if marked := [str(n) for n, line in enumerate(lines, 1) if MARKER.match(line)]:
         raise UploadError(
@@ -36,7 +37,7 @@ def read(path: Path) -> list[dict[str, str]]:
             "line of ======= too, and keep the records of both sides."
         )
     first = next((line for line in lines if line.strip()), "")
-    separator = max(",;\t", key=first.count)
+    separator = max(",;\t|", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     header: list[str] = []
     rows = []
@@ -49,7 +50,14 @@ def read(path: Path) -> list[dict[str, str]]:
             if not header:
                 header = names[: max(n for n, name in enumerate(names) if name) + 1]
                 if missing := [name for name in NEEDED if name not in header]:
-                    raise UploadError(f"{where} is the header and lacks {', '.join(missing)}.")
+                    raise UploadError(
+                        f"{where} is the header and lacks {', '.join(missing)}: give the file, or "
+                        "the line, back, or name another file as --versions."
+                    )
+                if twice := sorted({name for name in header if name and header.count(name) > 1}):
+                    raise UploadError(
+                        f"{where} has the column {twice[0]} more than once: keep one."
+                    )
                 continue
             if names[: len(header)] == header:
                 continue

@@ -52,7 +52,7 @@ def test_versions_that_stand_are_named_as_kaggle_names_them(text, read):
 @pytest.mark.parametrize(
     "text",
     ["a/b/pyTorch/c", "a//pyTorch/c/1", "a/b c/pyTorch/d/1", "a/b/pyTorch/c/v1", "-a/b/pyTorch/c/1",
-     "https://www.kaggle.com/models/a/b/pyTorch/c", "a/b/pyTorch/c/1\n"],
+     "https://www.kaggle.com/models/a/b/pyTorch/c", "a/b/pyTorch/c/1\n", "a/../pyTorch/c/1"],
 )  # fmt: skip
 def test_what_names_no_version_is_refused(text):
     with pytest.raises(UploadError, match="must have the form|is empty, holds white space"):
@@ -69,6 +69,23 @@ def test_names_of_what_is_made_stay_slugs_and_pages_are_read():
     assert str(held) == "Me_2/Wheels.v1"
     for form in ("competitions/llm-prompts/overview", "c/llm-prompts", "competitions/llm-prompts"):
         assert competition_slug(f"https://www.kaggle.com/{form}") == "llm-prompts"
+
+
+def test_addresses_are_read_from_any_tab_and_only_of_the_right_kind():
+    """A notebook's address as a dataset's would be pushed as a source that Kaggle drops."""
+    site = "https://www.kaggle.com"
+    for form in (f"{site}/code/me/a-notebook/edit", "HTTPS://Kaggle.com/code/me/a-notebook/log/"):
+        assert str(Page.parse(form, "notebook")) == "me/a-notebook"
+    assert str(Page.parse(f"{site}/datasets/me/my-data/data", "dataset")) == "me/my-data"
+    for form, what in (("code/me/a-notebook", "dataset"), ("datasets/me/my-data", "notebook")):
+        with pytest.raises(UploadError, match=f"is the page of a .*; give a {what}'s"):
+            Page.parse(f"{site}/{form}", what)
+    with pytest.raises(UploadError, match="is the page of a dataset; give a model's"):
+        Variation.parse(f"{site}/datasets/me/my-data/versions/3", pinned=True)
+    with pytest.raises(UploadError, match="is the page of a dataset; give a competition's"):
+        competition_slug(f"{site}/datasets/me/my-data")
+    with pytest.raises(UploadError, match="The competition '' is not a slug"):
+        competition_slug(f"{site}/competitions")
 
 
 def test_the_public_base_is_pushed_from_its_page(case):  # noqa: F811

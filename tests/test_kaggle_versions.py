@@ -34,6 +34,10 @@ FORMS = {
         "\ufeff" + f"{OLD}\n{old_line(1)}".replace(",", ";").replace('3; "', '3, "') + "\n"
     ),
     "tabs": f"{OLD}\n{old_line(1)}\n".replace(",", "\t").replace('3\t "', '3, "'),
+    "bars": f"{OLD}\n{old_line(1)}\n".replace(",", "|").replace('3| "', '3, "'),
+    "Excel's line about semicolons": (
+        "sep=;\r\n" + f"{OLD}\n{old_line(1)}".replace(",", ";").replace('3; "', '3, "') + "\n"
+    ),
     "a version as a spreadsheet writes it": f"{OLD}\n{old_line('1.0')}\n",
     "a version with a decimal comma": f"{OLD}\n{old_line(1)}\n".replace(",1,", ',"1,0",'),
     "spaces and capitals": f"{OLD.title()}\n{old_line(' 1 ', SHA.upper())}\n",
@@ -76,6 +80,7 @@ def test_each_form_is_read_and_loses_nothing(case, form):  # noqa: F811
         (f"{OLD}\n{old_line('one')}\n", "line 2: the version 'one' is no number"),
         (f"{OLD}\n{old_line('')}\n", "line 2: the version '' is no number"),
         (f"{OLD}\n{old_line('1.5')}\n", "line 2: the version '1.5' is no number"),
+        (f"{OLD},version\n{old_line(1)},2\n", "line 1 has the column version more than once"),
         (f"{OLD}\n{HANDLE},1\n", "line 2 has 2 fields, the header 10"),
         (f"{OLD}\n{old_line(1)}{old_line(2)}\n", "line 2 has 19 fields, the header 10"),
         (f'{OLD}\n{HANDLE},1,"open\n', "correct the line"),
