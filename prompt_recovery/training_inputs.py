@@ -23,9 +23,9 @@ def complete(recipe: Recipe) -> tuple[Recipe, Path | None]:
 
     model_dir is the only one under input_dir, train_csv are all files there with the columns of
     rows; what an earlier run wrote is none of them. (The encoder is found by `with_encoder`, once
-    the rows are known to be good.) resume=None goes on where
-    input_dir holds an earlier run's output, and begins anew elsewhere. time_budget_hours=None is
-    11.5 where there is an input_dir, and no limit elsewhere.
+    the rows are known to be good.) resume=None goes on where input_dir holds an earlier run's
+    output, and begins anew elsewhere. time_budget_hours=None is 11.5 where there is an input_dir,
+    and no limit elsewhere.
 
     Raises InputError where nothing is found, or several where one is wanted, listing them.
     """
@@ -92,6 +92,8 @@ def _to_go_on_from(earlier: list[Path], recipe: Recipe, root: Path) -> Path | No
             whole[each] = last
     found = list(whole)
     if not found:
+        if recipe.resume and last_checkpoint(Path(recipe.output_dir) / "checkpoints") is None:
+            print(f"resume=True, and neither {recipe.output_dir} nor {root} holds a run: a new one")
         return None
     if len(found) > 1:
         raise InputError(

@@ -125,6 +125,9 @@ def test_an_earlier_session_is_gone_on_from_and_gives_no_rows(mounts, capsys):
     session(mounts, "killed-early", whole=False)
     assert complete(mounts)[1] == folder and "no whole checkpoint" in capsys.readouterr().out
     shutil.rmtree(folder)
+    capsys.readouterr()
+    assert complete(mounts, resume=True, output_dir=mounts / "none")[1] is None
+    assert "holds a run: a new one" in capsys.readouterr().out
     assert complete(mounts) == (complete(mounts, resume=False)[0], None)
 
 
