@@ -288,9 +288,10 @@ def prompts_of(work: Work, count: int) -> list[list[int]]:
 
 
 def load(work: Work) -> Any:
-    from prompt_recovery import inputs
+    from prompt_recovery import adapter, inputs
 
-    return inputs.load(str(work.nf4), str(work.adapter), None, False)[0]
+    base, _ = inputs.load(work.nf4, work.adapter)
+    return adapter.load_adapter(base, work.adapter, work.nf4)
 
 
 def answers(model: Any, prompts: list[list[int]], plan: Any) -> list[list[int]]:

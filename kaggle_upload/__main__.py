@@ -16,6 +16,7 @@ from kaggle_upload.contents import adapter_content, base_content
 from kaggle_upload.handles import Page, UploadError, Variation, competition_slug
 from kaggle_upload.publish import Publish, show
 from kaggle_upload.remote import Remote, RemoteDataset, RemoteModel
+from prompt_recovery.inputs import by_number
 
 VERSIONS = stage.HERE / "versions.csv"
 NOTEBOOKS = stage.HERE.parent / "notebooks"
@@ -90,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     add("--base", required=True, metavar=model)
     add("--wheels", required=True, metavar="OWNER/DATASET")
     add("--file", type=Path, metavar="IPYNB", help="another one (of notebooks/)")
-    add("--adapter", metavar=model, help="to answer with")
+    text = "to answer with; may be repeated: each adapter answers"
+    add("--adapter", action="append", default=[], metavar=model, help=text)
     add("--competition", metavar="SLUG", help="whose test.csv is answered")
     add("--train", action="store_true", help="push the train notebook, which takes:")
     add("--rows", action="append", default=[], metavar="OWNER/DATASET", help="may be repeated")
@@ -147,7 +149,7 @@ def push(args: argparse.Namespace) -> None:
     if useless := [f"--{name}" for name in others if getattr(args, name)]:
         raise UploadError(f"{how} --train the notebook takes no {' and no '.join(useless)}.")
     handle = Page.parse(args.to, "notebook")
-    models = [args.base] if args.train else [args.adapter, args.base]
+    models = [args.base] if args.train else [*args.adapter, args.base]
     datasets = [args.wheels, *args.rows]
     if args.train:
         # a dataset has two parts, a model's version five, as names and as addresses
@@ -163,7 +165,7 @@ def push(args: argparse.Namespace) -> None:
     metadata = stage.notebook_metadata(
         handle,
         file.name,
-        [Variation.parse(text, pinned=True) for text in models],
+        _different([Variation.parse(text, pinned=True) for text in models]),
         [Page.parse(text, "dataset", new=False) for text in datasets],
         [competition_slug(args.competition)] if args.competition else [],
         earlier,
@@ -175,6 +177,22 @@ def push(args: argparse.Namespace) -> None:
         print(f"would push {file} with kernel-metadata.json: {about}")
     else:
         print(f"{handle}/{notebook.push(handle, file, metadata, args.timeout, args.train)}")
+
+
+def _different(models: list[Variation]) -> list[Variation]:
+    """The adapters and the base as they were given. Raises UploadError for one that is given twice;
+    says in which order the notebook will find adapters, if it is another one."""
+    names = [str(each) for each in models]
+    if len(set(names)) < len(names):
+        raise UploadError(f"{', '.join(names)}: give each once.")
+    adapters = names[:-1]
+    found = sorted(adapters, key=by_number)
+    if found != adapters:
+        print(
+            f"note: the notebook takes adapters in the order of their paths: {', '.join(found)}. "
+            "For another order set adapter_dir in its parameters."
+        )
+    return models
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -7,19 +7,19 @@
 # ---
 
 # %% [markdown]
-# # Submission: answer test.csv with the adapter
+# # Submission: answer test.csv with one adapter or several
 #
-# Base model + adapter + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the
-# base, the adapter, the dataset of wheels and the competition as inputs, and leave the paths at
-# None: they are found under `input_dir`.
+# Base model + adapters + `test.csv` -> `submission.csv`, without internet. On Kaggle, attach the
+# base, the adapters, the dataset of wheels and the competition as inputs, and leave the paths at
+# None: they are found under `input_dir`, adapters in the order of their paths.
 
 # %% [markdown]
-# Every setting is in the next cell. `style` and `system_placement` are those that the adapter was
+# Every setting is in the next cell. `style` and `system_placement` are those that each adapter was
 # trained with, which it says itself.
 
 # %% tags=["parameters"]
 model_dir = None
-adapter_dir = None
+adapter_dir = None  # one path or a list: each adapter answers every row, in this order
 test_csv = None
 input_dir = "/kaggle/input"
 submission_csv = "/kaggle/working/submission.csv"
@@ -28,10 +28,10 @@ max_new_tokens = 64
 fallback_prompt = (
     "Please improve this text while keeping its original meaning but altering the tone."
 )
-style = None  # plain | json | reason_json; None: the adapter's
-system_placement = None  # user | before | turn; None: the adapter's
+style = None  # plain | json | reason_json; None: each adapter's
+system_placement = None  # user | before | turn; None: each adapter's
 four_bit = None  # None: on a GPU, or where the base's folder is in 4 bits
-answers_per_row = 1  # more than one: the first is the likeliest, the others are drawn
+answers_per_row = 1  # by each adapter; the first is the likeliest, the others are drawn
 temperature = 0.8  # of those that are drawn
 top_p = 0.95
 combine = "first"  # first | join | agree: how several answers become one
@@ -94,14 +94,14 @@ silence_known_notices()  # of libraries, by name: those that are nothing to act 
 # %%
 import pandas as pd
 
-from prompt_recovery import answers, inputs, metric, rehearsal, submission, tokenizer
+from prompt_recovery import inputs, metric, rehearsal, submission, tokenizer
 from prompt_recovery.plots import whole_texts
 from prompt_recovery.recipe import SubmissionSettings
 
 settings = SubmissionSettings.of(globals())
 
 # %% [markdown]
-# Then what they point to. The adapter's two files are compared with each other and with the base's
+# Then what they point to. Each adapter's two files are compared with each other and with the base's
 # config.
 
 # %%
@@ -118,14 +118,17 @@ whole_texts(test.head(1))
 
 # %% [markdown]
 # ## Several answers to a row
-# Several answers are made into one: joined, or the one that the others agree with most. A mean
-# prompt and joining can raise the score and recover nothing.
+# Several answers, of several adapters or drawn from one, are made into one: joined, or the one that
+# the others agree with most. A mean prompt and joining can raise the score and recover nothing.
+# Whether joining adapters beats the best of them, `notebooks/compare` says on held-out rows. With
+# "first", several adapters are refused: all but one would answer for nothing.
 #
 # `threshold` holds for the encoder, mean prompt, way to combine and number of answers for which
 # `notebooks/compare` picked it.
 
 # %%
-print(f"{settings.style} answers, {settings.answers_per_row} a row, {settings.combine}")
+adapters = settings.adapter_dir or ["no adapter"]
+print(f"{settings.answers_per_row} answers a row by each of {len(adapters)}: {settings.combine}")
 encoder = metric.load_encoder(settings.encoder_dir, device="cpu") if settings.encoder_dir else None
 
 # %% [markdown]
@@ -138,12 +141,13 @@ tok = tokenizer.load_tokenizer(settings.model_dir, pad="unk", side="left")
 job = submission.prepare(test, settings, tok, encoder=encoder, started=started)
 
 # %% [markdown]
-# This is what the model is asked about the first row. The instruction is the one it was trained
-# with; a text that is too long loses its middle.
+# This is what the model is asked about the first row, by each adapter. The instruction is the one
+# it was trained with; a text that is too long loses its middle.
 
 # %%
-for prompt in answers.encode_rows(tok, test.head(1), max_tokens=job.room, format=settings.format):
-    print(tok.decode(prompt))
+for member in job.members:
+    for prompt in list(member.prompts.values())[:1]:
+        print(f"{member.name}\n{tok.decode(prompt)}")
 
 # %% [markdown]
 # ## The model
@@ -159,7 +163,7 @@ else:
 
 # %% [markdown]
 # The base takes minutes to load from a mount, and most of that is reading 24 GiB, or 87 GiB where
-# its experts are not yet in 4 bits.
+# its experts are not yet in 4 bits. It is loaded once for all adapters.
 
 # %%
 model = None
@@ -169,11 +173,12 @@ if not public:
 
 # %% [markdown]
 # ## Answers
-# They replace the fallback as they come. The bar shows the seconds to go and those left in the
-# budget; a line every half minute says the same to the log.
+# They replace the fallback as they come, one adapter after the other. The bar shows the seconds to
+# go and those left in the budget; a line every half minute says the same to the log.
 #
-# If they come too slowly, the rows to come get a single answer, then shorter ones, and those that
-# can't be reached keep the fallback. Each of these steps is printed.
+# If they come too slowly, the rows to come go without the last adapters. If there is too little
+# time for the first, they get a single answer, then shorter ones, and those that can't be reached
+# keep the fallback. Each of these steps is printed.
 
 # %%
 if model is not None:
@@ -183,11 +188,11 @@ if model is not None:
 # ## What came out
 # The file is read back and checked as a scorer would read it. `how` says where in the model's words
 # the prompt was found, or why the fallback stands; `stopped` says why the model ended: it should be
-# `eos`.
+# `eos`. `adapters` names those whose answers a row has.
 
 # %%
 report = submission.report(job)
-report.groupby(["source", "how", "stopped"]).size().to_frame("rows")
+report.groupby(["adapters", "source", "how", "stopped"]).size().to_frame("rows")
 
 # %% [markdown]
 # One answer for many rows is a sign of trouble: an adapter that learned a single prompt, or a base
@@ -212,7 +217,7 @@ whole_texts(pd.read_csv(settings.submission_csv).head(3))
 # %% [markdown]
 # ## Rehearsal
 # Before you hand in, give rows with their prompts as `test_csv`, such as the `held_out.csv` that
-# training leaves: rows that the adapter was not trained on. The model is not shown the prompts.
+# training leaves: rows that no adapter was trained on. The model is not shown the prompts.
 # They are read here, when every row has its answer.
 #
 # The score is that of the file, fallbacks and all. The times are those of this machine, and for two

@@ -38,6 +38,7 @@ from prompt_recovery.adapter_files import (
     MODEL_TYPE,
     WEIGHTS,
     AdapterError,
+    read_header,
 )
 from prompt_recovery.base import base_digest, base_fingerprint, load_config
 from prompt_recovery.recipe import Format, Recipe
@@ -220,10 +221,17 @@ def load_adapter(
     return _load(model, _read_for(model, adapter_dir, model_dir), adapter_dir)
 
 
-def _read_for(model: PreTrainedModel, adapter_dir: str | Path, model_dir: str | Path) -> Adapter:
+def check_loaded(model: PreTrainedModel, adapter_dir: str | Path, model_dir: str | Path) -> None:
+    """Raises AdapterError where the adapter was trained on another base than this one, as loaded:
+    of the same shape, and with a head that the files have under no usual name."""
     folder = Path(adapter_dir)
-    adapter = read_adapter(folder, model_dir, hasattr(model.config, "quantization_config"))
-    check_fingerprint(folder, adapter.header, base_fingerprint(model), model_dir)
+    check_fingerprint(folder, read_header(folder), base_fingerprint(model), model_dir)
+
+
+def _read_for(model: PreTrainedModel, adapter_dir: str | Path, model_dir: str | Path) -> Adapter:
+    four_bit = hasattr(model.config, "quantization_config")
+    adapter = read_adapter(Path(adapter_dir), model_dir, four_bit)
+    check_loaded(model, adapter_dir, model_dir)
     return adapter
 
 

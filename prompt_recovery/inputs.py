@@ -1,18 +1,21 @@
-"""The submission's inputs: base model, adapter and test.csv, given or found under /kaggle/input."""
+"""The submission's inputs: base model, adapters and test.csv, given or found under
+/kaggle/input."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, replace
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from prompt_recovery import data
-from prompt_recovery.adapter import check_adapter, load_adapter
-from prompt_recovery.adapter_files import CONFIG, AdapterError, read_header
+from prompt_recovery.adapter import check_adapter, check_loaded
+from prompt_recovery.adapter_files import CONFIG, WEIGHTS, AdapterError, read_header
 from prompt_recovery.base import load_config
 from prompt_recovery.engine import check_base, load_base
 from prompt_recovery.recipe import Format, SubmissionSettings
@@ -23,6 +26,7 @@ KAGGLE_INPUT = "/kaggle/input"
 RERUN = "KAGGLE_IS_COMPETITION_RERUN"  # set while a submission is scored on the hidden rows
 BASE = "a language model's config.json"
 BASE_REMEDY = "Set allow_base=True to answer with the base model alone."
+TRAINER_STATE = "trainer_state.json"  # lies in a trainer's checkpoint
 
 
 class InputError(ValueError):
@@ -31,28 +35,43 @@ class InputError(ValueError):
 
 def find_inputs(
     model_dir: str | None,
-    adapter_dir: str | None,
+    adapter_dir: str | Sequence[str] | None,
     test_csv: str | None,
     root: str | Path = KAGGLE_INPUT,
     allow_base: bool = False,
-) -> tuple[Path, Path | None, Path]:
-    """The three paths; those that are None are looked for under root, however deep (the mounts of
-    Kaggle's Models, competitions and datasets lie at other depths than they did): the folders of a
-    causal language model's config.json and of adapter_config.json, and test.csv. No adapter is None
-    with allow_base.
+) -> tuple[Path, tuple[Path, ...], Path]:
+    """The base's folder, those of the adapters, and test.csv. Those that are None are looked for
+    under root, however deep (the mounts of Kaggle's Models, competitions and datasets lie at other
+    depths than they did): the folders of a causal language model's config.json and of
+    adapter_config.json, and test.csv.
 
-    Raises InputError for no match or several, listing them.
+    Several adapters are taken in the order of their paths, numbers in them by value; a trainer's
+    checkpoints are passed over where there is an adapter beside them. With allow_base there may be
+    none. Raises InputError for no match, or several of what is wanted once, listing them.
     """
     files = [] if model_dir and adapter_dir and test_csv else files_under(root)
     adapters = [path.parent for path in files if path.name == CONFIG]
     tests = [path for path in files if path.name == "test.csv"]
     base = the_one("model_dir", model_dir, bases_among(files), BASE, root)
-    if allow_base and not adapter_dir and not adapters:
-        adapter = None
+    if adapter_dir:
+        adapters = _folders(adapter_dir)
     else:
-        remedy = "" if adapters else f" {BASE_REMEDY}"
-        adapter = the_one("adapter_dir", adapter_dir, adapters, CONFIG, root, remedy)
-    return base, adapter, the_one("test_csv", test_csv, tests, "test.csv", root)
+        finished = [folder for folder in adapters if not (folder / TRAINER_STATE).exists()]
+        adapters = sorted(finished or adapters, key=by_number)
+        if not finished and (adapters or not allow_base):
+            remedy = "" if adapters else f" {BASE_REMEDY}"
+            adapters = [the_one("adapter_dir", None, adapters, CONFIG, root, remedy)]
+    return base, tuple(adapters), the_one("test_csv", test_csv, tests, "test.csv", root)
+
+
+def _folders(adapter_dir: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    given = [adapter_dir] if isinstance(adapter_dir, (str, Path)) else adapter_dir
+    return [Path(each) for each in given or ()]
+
+
+def by_number(path: str | Path) -> list[tuple[str, int]]:
+    """A key that sorts version 10 behind version 9."""
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", str(path))]
 
 
 def the_one(
@@ -155,9 +174,11 @@ def usable_adapter(
 
 
 def complete(settings: SubmissionSettings) -> SubmissionSettings:
-    """The settings with what was left open: paths, found under input_dir, and the format, the
-    adapter's. The adapter is checked; nothing goes onto a GPU. Raises InputError as `find_inputs`,
-    `usable_adapter` and `answer_format` do."""
+    """The settings with the paths that were left open, found under input_dir. Each adapter is
+    checked; nothing goes onto a GPU.
+
+    Raises InputError as `find_inputs`, `usable_adapter` and `answer_format` do, and for the same
+    adapter twice; SettingError where several adapters' answers are not combined."""
     model_dir, found, test_csv = find_inputs(
         settings.model_dir,
         settings.adapter_dir,
@@ -165,12 +186,30 @@ def complete(settings: SubmissionSettings) -> SubmissionSettings:
         settings.input_dir,
         settings.allow_base,
     )
-    print(f"model    {model_dir}\nadapter  {found}\ntest     {test_csv}")
-    adapter_dir = usable_adapter(found, model_dir, settings.allow_base, settings.four_bit)
-    format = answer_format(adapter_dir, settings.style, settings.system_placement)
-    return replace(
-        settings, model_dir=model_dir, adapter_dir=adapter_dir, test_csv=test_csv, **asdict(format)
-    )
+    names = [f"adapter  {each}" for each in found or [None]]
+    print("\n".join([f"model    {model_dir}", *names, f"test     {test_csv}"]))
+    usable = [
+        usable_adapter(each, model_dir, settings.allow_base, settings.four_bit)
+        for each in found or [None]
+    ]
+    adapters = tuple(filter(None, usable))
+    _check_different(adapters)
+    for each in adapters or [None]:
+        answer_format(each, settings.style, settings.system_placement)
+    return replace(settings, model_dir=model_dir, adapter_dir=adapters or None, test_csv=test_csv)
+
+
+def _check_different(adapters: Sequence[Path]) -> None:
+    """Raises InputError for two adapters of the same bytes: one answer would count as two."""
+    seen: dict[tuple[bytes, ...], Path] = {}
+    for folder in adapters:
+        content = tuple((folder / name).read_bytes() for name in (CONFIG, WEIGHTS))
+        first = seen.setdefault(content, folder)
+        if first is not folder:
+            raise InputError(
+                f"{first} and {folder} are the same adapter, whose answers would count twice: give "
+                "each once in adapter_dir."
+            )
 
 
 def answer_format(
@@ -197,28 +236,26 @@ def answer_format(
 
 def load(
     model_dir: str | Path,
-    adapter_dir: str | Path | None,
+    adapter_dir: str | Path | Sequence[str | Path] | None,
     four_bit: bool | None = None,
     allow_base: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) to answer with: the base, with the adapter on it unless adapter_dir is
-    None.
+    """(base, tokenizer) to answer with; `submission.answer` puts each adapter on in its turn.
 
-    Raises InputError for an adapter of another base, unless allow_base; see `load_base` for what
-    else can be wrong.
+    Raises InputError for an adapter of another base than the one that was loaded, unless
+    allow_base; see `load_base` for what else can be wrong.
     """
     tokenizer = load_tokenizer(model_dir, pad="unk", side="left")
     base = load_base(model_dir, four_bit=four_bit)
-    if adapter_dir is None:
-        return base, tokenizer
-    try:
-        return load_adapter(base, adapter_dir, model_dir), tokenizer
-    except AdapterError as error:
-        _without(error, allow_base)
-        return base, tokenizer
+    for folder in _folders(adapter_dir):
+        try:
+            check_loaded(base, folder, model_dir)
+        except AdapterError as error:
+            _without(error, allow_base)
+    return base, tokenizer
 
 
 def _without(error: Exception, allow_base: bool) -> None:
     if not allow_base:
         raise InputError(f"{error} {BASE_REMEDY}") from error
-    print(f"answering with the base model alone: {error}")
+    print(f"answering with the other adapters, or with the base model alone: {error}")

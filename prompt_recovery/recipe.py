@@ -317,7 +317,8 @@ class SubmissionSettings(Answering):
     """The parameters of notebooks/submission."""
 
     model_dir: Any = setting(None, optional(path, "the one under input_dir"))
-    adapter_dir: Any = setting(None, optional(path, "the one under input_dir"))
+    # a tuple of paths; each adapter answers every row
+    adapter_dir: Any = setting(None, optional(texts, "those under input_dir"))
     test_csv: Any = setting(None, optional(path, "the one under input_dir"))
     input_dir: str = setting("/kaggle/input", path)
     submission_csv: str = setting("/kaggle/working/submission.csv", path)
@@ -336,25 +337,30 @@ class SubmissionSettings(Answering):
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()
-        if (self.answers_per_row > 1) != (self.combine != "first" or self.threshold is not None):
-            yield (
-                f"answers_per_row={self.answers_per_row}, combine={self.combine!r}, "
-                f"threshold={self.threshold}: several answers are for join, agree or a threshold, "
-                "which do nothing with one. Set answers_per_row to 2 or more with them, or to 1 "
-                "with first."
-            )
+        others = []
         if self.encoder_dir is None and (self.combine == "agree" or self.threshold is not None):
-            yield (
+            others.append(
                 "encoder_dir=None: agree and threshold need an encoder: give its folder, or"
                 " combine='first' or 'join'."
             )
         if self.threshold is not None and self.mean_prompt is None:
-            yield (
+            others.append(
                 f"threshold={self.threshold}: there is no mean_prompt to fall back to: give one, "
                 "or no threshold."
             )
+        # alone it is left to `submission.prepare` while adapters are still to be found
+        if self.adapter_dir is not None or self.answers_per_row > 1 or others:
+            yield from self.uncombined()
+        yield from others
 
-    @property
-    def format(self) -> Format:
-        """Once `inputs.complete` has taken what was left to the adapter from it."""
-        return Format(style=self.style, system_placement=self.system_placement)
+    def uncombined(self) -> Iterator[str]:
+        """A line where a row gets several answers and one is wanted, or one and several are
+        wanted."""
+        answers = len(self.adapter_dir or ("the base",)) * self.answers_per_row
+        if (answers > 1) != (self.combine != "first" or self.threshold is not None):
+            yield (
+                f"answers_per_row={self.answers_per_row}, adapter_dir={self.adapter_dir}, "
+                f"combine={self.combine!r}, threshold={self.threshold}: several answers are for "
+                "join, agree or a threshold, which do nothing with one. Set answers_per_row to 2 "
+                "or more, or adapter_dir to several, with them; or both to one with first."
+            )

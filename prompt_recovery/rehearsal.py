@@ -63,7 +63,7 @@ def _score(job: Job, answers: pd.DataFrame) -> str:
 
 
 def _seconds(job: Job, took: float) -> str:
-    meters = [meter for meter in job.meters.values() if meter.batches]
+    meters = [each for one in job.members for each in one.meters.values() if each.batches]
     if not meters:
         return "no row was answered in this run, so there is no time to measure"
     rows = sum(meter.rows for meter in meters)
@@ -71,21 +71,29 @@ def _seconds(job: Job, took: float) -> str:
     read = sum(meter.tokens_in for meter in meters) / rows
     written = sum(meter.tokens_out for meter in meters) / rows
     rest = max(0.0, took - sum(meter.wall for meter in meters))
-    lengths = list(islice(cycle(map(len, job.prompts.values())), HIDDEN_ROWS))
-    here = seconds_needed(job.plan, job.meters, lengths)
+    lengths = [
+        list(islice(cycle(map(len, member.prompts.values())), HIDDEN_ROWS))
+        for member in job.members
+    ]
+    here, measured = 0.0, next(each.meters for each in job.members if each.meters)
+    for member, each in zip(job.members, lengths, strict=True):
+        here += seconds_needed(member.plan, member.meters or measured, each)
+    by = " and adapter" if len(job.members) > 1 else ""
     first = all(meter.batches == 1 for meter in meters)
     lines = [
-        f"{busy / rows:.3g} s a row on this machine, of {rows} rows with {read:.0f} tokens to read "
-        f"and {written:.0f} to write; {rest:.0f} s for all else",
+        f"{busy / rows:.3g} s a row{by} on this machine, of {rows} rows with {read:.0f} tokens to "
+        f"read and {written:.0f} to write; {rest:.0f} s for all else",
         f"{HIDDEN_ROWS} such rows here: {_sum(rest, here)}"
         + (" (from one batch, the first, which is slow)" if first else ""),
     ]
     try:
         planned = plan(job.settings.model_dir, T4S)
         longest = max(meter.longest for meter in meters)
-        once = on_t4s(planned, lengths, longest)
-        every = on_t4s(planned, lengths * job.plan.answers, longest)
-        spent = (once.loading, once.reading, every.writing)
+        spent = [0.0, 0.0, 0.0]
+        for member, each in zip(job.members, lengths, strict=True):
+            once = on_t4s(planned, each, longest)
+            every = on_t4s(planned, each * member.plan.answers, longest)
+            spent = [once.loading, spent[1] + once.reading, spent[2] + every.writing]
         lines.append(
             f"{HIDDEN_ROWS} such rows on two T4s, reckoned: {_sum(*spent)} to load, read and write"
             if sum(spent) >= 1

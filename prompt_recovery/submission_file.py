@@ -166,13 +166,20 @@ def lent(journal: Path) -> Iterator[None]:
 def append_journal(
     path: Path,
     key: str,
+    adapter: str,
     plan: RowPlan,
     rows: Sequence[tuple[int, list[Recovered]]],
     seconds: float,
 ) -> None:
-    """Add rows that were answered by this plan under the key of their answers, and the seconds they
-    took; they are on the disk when it returns. Raises OSError."""
-    entry = {"key": key, "plan": plan, "seconds": round(seconds, 3), "rows": rows}
+    """Add rows that were answered by this plan under the key of their answers, with the adapter's
+    name and the seconds they took; they are on the disk when it returns. Raises OSError."""
+    entry = {
+        "key": key,
+        "adapter": adapter,
+        "plan": plan,
+        "seconds": round(seconds, 3),
+        "rows": rows,
+    }
     line = json.dumps(entry).encode() + b"\n"
     if path.exists() and path.stat().st_size:
         with path.open("rb") as file:

@@ -16,7 +16,7 @@ from prompt_recovery.answers import NOT_FINITE, Recovered
 from prompt_recovery.combine import LIMIT
 from prompt_recovery.data import normalise
 from prompt_recovery.engine import Meter
-from prompt_recovery.recipe import SubmissionSettings
+from prompt_recovery.recipe import Format, SubmissionSettings
 from prompt_recovery.submission_file import (
     check_submission,
     clean_answer,
@@ -30,94 +30,30 @@ FULL = errno.ENOSPC, errno.EDQUOT  # a disk, or the part of it that this user ma
 
 
 @dataclass
-class Job:
-    """A submission as it stands: what is answered, by what, and what it took."""
+class Member:
+    """An adapter of a submission, or the base alone, and what it answered."""
 
-    test: pd.DataFrame
-    settings: SubmissionSettings
-    room: int  # tokens of a prompt
-    journal: Path
-    key: str  # of the answers, see `keys.answers_key`
-    # the prompts found for a row -> its one answer, "" if they say nothing
-    finish: Callable[[list[str]], str]
-    fallback: str
-    answers: list[str]  # what submission.csv holds
+    name: str
+    adapter_dir: Path | None  # None: the base alone
+    format: Format
+    key: str  # of its answers, see `keys.answers_key`
+    asked: RowPlan
     plans: list[RowPlan]  # the one that is followed, then lesser ones
-    started: float
-    deadline: float
-    noted: float  # when the journal was last written
-    seed: int = 0
+    # token ids of the rows as the model is asked
+    prompts: dict[int, list[int]]
+    cut: set[int]  # rows whose texts were cut to fit into their room
     found: dict[int, list[Recovered]] = field(default_factory=dict)
     by: dict[int, RowPlan] = field(default_factory=dict)  # the plan of each row in found
     again: set[int] = field(default_factory=set)  # rows in found that are being answered as asked
-    reasons: dict[int, str] = field(default_factory=dict)  # of rows that were not answered
-    # token ids of the rows as the model is asked
-    prompts: dict[int, list[int]] = field(default_factory=dict)
-    cut: set[int] = field(default_factory=set)  # rows whose texts were cut to fit into room
+    reasons: dict[int, str] = field(default_factory=dict)  # of rows that it gave no prompt to
     meters: dict[RowPlan, Meter] = field(default_factory=dict)
     alone: bool = False  # the base answers without an adapter
     # why rows without a reason of their own have no answer; "" while all may get one
     ending: str = NO_MODEL
-    written: float = float("-inf")
-    said: float = float("-inf")
-    write_seconds: float = 10.0  # at least, between two writes of submission.csv
-    # of one call of `answer_prompts`: many batches, since the last one of a call is a small one
-    slice_rows: int = 512
-    batch_tokens: int | None = None  # see `generate`
 
     @property
     def plan(self) -> RowPlan:
         return self.plans[0]
-
-    @property
-    def asked(self) -> RowPlan:
-        return RowPlan(self.settings.answers_per_row, self.settings.max_new_tokens)
-
-    def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.started:6.0f} s] {text}", flush=True)
-
-    def note(self, position: int, plan: RowPlan, found: list[Recovered]) -> None:
-        self.found[position], self.by[position] = found, plan
-        self.again.discard(position)
-        self.reasons.pop(position, None)  # of a lesser answer
-        answer = self.finish([each.prompt for each in found if each.prompt is not None])
-        if answer:
-            self.answers[position] = answer
-        else:
-            self.answers[position] = self.fallback
-            broken = any(each.stopped == NOT_FINITE for each in found)
-            self.reasons[position] = "logits not finite" if broken else "no prompt in the answer"
-
-    def save(self, last: bool = False) -> None:
-        """Bring submission.csv up to date; if the disk is full, the last whole one stays. The last
-        write gets the journal's room, if need be."""
-        path = self.settings.submission_csv
-        try:
-            try:
-                write_submission(self.test, self.answers, path)
-            except OSError as error:
-                if not last or error.errno not in FULL:
-                    raise
-                with lent(self.journal):
-                    write_submission(self.test, self.answers, path)
-        except OSError as error:
-            full = error.errno in (*FULL, errno.EFBIG)
-            remedy = "Free some space." if full else "Give another submission_csv."
-            self.say(f"{path} can't be written ({error}): the one before stays. {remedy}")
-            check_submission(self.test, path)
-        self.written = time.monotonic()
-
-    def fail(self, position: int, error: Exception) -> None:
-        if position in self.found:
-            self.again.discard(position)
-            kept = "its shorter answer"
-        else:
-            memory = isinstance(error, torch.OutOfMemoryError)
-            self.reasons[position] = "out of memory" if memory else f"raised {type(error).__name__}"
-            kept = "the fallback"
-        self.say(
-            f"row {position} (id {self.test['id'].iloc[position]}) keeps {kept}: {str(error)[:300]}"
-        )
 
     def longest_first(self) -> list[int]:
         return sorted(self.prompts, key=lambda i: (-len(self.prompts[i]), i))
@@ -144,10 +80,97 @@ class Job:
     def lengths_to_come(self) -> list[int]:
         return [len(self.prompts[i]) for i in self.pending()]
 
+    def answered(self, position: int) -> list[Recovered]:
+        """Its answers to a row; none where no prompt is in them."""
+        return [] if position in self.reasons else self.found.get(position, [])
+
+
+@dataclass
+class Job:
+    """A submission as it stands: what is answered, by which adapters, and what it took."""
+
+    test: pd.DataFrame
+    settings: SubmissionSettings
+    room: int  # tokens of a prompt
+    journal: Path
+    # the prompts found for a row -> its one answer, "" if they say nothing
+    finish: Callable[[list[str]], str]
+    fallback: str
+    answers: list[str]  # what submission.csv holds
+    members: list[Member]  # they answer one after the other
+    started: float
+    deadline: float
+    noted: float  # when the journal was last written
+    seed: int = 0
+    # those for which there seems to be too little time, as was said last
+    late: list[Member] = field(default_factory=list)
+    written: float = float("-inf")
+    said: float = float("-inf")
+    write_seconds: float = 10.0  # at least, between two writes of submission.csv
+    # of one call of `answer_prompts`: many batches, since the last one of a call is a small one
+    slice_rows: int = 512
+    batch_tokens: int | None = None  # see `generate`
+
+    @property
+    def found(self) -> dict[int, list[Recovered]]:
+        """All members' answers by row position."""
+        found: dict[int, list[Recovered]] = {}
+        for member in self.members:
+            for position, answers in member.found.items():
+                found.setdefault(position, []).extend(answers)
+        return found
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:6.0f} s] {text}", flush=True)
+
+    def note(self, member: Member, position: int, plan: RowPlan, found: list[Recovered]) -> None:
+        member.found[position], member.by[position] = found, plan
+        member.again.discard(position)
+        member.reasons.pop(position, None)  # of a lesser answer
+        if not any(clean_answer(each.prompt) for each in found if each.prompt is not None):
+            broken = any(each.stopped == NOT_FINITE for each in found)
+            member.reasons[position] = "logits not finite" if broken else "no prompt in the answer"
+        answers = [each for one in self.members for each in one.answered(position)]
+        prompts = [each.prompt for each in answers if each.prompt is not None]
+        self.answers[position] = self.finish(prompts) or self.fallback
+
+    def save(self, last: bool = False) -> None:
+        """Bring submission.csv up to date; if the disk is full, the last whole one stays. The last
+        write gets the journal's room, if need be."""
+        path = self.settings.submission_csv
+        try:
+            try:
+                write_submission(self.test, self.answers, path)
+            except OSError as error:
+                if not last or error.errno not in FULL:
+                    raise
+                with lent(self.journal):
+                    write_submission(self.test, self.answers, path)
+        except OSError as error:
+            full = error.errno in (*FULL, errno.EFBIG)
+            remedy = "Free some space." if full else "Give another submission_csv."
+            self.say(f"{path} can't be written ({error}): the one before stays. {remedy}")
+            check_submission(self.test, path)
+        self.written = time.monotonic()
+
+    def fail(self, member: Member, position: int, error: Exception) -> None:
+        if position in member.found:
+            member.again.discard(position)
+            keeps = "keeps its shorter answer"
+        else:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            reason = "out of memory" if memory else f"raised {type(error).__name__}"
+            member.reasons[position] = reason
+            alone = len(self.members) == 1
+            keeps = "keeps the fallback" if alone else f"goes without {member.name}"
+        self.say(
+            f"row {position} (id {self.test['id'].iloc[position]}) {keeps}: {str(error)[:300]}"
+        )
+
     def lacks(self, position: int) -> list[str]:
         """What the settings ask for and the row's answer is without."""
         found, mean = self.found.get(position, []), normalise(self.settings.mean_prompt or "")
-        if not found or position in self.reasons:
+        if not any(member.answered(position) for member in self.members):
             return []
         prompts = [text for each in found if (text := clean_answer(each.prompt or ""))]
         answer = normalise(self.answers[position])
@@ -155,7 +178,7 @@ class Job:
         alone = self.settings.threshold is not None and answer == mean
         whole = all(stand) if self.settings.combine == "join" else any(stand)
         lacking = {
-            "the middle of their texts": position in self.cut,
+            "the middle of their texts": any(position in member.cut for member in self.members),
             "an answer's end, at max_new_tokens": any(each.stopped == "length" for each in found),
             "a prompt in some of their answers": len(prompts) < len(found),
             f"a part of what was found, at {LIMIT} tokens": not alone and not whole,
@@ -164,6 +187,11 @@ class Job:
         return [what for what, lacks in lacking.items() if lacks]
 
     def progress(self) -> str:
-        tokens = sum(meter.tokens_out for meter in self.meters.values())
-        rate = tokens / max(sum(meter.seconds for meter in self.meters.values()), 1e-9)
-        return f"{len(self.found)} of {len(self.test)} rows, {rate:.1f} tokens/s"
+        meters = [meter for member in self.members for meter in member.meters.values()]
+        rate = sum(meter.tokens_out for meter in meters) / max(
+            sum(meter.seconds for meter in meters), 1e-9
+        )
+        rows = [f"{len(member.found)} of {len(self.test)} rows" for member in self.members]
+        if len(rows) > 1:
+            rows = [f"{text} by {each.name}" for text, each in zip(rows, self.members, strict=True)]
+        return f"{', '.join(rows)}, {rate:.1f} tokens/s"

@@ -94,6 +94,19 @@ def test_the_public_base_is_pushed_from_its_page(case):  # noqa: F811
     assert case.server.kernels[SLUG][0]["modelDataSources"] == [f"{HANDLE}/3", PUBLIC]
 
 
+def test_several_adapters_are_attached_and_the_order_is_said_in_which_they_are_found(case):  # noqa: F811
+    ninth, tenth = f"{USER}/recovery/transformers/r5/9", f"{USER}/recovery/transformers/r5/10"
+    code, out, err = push(case, "--adapter", ninth, "--adapter", tenth)
+    assert code == 0, err
+    sources = [f"{HANDLE}/3", ninth, tenth, f"{BASE}/1"]
+    assert case.server.kernels[SLUG][0]["modelDataSources"] == sources and "note: " not in out
+    code, out, _ = push(case, "--adapter", tenth, "--adapter", ninth)
+    assert code == 0 and f"order of their paths: {HANDLE}/3, {ninth}, {tenth}." in out
+    case.server.requests.clear()
+    code, _, err = push(case, "--adapter", f"{HANDLE}/3")
+    assert code == 1 and "give each once" in err and case.server.requests == []
+
+
 # what is pushed
 
 

@@ -165,7 +165,8 @@ def test_what_can_not_work_is_refused_with_value_rule_and_remedy(kind, name, val
     ("given", "why"),
     [
         (dict(answers_per_row=4), "Set answers_per_row"),
-        (dict(combine="join"), "Set answers_per_row"),
+        (dict(combine="join", adapter_dir="a"), "Set answers_per_row"),
+        (dict(adapter_dir=["a", "b"]), "Set answers_per_row"),
         (dict(threshold=0.5), "Set answers_per_row"),
         (dict(answers_per_row=2, combine="agree"), "encoder_dir=None: .* need an encoder"),
         (dict(answers_per_row=2, threshold=0.5, encoder_dir="x"), "no mean_prompt"),

@@ -108,12 +108,13 @@ def test_times_are_what_the_meter_measured_and_the_reckoning_s(tmp_path, capsys)
     job = prepared(data.read_test(path), tmp_path / "s.csv", **OPTIONS | dict(test_csv=path))
     job.started -= 30
     lengths = [100, 200, 300, 400]
-    job.prompts = {n: [1] * length for n, length in enumerate(lengths)}
+    (member,) = job.members
+    member.prompts = {n: [1] * length for n, length in enumerate(lengths)}
     meter = Meter()
     meter.add([100], [8], 5.0, 5.0)  # the first, which compiles
     meter.add([200, 300, 400], [4, 8, 6], 0.9, 0.6)
     meter.wall = 12.0
-    job.meters = {job.plan: meter}
+    member.meters = {member.plan: meter}
     answers = submission.report(job)
     capsys.readouterr()
     rehearsal.report(job, answers)
@@ -136,10 +137,11 @@ def test_two_t4s_are_reckoned_in_the_one_way_that_plan_has(
     options = OPTIONS | dict(test_csv=path, answers_per_row=3, how="join")
     job = prepared(data.read_test(path), tmp_path / "s.csv", **options)
     job.settings = replace(job.settings, model_dir=str(true_shape[1]))
-    job.prompts = {n: [1] * length for n, length in enumerate((500, 600, 700, 800))}
+    (member,) = job.members
+    member.prompts = {n: [1] * length for n, length in enumerate((500, 600, 700, 800))}
     meter = Meter()
     meter.add([500, 600, 700, 800], [40, 48] * 6, 10.0, 10.0)
-    job.meters = {job.plan: meter}
+    member.meters = {member.plan: meter}
     answers = submission.report(job)
     capsys.readouterr()
     rehearsal.report(job, answers)

@@ -30,6 +30,7 @@ from prompt_recovery import (
     submission_file,
     submission_job,
 )  # fmt: skip
+from prompt_recovery.adapter_files import read_header
 from prompt_recovery.engine import decoding, generation, loading
 from prompt_recovery.recipe import Format, SettingError
 from prompt_recovery.submission import SubmissionError, clean_answer
@@ -113,27 +114,44 @@ def test_inputs_are_found_under_both_layouts(layout, lora_dir, tmp_path):
     for place in real.iterdir():  # mounts may be links
         (root / place.name).symlink_to(place)
     (root / "loop").symlink_to(root)
-    found = inputs.find_inputs(None, None, None, root)
-    assert found == (
-        root / layout["base"],
-        root / layout["lora"],
-        root / layout["test"] / "test.csv",
-    )
-    assert inputs.usable_adapter(found[1], found[0]) == found[1]
+    base, (lora,), test = inputs.find_inputs(None, None, None, root)
+    assert (base, lora) == (root / layout["base"], root / layout["lora"])
+    assert test == root / layout["test"] / "test.csv"
+    assert inputs.usable_adapter(lora, base) == lora
     # --with-library puts one there
-    (found[1] / "prompt_recovery-0.1.0-py3-none-any.whl").write_text("")
-    assert inputs.usable_adapter(found[1], found[0]) == found[1]
-    # a second one, and none
-    (root / "zmore").mkdir()
-    shutil.copy(lora_dir / "adapter_config.json", root / "zmore")
-    with pytest.raises(
-        inputs.InputError, match=r"2 places(.|\n)*r16/3\n(.|\n)*zmore\n(.|\n)*set adapter_dir"
-    ):
+    (lora / "prompt_recovery-0.1.0-py3-none-any.whl").write_text("")
+    assert inputs.usable_adapter(lora, base) == lora
+    # others: in the order of their paths, numbers by value
+    ninth, tenth = root / "zmore" / "9", root / "zmore" / "10"
+    checkpoint = root / "a" / "checkpoint-8"
+    for folder in (tenth, ninth, checkpoint):
+        folder.mkdir(parents=True)
+        shutil.copy(lora_dir / "adapter_config.json", folder)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert inputs.find_inputs(None, None, None, root)[1] == (lora, ninth, tenth)
+    given = inputs.find_inputs(None, ["b", "a"], None, root)[1]
+    assert [path.name for path in given] == ["b", "a"]
+    assert [path.name for path in inputs.find_inputs(None, "given", None, root)[1]] == ["given"]
+    # a second base, and no test.csv
+    shutil.copytree(TINY, root / "zbase")
+    with pytest.raises(inputs.InputError, match=r"2 places(.|\n)*zbase(.|\n)*set model_dir"):
         inputs.find_inputs(None, None, None, root)
-    assert inputs.find_inputs(None, "given", None, root)[1].name == "given"
-    found[2].unlink()
+    shutil.rmtree(root / "zbase")
+    test.unlink()
     with pytest.raises(inputs.InputError, match=r"test_csv is None and 0 places(.|\n)*nothing"):
         inputs.find_inputs(None, "given", None, root)
+
+
+def test_checkpoints_are_no_adapters_where_there_are_several_or_a_finished_one(tmp_path):
+    for name in ("out/checkpoint-8", "out/checkpoint-16"):
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("adapter_config.json", "trainer_state.json"):
+            (tmp_path / name / file).write_text("{}")
+    with pytest.raises(inputs.InputError, match=r"checkpoint-16(.|\n)*set adapter_dir"):
+        inputs.find_inputs("base", None, "test.csv", tmp_path)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")  # one that was published as it is
+    found = tmp_path / "out" / "checkpoint-16"
+    assert inputs.find_inputs("base", None, "test.csv", tmp_path)[1] == (found,)
 
 
 def test_a_missing_or_broken_adapter_is_an_error_with_its_remedy_unless_base_is_allowed(
@@ -144,7 +162,7 @@ def test_a_missing_or_broken_adapter_is_an_error_with_its_remedy_unless_base_is_
     (root / "test.csv").write_text("id,original_text,rewritten_text\n1,a,b\n")
     with pytest.raises(inputs.InputError, match=r"0 places(.|\n)*allow_base=True"):
         inputs.find_inputs(None, None, None, root)
-    assert inputs.find_inputs(None, None, None, root, allow_base=True)[1] is None
+    assert inputs.find_inputs(None, None, None, root, allow_base=True)[1] == ()
     assert inputs.usable_adapter(None, TINY, allow_base=True) is None
     capsys.readouterr()
     broken = tmp_path / "broken"
@@ -455,8 +473,14 @@ def test_answers_of_the_base_alone_are_never_taken_for_an_adapter_s(
     allowed = OPTIONS | dict(allow_base=True)
     answer_test(*loaded, rows(2), tmp_path / "s.csv", **allowed)
     assert "; by the base alone, without an adapter" in capsys.readouterr().out
-    # refused only when it was loaded
-    with_one = allowed | dict(adapter_dir=lora_dir)
+    # refused only when the base was loaded: of another one, which no file tells
+    stranger = shutil.copytree(lora_dir, tmp_path / "stranger")
+    weights = stranger / "adapter_model.safetensors"
+    other = json.dumps([1.0] * 64)
+    save_file(
+        load_file(weights), weights, read_header(weights.parent) | {"base_fingerprint": other}
+    )
+    with_one = allowed | dict(adapter_dir=stranger)
     answer_test(*loaded, rows(2), tmp_path / "s.csv", **with_one)
     assert "; by the base alone, without an adapter" in capsys.readouterr().out
     report = answer_test(None, None, rows(2), tmp_path / "s.csv", **with_one)
