@@ -28,7 +28,8 @@ from prompt_recovery.combine import agreements, combine, pick_threshold
 from prompt_recovery.engine import Sampling, base_id
 from prompt_recovery.examples import Example, usable_examples
 from prompt_recovery.keys import answers_key, key
-from prompt_recovery.recipe import Cell, SettingError
+from prompt_recovery.recipe import Cell
+from prompt_recovery.settings import SettingError
 
 VARIES = ("adapter", "answers", "rows", "score")  # the kinds of settings that a grid may vary
 

@@ -32,8 +32,9 @@ from prompt_recovery.combine import LIMIT, combine, count_tokens
 from prompt_recovery.engine import Meter, Sampling, ready, spread_order
 from prompt_recovery.inputs import answer_format
 from prompt_recovery.keys import answers_key
-from prompt_recovery.recipe import MOST_TOKENS, Format, SettingError, SubmissionSettings
+from prompt_recovery.recipe import MOST_TOKENS, Format, SubmissionSettings
 from prompt_recovery.run_lock import RunFolderError, claim, release
+from prompt_recovery.settings import SettingError
 from prompt_recovery.submission_file import (
     SubmissionError,
     append_journal,

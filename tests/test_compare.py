@@ -15,7 +15,8 @@ from prompt_recovery import adapter, files, metric, templates, tokenizer
 from prompt_recovery import comparison as c
 from prompt_recovery.engine import loading
 from prompt_recovery.prompt_groups import prompt_groups
-from prompt_recovery.recipe import Cell, SettingError
+from prompt_recovery.recipe import Cell
+from prompt_recovery.settings import SettingError
 
 FEW = dict(max_steps=2, batch_size=2, gradient_accumulation=1, max_tokens=256, max_new_tokens=8)
 

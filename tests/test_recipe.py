@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, TINY
 
 from prompt_recovery import comparison
-from prompt_recovery.recipe import Cell, Format, Grid, Recipe, SettingError, SubmissionSettings
+from prompt_recovery.recipe import Cell, Format, Grid, Recipe, SubmissionSettings
+from prompt_recovery.settings import SettingError
 
 NOTEBOOKS = {"train": Recipe, "submission": SubmissionSettings, "compare": Grid}
 SEVERAL = dict(answers_per_row=2, combine="join")

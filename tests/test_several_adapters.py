@@ -26,7 +26,8 @@ from prompt_recovery import (
 )
 from prompt_recovery.engine import decoding, generation, loading
 from prompt_recovery.engine.planning import AnswerPlan
-from prompt_recovery.recipe import Format, SettingError, SubmissionSettings
+from prompt_recovery.recipe import Format, SubmissionSettings
+from prompt_recovery.settings import SettingError
 
 FALLBACK = "Fall, back"
 FORMATS = {

@@ -32,7 +32,8 @@ from prompt_recovery import (
 )  # fmt: skip
 from prompt_recovery.adapter_files import read_header
 from prompt_recovery.engine import decoding, generation, loading
-from prompt_recovery.recipe import Format, SettingError
+from prompt_recovery.recipe import Format
+from prompt_recovery.settings import SettingError
 from prompt_recovery.submission import SubmissionError, clean_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row, encode_text
 

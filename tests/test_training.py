@@ -26,7 +26,8 @@ from prompt_recovery.examples import (
     show_example,
     usable_examples,
 )
-from prompt_recovery.recipe import Format, Recipe, SettingError
+from prompt_recovery.recipe import Format, Recipe
+from prompt_recovery.settings import SettingError
 from prompt_recovery.templates import read_back, render_answer
 from prompt_recovery.tokenizer import load_tokenizer
 
