@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument(
             "--timeout",
-            type=float,
+            type=_seconds,
             default=120,
             metavar="S",
             help="of a call besides transfers (%(default)s s)",
@@ -106,6 +106,20 @@ def parser() -> argparse.ArgumentParser:
     )
     made["submit"].add_argument("--competition", required=True, metavar="SLUG")
     return top
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds, more than 0.")
+    return float(text)
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    """Raises UploadError for blank notes, messages and files; argparse makes [] of "--"."""
+    for name in ("notes", "message", "output"):
+        value = getattr(args, name, "x")
+        if not isinstance(value, str) or not value.strip():
+            raise UploadError(f"--{name} is blank or '--': write at least a word.")
 
 
 def publish(args: argparse.Namespace, temp: Path) -> None:
@@ -214,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 if all that was asked for stands on Kaggle, else 1."""
     args = parser().parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
+        _check_words(args)
         if args.command in ("adapter", "base", "wheels"):
             with tempfile.TemporaryDirectory() as temp:
                 publish(args, Path(temp))

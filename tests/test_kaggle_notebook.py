@@ -295,6 +295,23 @@ def test_texts_that_begin_with_a_dash_arrive(case, text, each_program):  # noqa:
     assert code == 0 and sent == [text], err
 
 
+@pytest.mark.parametrize("text", ["", "  ", "--"])
+def test_blank_texts_are_refused_before_kaggle_is_asked(case, text):  # noqa: F811
+    """argparse makes an empty list of "--", which was handed in as "[]"."""
+    case.write(1)
+    for code, _, err in (submit(case, "--message", text), case.publish("--notes", text)):
+        assert code == 1 and "is blank or '--'" in err
+    code, _, err = submit(case, f"--output={text}")
+    assert code == 1 and "--output is blank" in err and case.server.requests == []
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
+def test_a_timeout_is_a_time(case, text, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        submit(case, "--timeout", text)
+    assert f"{text!r} is no time: give seconds, more than 0" in capsys.readouterr().err
+
+
 def test_notes_that_are_forgotten_are_not_the_next_option(case, capsys):  # noqa: F811
     case.write(1)
     with pytest.raises(SystemExit):
