@@ -656,6 +656,26 @@ def test_marks_and_labels_around_a_refusal_hide_nothing(text):
     assert is_refusal(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The user is asking for a poem, because the rewritten text has rhymes.",
+        "The user has asked for a shorter version of the original text.",
+        "The text was shortened to one sentence, so the user wants a summary.",
+        "The rewritten text keeps the facts but reads like a shanty: the prompt asked for a shanty.",
+        "The instruction asks the model to make the text more formal.",
+        "The rewrite does not mention the date, so it was not asked to keep all details.",
+        "The rewritten text does not contain the greeting, so a more direct message was asked for.",
+        "It is written in the style of Shakespeare, with thee and thou.",
+        "The rewritten text refuses politely, so the prompt was to turn the order into a refusal.",
+        "What changed is the tone: the request was probably to make it more dramatic.",
+    ],
+)
+def test_reasons_speak_of_texts_and_prompts_too_and_are_no_refusals(text):
+    """templates.reason_of asks the same rule."""
+    assert not is_refusal(text)
+
+
 def test_what_a_long_rewrite_says_later_is_no_refusal():
     start = "The ship left at dawn. " * 3
     assert not is_refusal(start + "I cannot rewrite this text. " * 3)
