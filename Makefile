@@ -1,4 +1,4 @@
-# make demo [ROWS=path.csv] · make demo-llm [CURVES="--curves rows rank outputs"] · make test · make lint · make notebooks.
+# make demo [ROWS=path.csv] · make demo-ensemble · make demo-llm [CURVES="--curves rows rank outputs"] · make test · make lint · make notebooks.
 # Each sets itself up in .venv.
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 BIN := .venv/bin
@@ -6,9 +6,12 @@ ROWS ?= demo/rows.csv
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-llm test lint notebooks
+.PHONY: demo demo-ensemble demo-llm test lint notebooks
 demo: .venv/ready
 	@$(BIN)/python demo/run.py --rows "$(ROWS)"
+
+demo-ensemble: demo
+	@$(BIN)/python demo/ensemble.py --rows "$(ROWS)"
 
 demo-llm: .venv/llm
 	@$(BIN)/python demo/llm.py $(CURVES)

@@ -63,40 +63,42 @@ def _score(job: Job, answers: pd.DataFrame) -> str:
 
 
 def _seconds(job: Job, took: float) -> str:
-    meters = [each for one in job.members for each in one.meters.values() if each.batches]
-    if not meters:
+    """Seconds of all adapters together: each answers every row."""
+    members = [member for member in job.members if any(m.batches for m in member.meters.values())]
+    meters = [meter for member in members for meter in member.meters.values() if meter.batches]
+    if not members:
         return "no row was answered in this run, so there is no time to measure"
-    rows = sum(meter.rows for meter in meters)
-    busy = sum(meter.seconds for meter in meters)
-    read = sum(meter.tokens_in for meter in meters) / rows
-    written = sum(meter.tokens_out for meter in meters) / rows
+    a_row = read = written = here = 0.0
+    lengths = []
+    for member in members:
+        own = member.meters.values()
+        rows = sum(meter.rows for meter in own)
+        a_row += sum(meter.seconds for meter in own) / rows
+        read += sum(meter.tokens_in for meter in own) / rows
+        written += sum(meter.tokens_out for meter in own) / rows
+        lengths.append(list(islice(cycle(map(len, member.prompts.values())), HIDDEN_ROWS)))
+        here += seconds_needed(member.plan, member.meters, lengths[-1])
     rest = max(0.0, took - sum(meter.wall for meter in meters))
-    lengths = [
-        list(islice(cycle(map(len, member.prompts.values())), HIDDEN_ROWS))
-        for member in job.members
-    ]
-    here, measured = 0.0, next(each.meters for each in job.members if each.meters)
-    for member, each in zip(job.members, lengths, strict=True):
-        here += seconds_needed(member.plan, member.meters or measured, each)
-    by = " and adapter" if len(job.members) > 1 else ""
     first = all(meter.batches == 1 for meter in meters)
+    by = f" by {len(members)} of {len(job.members)} adapters" if len(job.members) > 1 else ""
     lines = [
-        f"{busy / rows:.3g} s a row{by} on this machine, of {rows} rows with {read:.0f} tokens to "
-        f"read and {written:.0f} to write; {rest:.0f} s for all else",
+        f"{a_row:.3g} s a row on this machine{by}, with {read:.0f} tokens to read and "
+        f"{written:.0f} to write; {rest:.0f} s for all else",
         f"{HIDDEN_ROWS} such rows here: {_sum(rest, here)}"
         + (" (from one batch, the first, which is slow)" if first else ""),
     ]
     try:
         planned = plan(job.settings.model_dir, T4S)
-        longest = max(meter.longest for meter in meters)
-        spent = [0.0, 0.0, 0.0]
-        for member, each in zip(job.members, lengths, strict=True):
-            once = on_t4s(planned, each, longest)
-            every = on_t4s(planned, each * member.plan.answers, longest)
-            spent = [once.loading, spent[1] + once.reading, spent[2] + every.writing]
+        reading = writing = 0.0
+        for member, rows_of in zip(members, lengths, strict=True):
+            longest = max(meter.longest for meter in member.meters.values())
+            loading, each, _ = on_t4s(planned, rows_of, longest)
+            reading += each
+            writing += on_t4s(planned, rows_of * member.plan.answers, longest).writing
         lines.append(
-            f"{HIDDEN_ROWS} such rows on two T4s, reckoned: {_sum(*spent)} to load, read and write"
-            if sum(spent) >= 1
+            f"{HIDDEN_ROWS} such rows on two T4s, reckoned: {_sum(loading, reading, writing)} to "
+            "load, read and write"
+            if loading + reading + writing >= 1
             else "on two T4s: the model is too small to be reckoned by its bytes and FLOPs"
         )
     except (ModelError, TooLittleMemory, ValueError) as error:

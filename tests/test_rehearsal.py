@@ -50,7 +50,8 @@ def test_the_model_is_not_shown_the_truth(loaded, tmp_path):
         answer_test(*loaded, data.read_test(path), folder / "s.csv", **OPTIONS)
         bytes_of.append((folder / "s.csv").read_bytes())
         # the first one's journal has them all
-        assert len(prepared(data.read_test(path), tmp_path / "0" / "s.csv", **OPTIONS).found) == 6
+        (earlier,) = prepared(data.read_test(path), tmp_path / "0" / "s.csv", **OPTIONS).members
+        assert len(earlier.found) == 6
     assert bytes_of[0] == bytes_of[1] == bytes_of[2] and b"Fall" not in bytes_of[0]
 
 
@@ -98,7 +99,7 @@ def test_the_notebook_ends_with_the_score_and_the_times(loaded, tmp_path):
     assert f"rehearsal: SCS {scores.mean():.3f} (95%: " in printed and "on 6 rows" in printed
     assert "6 rows by the model" in printed and "encoder all-MiniLM-L6-v2" in printed
     ending = printed.strip().splitlines()[-3:]
-    assert re.match(r"[\d.e-]+ s a row on this machine, of 6 rows with \d+ tokens", ending[0])
+    assert re.match(r"[\d.e-]+ s a row on this machine, with \d+ tokens", ending[0])
     assert ending[1].startswith("1300 such rows here: ")
     assert ending[2].startswith("on two T4s: the model is too small")
 
@@ -108,24 +109,38 @@ def test_times_are_what_the_meter_measured_and_the_reckoning_s(tmp_path, capsys)
     job = prepared(data.read_test(path), tmp_path / "s.csv", **OPTIONS | dict(test_csv=path))
     job.started -= 30
     lengths = [100, 200, 300, 400]
-    (member,) = job.members
-    member.prompts = {n: [1] * length for n, length in enumerate(lengths)}
+    job.members[0].prompts = {n: [1] * length for n, length in enumerate(lengths)}
     meter = Meter()
     meter.add([100], [8], 5.0, 5.0)  # the first, which compiles
     meter.add([200, 300, 400], [4, 8, 6], 0.9, 0.6)
     meter.wall = 12.0
-    member.meters = {member.plan: meter}
+    job.members[0].meters = {job.members[0].plan: meter}
     answers = submission.report(job)
     capsys.readouterr()
     rehearsal.report(job, answers)
     printed = capsys.readouterr().out
-    assert (
-        "2.88 s a row on this machine, of 4 rows with 250 tokens to read and 6 to write; 18 s"
-        in (printed)
-    )
+    assert "2.88 s a row on this machine, with 250 tokens to read and 6 to write; 18 s" in printed
     # 1 ms a token, 0.2 s a row: 1,300 rows of 250 tokens
     assert "1300 such rows here: 18 + 585 s = 10 minutes" in printed
     assert "4 rows by the fallback" in printed
+
+
+def test_several_adapters_each_answer_every_row(tmp_path, capsys):
+    path = rows_file(tmp_path / "rows.csv", "Make it rhyme.", count=4)
+    job = prepared(data.read_test(path), tmp_path / "s.csv", **OPTIONS | dict(test_csv=path))
+    (one,) = job.members
+    one.prompts = {n: [1] * 100 for n in range(4)}
+    for seconds in (1.0, 3.0):
+        meter = Meter()
+        meter.add([100, 100], [8, 8], seconds, seconds)
+        meter.add([100, 100], [8, 8], seconds, seconds)
+        job.members.append(replace(one, meters={one.plan: meter}))
+    answers = submission.report(job)
+    capsys.readouterr()
+    rehearsal.report(job, answers)
+    printed = capsys.readouterr().out  # the first of the three answered nothing
+    assert "4 s a row on this machine by 2 of 3 adapters, with 200 tokens to read and 16" in printed
+    assert re.search(r"1300 such rows here: \d+ \+ 5200 s = 87 minutes", printed)
 
 
 def test_two_t4s_are_reckoned_in_the_one_way_that_plan_has(
@@ -137,11 +152,10 @@ def test_two_t4s_are_reckoned_in_the_one_way_that_plan_has(
     options = OPTIONS | dict(test_csv=path, answers_per_row=3, how="join")
     job = prepared(data.read_test(path), tmp_path / "s.csv", **options)
     job.settings = replace(job.settings, model_dir=str(true_shape[1]))
-    (member,) = job.members
-    member.prompts = {n: [1] * length for n, length in enumerate((500, 600, 700, 800))}
+    job.members[0].prompts = {n: [1] * length for n, length in enumerate((500, 600, 700, 800))}
     meter = Meter()
     meter.add([500, 600, 700, 800], [40, 48] * 6, 10.0, 10.0)
-    member.meters = {member.plan: meter}
+    job.members[0].meters = {job.members[0].plan: meter}
     answers = submission.report(job)
     capsys.readouterr()
     rehearsal.report(job, answers)
