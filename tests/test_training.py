@@ -14,7 +14,7 @@ from conftest import NASTY, ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_recovery import adapter, answers, trainer, training
+from prompt_recovery import adapter, answers, run_folder, trainer, training
 from prompt_recovery.engine import loading
 from prompt_recovery.examples import (
     IGNORED,
@@ -375,7 +375,7 @@ def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tm
     training.train(lora, tok, examples[1:], [], replace(recipe, max_steps=2))
     assert (
         not stale.exists()
-        and training.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+        and run_folder.last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
     )
 
 
