@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             eval_rows=eval_rows,
             output_dir=OUTPUT,
         )
-        return [comparison.run_cell(cell, model_dir=folder, **run) for cell in cells]
+        return comparison.run_cells(cells, model_dir=folder, **run)
 
     before = runs(dict(max_steps=0), seeds=1)
     # within the 512 tokens of Gemma's sliding window, which the decoder does not know

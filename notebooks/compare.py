@@ -21,7 +21,8 @@ model_dir = "demo/tiny-mixtral"  # the base model's folder, as the hub has it
 train_csv = "demo/rows.csv"  # one path or a list of paths
 output_dir = "outputs/compare"
 encoder_dir = None  # sentence-transformers format; None: MiniLM, which the requirements install
-# one mapping for each cell; or names to lists, each combination of their values a cell, such as
+# one mapping for each cell, {"adapters": [1, 2], "combine": "join"} for cells 1 and 2 together;
+# or names to lists, each combination of their values a cell, such as
 # {"style": ["plain", "json"], "few_shot": [0, 2], "lora_r": [1, 16]}
 grid = [
     {"max_steps": 0},
@@ -93,7 +94,7 @@ print(f"{len(cells)} cells")
 base = engine.load_base(settings.model_dir, four_bit=settings.four_bit)
 rows = dict(train_rows=train_rows, eval_rows=eval_rows)
 folders = dict(output_dir=output, model_dir=settings.model_dir)
-answers = [comparison.run_cell(cell, base, tok, **rows, **folders) for cell in cells]
+answers = comparison.run_cells(cells, base, tok, **rows, **folders)
 
 # %% [markdown]
 # ## Table
@@ -110,6 +111,13 @@ mean_prompt = settings.mean_prompt
 table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt)
 table.to_csv(output / "comparison.csv", index_label="cell")
 table.round(4)
+
+# %% [markdown]
+# Whether joining several cells' adapters beats the best of them: recommended only where the paired
+# interval of the difference lies above 0.
+
+# %%
+print(comparison.recommend(table))
 
 # %%
 comparison.plot_results(table, output / "comparison.png")

@@ -28,7 +28,7 @@ from prompt_recovery.combine import agreements, combine, pick_threshold
 from prompt_recovery.engine import Sampling, base_id
 from prompt_recovery.examples import Example, usable_examples
 from prompt_recovery.keys import answers_key, key
-from prompt_recovery.recipe import Cell
+from prompt_recovery.recipe import Cell, Joined
 from prompt_recovery.settings import SettingError
 
 VARIES = ("adapter", "answers", "rows", "score")  # the kinds of settings that a grid may vary
@@ -40,11 +40,12 @@ class ComparisonError(ValueError):
 
 def make_cells(
     grid: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]], **shared: Any
-) -> list[Cell]:
+) -> list[Cell | Joined]:
     """The cells, the first of which is the reference; all are checked before one is run.
 
     grid: lists of values by name, of which every combination is a cell, or one mapping for each
-    cell. shared: other values than a Cell's defaults for all cells. Raises ComparisonError for
+    cell; {"adapters": [1, 2], "combine": "join"} is a cell in which those of cells 1 and 2 answer
+    together. shared: other values than a Cell's defaults for all cells. Raises ComparisonError for
     other names, values that can't work, or equal cells.
     """
     if isinstance(grid, Mapping):
@@ -66,17 +67,28 @@ def make_cells(
             f"grid={grid!r}: give a list of mappings, one a cell, or a mapping of names to lists."
         )
     names = Cell.names(*VARIES)
-    unknown = {str(name) for part in [*parts, shared] for name in part} - set(names)
+    given = [part for part in parts if "adapters" not in part or isinstance(grid, Mapping)]
+    unknown = {str(name) for part in [*given, shared] for name in part} - set(names)
     if unknown:
         raise ComparisonError(
             f"{', '.join(sorted(unknown))} is no setting; there are {', '.join(names)}."
         )
-    cells, wrong = [], []
+    cells: list[Cell | Joined] = []
+    wrong = []
     for number, part in enumerate(parts):
         try:
-            cells.append(Cell(**shared | part))
-        except SettingError as error:
+            together = "adapters" in part
+            cells.append(Joined(**part) if together else Cell(**shared | part))
+        except (SettingError, TypeError) as error:
             wrong.append(f"cell {number}: {error}")
+    wrong = wrong or [
+        f"cell {number}: adapters={list(cell.adapters)}: {each} is no cell with an adapter of its "
+        "own; name cells that are trained."
+        for number, cell in enumerate(cells)
+        if isinstance(cell, Joined)
+        for each in cell.adapters
+        if not any(isinstance(c, Cell) and c.max_steps != 0 for c in cells[each : each + 1])
+    ]
     if wrong:
         raise ComparisonError("\n".join(wrong))
     if not cells or any(cell in cells[:n] for n, cell in enumerate(cells)):
@@ -88,7 +100,7 @@ def make_cells(
 
 
 def read_split(
-    cells: Sequence[Cell],
+    cells: Sequence[Cell | Joined],
     train_csv: str | Path | Sequence[str | Path],
     eval_fraction: float,
     seed: int,
@@ -107,7 +119,8 @@ def read_split(
         "start one script a card, each with its own CUDA_VISIBLE_DEVICES, its part of grid and its "
         "own output_dir",
     )
-    named = [_paths(each) for each in [train_csv, *(cell.train_csv for cell in cells)] if each]
+    own = [cell.train_csv for cell in cells if isinstance(cell, Cell)]
+    named = [_paths(each) for each in [train_csv, *own] if each]
     names = list(dict.fromkeys(path for paths in named for path in paths))
     rows, account = data.clean_rows(data.read_rows(names))
     print(data.describe(rows, account))
@@ -148,7 +161,7 @@ def rows_of(cell: Cell, train_rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_cells(
-    cells: Sequence[Cell],
+    cells: Sequence[Cell | Joined],
     tokenizer: PreTrainedTokenizerFast,
     train_rows: pd.DataFrame,
     eval_rows: pd.DataFrame,
@@ -158,6 +171,8 @@ def check_cells(
     before one is run."""
     wrong = []
     for number, cell in enumerate(cells):
+        if isinstance(cell, Joined):
+            continue
         try:
             rows = rows_of(cell, train_rows)
             if cell.max_steps != 0:
@@ -191,6 +206,25 @@ def shots_of(cell: Cell, rows: pd.DataFrame) -> list[dict[Any, Any]]:
             "rows."
         )
     return rows.sample(cell.few_shot, random_state=cell.seed).to_dict("records")
+
+
+def run_cells(cells: Sequence[Cell | Joined], *rows: Any, **options: Any) -> list[pd.DataFrame]:
+    """`run_cell`'s table of each cell; that of joined cells holds their answers one after the
+    other, and takes no run."""
+    tables = {n: run_cell(c, *rows, **options) for n, c in enumerate(cells) if isinstance(c, Cell)}
+    for number, cell in enumerate(cells):
+        if isinstance(cell, Joined):
+            tables[number] = joined([tables[each] for each in cell.adapters])
+    return [tables[number] for number in range(len(cells))]
+
+
+def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(
+        number=table.groupby("id", sort=False).cumcount(),
+        seconds=sum(each["seconds"].iloc[0] for each in tables),
+        adapter=" + ".join(each["adapter"].iloc[0] for each in tables),
+    )
 
 
 def run_cell(
@@ -323,7 +357,7 @@ def answer_groups(table: pd.DataFrame) -> list[list[str]]:
 
 
 def result_table(
-    cells: Sequence[Cell],
+    cells: Sequence[Cell | Joined],
     answers: Sequence[pd.DataFrame],
     eval_rows: pd.DataFrame,
     encoder: Any,
@@ -340,14 +374,20 @@ def result_table(
     for cells of several answers the threshold of agreement under which it alone does better (see
     `pick_threshold`) with scs_with_threshold on these same rows.
 
-    answers: tables of run_cell. Raises ComparisonError where one is not about eval_rows.
+    Where there are joined cells, also their members in adapters, the one with the best score in
+    best, and the gain over it with its paired interval: gain_over_best, gain_over_best_low and
+    gain_over_best_high.
+
+    answers: tables of run_cells. Raises ComparisonError where one is not about eval_rows.
     """
     varied = [
-        name for name in Cell.names(*VARIES) if len({getattr(cell, name) for cell in cells}) > 1
+        name
+        for name in Cell.names(*VARIES)
+        if len({getattr(cell, name) for cell in cells if hasattr(cell, name)}) > 1
     ]
     truths = eval_rows["rewrite_prompt"].to_list()
     lines: list[dict[str, Any]] = []
-    reference = np.zeros(0)
+    scored: list[np.ndarray] = []
     for cell, table in zip(cells, answers, strict=True):
         groups = answer_groups(table)
         if table["id"].drop_duplicates().to_list() != eval_rows["id"].to_list():
@@ -358,9 +398,9 @@ def result_table(
         needed = encoder if cell.combine != "first" else None
         given = [combine(each, cell.combine, encoder=needed) for each in groups]
         scores = metric.sharpened_cosine(given, truths, encoder)
-        reference = scores if not lines else reference
-        line: dict[str, Any] = {name: str(getattr(cell, name)) for name in varied}
-        line |= metric.score_line(scores, reference)
+        scored.append(scores)
+        line: dict[str, Any] = {name: str(getattr(cell, name, "")) for name in varied}
+        line |= metric.score_line(scores, scored[0])
         found = table["how"].ne("fallback").groupby(table["id"], sort=False).any().to_numpy()
         line["scs_recovered"] = np.where(found, scores, 0).mean()
         if mean_prompt:
@@ -371,7 +411,7 @@ def result_table(
             with_mean = metric.sharpened_cosine(both, truths, encoder)
             alone = metric.sharpened_cosine([mean_prompt] * len(truths), truths, encoder)
             line |= dict(scs_with_mean=with_mean.mean(), scs_mean_alone=alone.mean())
-            if cell.answers_per_row > 1:
+            if isinstance(cell, Joined) or cell.answers_per_row > 1:
                 agreed = np.array([agreements(each, encoder).mean() for each in groups])
                 threshold = pick_threshold(agreed, with_mean, alone)
                 line["threshold"] = threshold
@@ -388,7 +428,32 @@ def result_table(
             adapter=table["adapter"].iloc[0],
         )
         lines.append(line)
+    for cell, line, scores in zip(cells, lines, scored, strict=True):
+        if isinstance(cell, Joined):
+            best = max(cell.adapters, key=lambda n: scored[n].mean())
+            gain, low, high = metric.paired_difference(scores, scored[best])
+            line |= dict(adapters=" + ".join(map(str, cell.adapters)), best=best)
+            line |= dict(gain_over_best=gain, gain_over_best_low=low, gain_over_best_high=high)
     return pd.DataFrame(lines)
+
+
+def recommend(table: pd.DataFrame) -> str:
+    """For each joined cell of a `result_table` a line: whether joining beats its best member."""
+    lines = []
+    for number, line in table[table["best"].notna()].iterrows() if "best" in table else ():
+        low, high = line["gain_over_best_low"], line["gain_over_best_high"]
+        verdict = (
+            "joining is better: give them as adapter_dir"
+            if low > 0
+            else "joining is worse: take the member alone"
+            if high < 0
+            else "the rows do not tell them apart: take the member alone, which takes less time"
+        )
+        lines.append(
+            f"cell {number}, {line['adapters']}: {line['gain_over_best']:+.3f} against its best "
+            f"member, cell {line['best']:.0f} (95%: {low:+.3f} to {high:+.3f}); {verdict}"
+        )
+    return "\n".join(lines)
 
 
 def plot_results(table: pd.DataFrame, path: str | Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from prompt_recovery.settings import (
     Settings,
+    cell_numbers,
     choice,
     flag,
     mapping,
@@ -135,6 +136,14 @@ class Cell(Recipe, Answering):
                 f"max_new_tokens={self.max_new_tokens}: prompt and answer have "
                 f"max_tokens={self.max_tokens} together; give fewer, or raise max_tokens."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(Settings):
+    """Cells of a grid whose adapters answer each row together; nothing is run for it."""
+
+    adapters: tuple[int, ...] = setting((), cell_numbers)  # by their places in the grid, from 0
+    combine: str = setting("join", choice("join", "agree"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,6 +158,17 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(path(each) for each in many)
 
 
+def cell_numbers(value: Any) -> tuple[int, ...]:
+    """Two or more different whole numbers, such as those of a grid's cells."""
+    rule = "give two or more different numbers of cells, such as [1, 2]"
+    if not isinstance(value, (list, tuple)) or any(isinstance(each, bool) for each in value):
+        raise ValueError(rule)
+    found = tuple(each for each in value if isinstance(each, int) and each >= 0)
+    if len(found) < 2 or len(found) < len(value) or len(set(found)) < len(found):
+        raise ValueError(rule)
+    return found
+
+
 def mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping | None):
         raise ValueError("give a mapping of names to values")

@@ -15,7 +15,7 @@ from prompt_recovery import adapter, files, metric, templates, tokenizer
 from prompt_recovery import comparison as c
 from prompt_recovery.engine import loading
 from prompt_recovery.prompt_groups import prompt_groups
-from prompt_recovery.recipe import Cell
+from prompt_recovery.recipe import Cell, Joined
 from prompt_recovery.settings import SettingError
 
 FEW = dict(max_steps=2, batch_size=2, gradient_accumulation=1, max_tokens=256, max_new_tokens=8)
@@ -363,3 +363,68 @@ def test_the_language_model_s_curves_average_seeds_row_by_row():
     wrong = metric.sharpened_cosine(["x"], truths[:1], encoder)[0]
     assert table["scs"].to_list() == pytest.approx([1, ((1 + wrong) / 2 + 1) / 2])
     assert table["exact_match"].to_list() == [1, 0.75] and table["gain_high"][1] == pytest.approx(0)
+
+
+def test_joined_cells_are_their_members_answers_and_compared_with_the_best_of_them():
+    held = pd.DataFrame({"id": ["a", "b"], "rewrite_prompt": ["Make it a poem", "Make it formal"]})
+    encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
+    cells = c.make_cells(
+        [{"adapters": [1, 2]}, {}, {"style": "json"}, {"adapters": [2, 1], "combine": "agree"}]
+    )
+    assert cells[0] == Joined(adapters=(1, 2), combine="join")
+    kept = {
+        cell: pd.DataFrame(
+            dict(
+                id=["a", "b"], number=0, answer=answers, how="plain", stopped="eos", tokens=5,
+                seconds=seconds, adapter=name,
+            )
+        )
+        for cell, answers, seconds, name in (
+            (cells[1], ["Make it a poem", "x"], 2.0, "adapter-1"),
+            (cells[2], ["Use rhymes", "Make it formal"], 4.0, "adapter-2"),
+        )
+    }  # fmt: skip
+    kept[cells[2]].loc[0, "how"] = "fallback"
+    both = c.joined([kept[cells[1]], kept[cells[2]]])
+    assert c.answer_groups(both) == [["Make it a poem"], ["x", "Make it formal"]]
+    tables = [both, kept[cells[1]], kept[cells[2]], c.joined([kept[cells[2]], kept[cells[1]]])]
+    table = c.result_table(cells, tables, held, encoder, mean_prompt="Improve it")
+    truths = held["rewrite_prompt"].to_list()
+    by_hand = metric.sharpened_cosine(["Make it a poem", "x. Make it formal"], truths, encoder)
+    first = metric.sharpened_cosine(["Make it a poem", "x"], truths, encoder)
+    second = metric.sharpened_cosine(["Use rhymes", "Make it formal"], truths, encoder)
+    best = max((1, first), (2, second), key=lambda each: each[1].mean())
+    assert table["scs"][0] == pytest.approx(by_hand.mean())
+    assert table["adapters"].to_list()[0::3] == ["1 + 2", "2 + 1"]
+    assert table["best"][0] == best[0] == table["best"][3]
+    difference = metric.paired_difference(by_hand, best[1])
+    columns = ["gain_over_best", "gain_over_best_low", "gain_over_best_high"]
+    assert table.loc[0, columns].to_list() == pytest.approx(list(difference))
+    assert table["seconds_a_row"][0] == 3 and table["tokens_a_row"][0] == 10
+    assert table["adapter"][0] == "adapter-1 + adapter-2" and np.isnan(table["best"][1])
+    for low, high, verdict in ((0.1, 0.2, "better"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "apart")):
+        table.loc[0, columns[1:]] = low, high
+        assert verdict in c.recommend(table).splitlines()[0]
+    assert c.recommend(table[1:3]) == c.recommend(table[["scs"]]) == ""
+
+
+@pytest.mark.parametrize(
+    "joined",
+    [[0, 1], [1], [1, 1], [1, 9], [1, 2], "12", [1, -1], [1, "3"], [1.5, 3], [True, 3]],
+)
+def test_joined_cells_name_cells_with_adapters_of_their_own(joined):
+    grid = [{"max_steps": 0}, {}, {"adapters": joined}, {"style": "json"}]
+    with pytest.raises(c.ComparisonError, match="cell 2: adapters="):
+        c.make_cells(grid)
+
+
+def test_joined_cells_are_run_once_as_their_members(tmp_path, small_csv):
+    cells = c.make_cells([{}, {"adapters": [0, 2]}, {"lora_r": 1}], **FEW)
+    train, held = c.read_split(cells, small_csv, 0.2, 0)
+    tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
+    c.check_cells(cells, tok, train, held, TINY)
+    first, both, second = c.run_cells(
+        cells, base, tok, train, held, output_dir=tmp_path, model_dir=TINY
+    )
+    assert len(list(tmp_path.glob("answers-*.csv"))) == 2
+    pd.testing.assert_frame_equal(both, c.joined([first, second]))

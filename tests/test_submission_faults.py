@@ -174,7 +174,7 @@ def main(folder, case, kills):
         while True:
             over = start(work, model, tokenizer, test, rng, counts["kills"] < kills, options)
             said = (work / "log").read_text()
-            counts["resumed"] += "rows stand in" in said
+            counts["resumed"] += " stand in " in said
             now = check_at_rest(work, test, final)
             assert now >= answered, "answers were lost"
             answered = now
