@@ -185,7 +185,15 @@ def push(args: argparse.Namespace) -> None:
         earlier,
     )
     stage.pick(file.parent, [file.name])
-    notebook.check(file, args.train)
+    cells = notebook.check(file, args.train)
+    code = "\n".join(source for kind, source in cells if kind == "code")
+    if len(args.adapter) > 1 and re.findall(r"^combine\s*=\s*(\S+)", code, re.M)[-1:] == [
+        '"first"'
+    ]:
+        print(
+            f'note: {file} has combine = "first", which refuses several adapters unless there is a '
+            "threshold: give --file with join or agree (docs/KAGGLE.md)."
+        )
     if args.dry_run:
         about = json.dumps(metadata, indent=2)
         print(f"would push {file} with kernel-metadata.json: {about}")

@@ -94,14 +94,24 @@ def test_the_public_base_is_pushed_from_its_page(case):  # noqa: F811
     assert case.server.kernels[SLUG][0]["modelDataSources"] == [f"{HANDLE}/3", PUBLIC]
 
 
-def test_several_adapters_are_attached_and_the_order_is_said_in_which_they_are_found(case):  # noqa: F811
+def test_several_adapters_are_attached_and_their_order_is_said(case, tmp_path):  # noqa: F811
     ninth, tenth = f"{USER}/recovery/transformers/r5/9", f"{USER}/recovery/transformers/r5/10"
     code, out, err = push(case, "--adapter", ninth, "--adapter", tenth)
     assert code == 0, err
     sources = [f"{HANDLE}/3", ninth, tenth, f"{BASE}/1"]
-    assert case.server.kernels[SLUG][0]["modelDataSources"] == sources and "note: " not in out
+    assert case.server.kernels[SLUG][0]["modelDataSources"] == sources and "order" not in out
+    assert 'has combine = "first", which refuses several adapters' in out
     code, out, _ = push(case, "--adapter", tenth, "--adapter", ninth)
     assert code == 0 and f"order of their paths: {HANDLE}/3, {ninth}, {tenth}." in out
+    joined = written(
+        tmp_path,
+        lambda n: [
+            c.update(source="".join(c["source"]).replace('combine = "first"', 'combine = "join"'))
+            for c in n["cells"]
+        ],
+    )
+    code, out, err = push(case, "--adapter", ninth, file=joined)
+    assert code == 0 and "note: " not in out, err
     case.server.requests.clear()
     code, _, err = push(case, "--adapter", f"{HANDLE}/3")
     assert code == 1 and "give each once" in err and case.server.requests == []
