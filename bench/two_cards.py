@@ -267,14 +267,14 @@ def t4(work: Work) -> None:
 
 
 def keep_meters(meters: list[Any]) -> None:
-    from prompt_recovery import submission
+    from prompt_recovery import submission_answers
 
-    class Kept(submission.Meter):
+    class Kept(submission_answers.Meter):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             meters.append(self)
 
-    submission.Meter = Kept  # type: ignore[misc]
+    submission_answers.Meter = Kept  # type: ignore[misc]
 
 
 def prompts_of(work: Work, count: int) -> list[list[int]]:

@@ -26,6 +26,7 @@ from prompt_recovery.submission_file import (
 from prompt_recovery.time_budget import RowPlan
 
 NO_MODEL = "no model"
+OUT_OF_TIME = "out of time"
 FULL = errno.ENOSPC, errno.EDQUOT  # a disk, or the part of it that this user may fill
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import answer_test
 from test_submission import FALLBACK, OPTIONS, faulty, loaded, rows  # noqa: F401  (the two are fixtures)
 
-from prompt_recovery import submission
+from prompt_recovery import submission_members
 from prompt_recovery.engine import Meter
 
 EMPTY = ""  # the text of the row that checks the settings
@@ -65,13 +65,13 @@ def test_a_batch_without_a_token_is_counted():
 @pytest.fixture
 def encoded(monkeypatch):
     """How often each row was encoded, by its original text."""
-    counts, real = Counter(), submission.encode_row
+    counts, real = Counter(), submission_members.encode_row
 
     def count(tokenizer, row, **options):
         counts[row["original_text"]] += 1
         return real(tokenizer, row, **options)
 
-    monkeypatch.setattr(submission, "encode_row", count)
+    monkeypatch.setattr(submission_members, "encode_row", count)
     return counts
 
 
@@ -106,7 +106,7 @@ def test_rows_that_raise_alone_and_rows_that_wait_are_encoded_once(faulty, encod
 
 
 def test_a_row_that_can_not_be_encoded_is_tried_once(loaded, monkeypatch, tmp_path):  # noqa: F811
-    tried, real, test = Counter(), submission.encode_row, rows(6)
+    tried, real, test = Counter(), submission_members.encode_row, rows(6)
     bad = test["original_text"][4]
 
     def refuse(tokenizer, row, **options):
@@ -115,7 +115,7 @@ def test_a_row_that_can_not_be_encoded_is_tried_once(loaded, monkeypatch, tmp_pa
             raise KeyError("z")
         return real(tokenizer, row, **options)
 
-    monkeypatch.setattr(submission, "encode_row", refuse)
+    monkeypatch.setattr(submission_members, "encode_row", refuse)
     report = answer_test(*loaded, test, tmp_path / "s.csv", **OPTIONS)
     assert report["how"][4] == "raised KeyError" and tried == once(test)
     assert (report.drop(index=4)["how"] != "raised KeyError").all()

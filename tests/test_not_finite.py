@@ -11,7 +11,7 @@ from test_generation import random_model, random_prompts
 from test_submission import FALLBACK, OPTIONS, read, rows
 from transformers import MixtralConfig
 
-from prompt_recovery import answers, inputs, submission, submission_file
+from prompt_recovery import answers, inputs, submission_answers, submission_file
 from prompt_recovery.engine import GREEDY, Answer, Sampling, generate, ready
 from prompt_recovery.engine.planning import AnswerPlan
 from prompt_recovery.recipe import Format
@@ -245,9 +245,9 @@ def test_the_submission_says_why_and_holds_the_fallback(broken, tmp_path, capsys
 
 def test_rows_without_an_answer_raise_nothing(broken, tmp_path, monkeypatch):
     """The estimate of the time left, too, when no token at all was written."""
-    plain, raised = submission._answer_slice, []
+    plain, raised = submission_answers._answer_slice, []
     monkeypatch.setattr(
-        submission, "_answer_slice", lambda *args: raised.append(plain(*args)) or raised[-1]
+        submission_answers, "_answer_slice", lambda *args: raised.append(plain(*args)) or raised[-1]
     )
     report = answer_test(*broken, rows(3), tmp_path / "s.csv", **OPTIONS, slice_rows=1)
     assert set(report["how"]) == {"logits not finite"} and raised == [None] * 3

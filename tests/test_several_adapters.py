@@ -21,8 +21,10 @@ from prompt_recovery import (
     answers,
     inputs,
     submission,
+    submission_answers,
     submission_file,
     submission_job,
+    submission_members,
 )
 from prompt_recovery.engine import decoding, generation, loading
 from prompt_recovery.engine.planning import AnswerPlan
@@ -230,11 +232,14 @@ def test_a_stranger_is_left_out_at_last_and_the_base_answers_under_its_own_key(
 # --- time -----------------------------------------------------------------------------------------
 
 
+PARTS = submission_answers, submission_job, submission_members
+
+
 @pytest.fixture
 def slow(base, monkeypatch):
     """A clock of ours by which each step of the model takes half a second."""
     clock = SimpleNamespace(now=1000.0)
-    for module in (generation, decoding, submission, submission_job):
+    for module in (generation, decoding, submission, *PARTS):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def tick(*_):

@@ -27,8 +27,10 @@ from prompt_recovery import (
     inputs,
     metric,
     submission,
+    submission_answers,
     submission_file,
     submission_job,
+    submission_members,
 )  # fmt: skip
 from prompt_recovery.adapter_files import read_header
 from prompt_recovery.engine import decoding, generation, loading
@@ -652,10 +654,10 @@ def test_a_broken_device_is_given_up(faulty, tmp_path):
     report = answer_test(*faulty(fault), rows(60), tmp_path / "s.csv", slice_rows=8, **OPTIONS)
     assert set(report["source"]) == {"fallback"} and len(calls) < 100
     counts = report["how"].value_counts()
-    assert counts["raised RuntimeError"] == submission.GIVE_UP
+    assert counts["raised RuntimeError"] == submission_answers.GIVE_UP
     assert (
-        counts[f"given up after {submission.GIVE_UP} rows in a row raised"]
-        == 60 - submission.GIVE_UP
+        counts[f"given up after {submission_answers.GIVE_UP} rows in a row raised"]
+        == 60 - submission_answers.GIVE_UP
     )
     submission_file.check_submission(rows(60), tmp_path / "s.csv")
 
@@ -802,6 +804,9 @@ time.sleep(100)
 # --- time -----------------------------------------------------------------------------------------
 
 
+PARTS = submission_answers, submission_job, submission_members
+
+
 @pytest.fixture
 def slow(faulty, monkeypatch):
     """A model that takes its time by a clock of ours: so many seconds a step and a token of a
@@ -809,7 +814,7 @@ def slow(faulty, monkeypatch):
 
     def make(per_step, per_token):
         clock = SimpleNamespace(now=1000.0)
-        for module in (generation, decoding, submission, submission_job):
+        for module in (generation, decoding, submission, *PARTS):
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
         def tick(ids):
