@@ -127,8 +127,6 @@ whole_texts(test.head(1))
 # `notebooks/compare` picked it.
 
 # %%
-adapters = settings.adapter_dir or ["no adapter"]
-print(f"{settings.answers_per_row} answers a row by each of {len(adapters)}: {settings.combine}")
 encoder = metric.load_encoder(settings.encoder_dir, device="cpu") if settings.encoder_dir else None
 
 # %% [markdown]
@@ -145,9 +143,11 @@ job = submission.prepare(test, settings, tok, encoder=encoder, started=started)
 # it was trained with; a text that is too long loses its middle.
 
 # %%
+how = f"{settings.answers_per_row} a row, {settings.combine}"
 for member in job.members:
+    print(f"{member.name}: {member.format.style} answers, {how}")
     for prompt in list(member.prompts.values())[:1]:
-        print(f"{member.name}\n{tok.decode(prompt)}")
+        print(tok.decode(prompt))
 
 # %% [markdown]
 # ## The model
