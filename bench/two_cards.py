@@ -4,6 +4,7 @@ stands behind its figures.
 python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at most 9 minutes
     prepare   a 4-bit folder of the true shape, an adapter, 1,306 rows (60 s)
     t4        the submission's script: rows answered, peak a card, seconds, tokens a second
+    adapters  200 rows by one adapter and by three: answering, swapping, peak (not run yet)
     equal     200 rows on the two cards and on one: the same plan, and one card's own
     speed     prefill with both cards at work and a stage at a time; decode steps
     kill      200 rows, killed half-way and run again: what was answered before stays
@@ -26,6 +27,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,15 +153,14 @@ class Work:
         import notebooks
 
         notebooks.without_pictures()
-        return notebooks.run_notebook(
-            "submission",
+        paths = dict(
             model_dir=str(self.nf4),
             adapter_dir=str(self.adapter),
             test_csv=str(self.folder / test),
             submission_csv=str(self.folder / to),
             input_dir=str(self.folder / "none"),
-            **settings,
         )
+        return notebooks.run_notebook("submission", **paths | settings)
 
 
 def natural_rows(count: int, tokenizer: Any, seed: int = 1) -> pd.DataFrame:
@@ -264,6 +265,42 @@ def t4(work: Work) -> None:
             f"GiB, reserved {torch.cuda.max_memory_reserved(device) / GIB:.2f}; by the table "
             f"{reckoned / GIB:.2f}"
         )
+
+
+def adapters(work: Work) -> None:
+    """Three adapters beside one: seconds of answering, and of all else that more of them take."""
+    from safetensors.torch import load_file, save_file
+
+    from prompt_recovery.adapter_files import WEIGHTS, read_header
+
+    work.t4s()
+    folders = [work.adapter]
+    for number in (1, 2):
+        folder = work.folder / f"adapter-{number}"
+        shutil.copytree(work.adapter, folder, dirs_exist_ok=True)
+        tensors = load_file(work.adapter / WEIGHTS)
+        rolled = {name: tensor.roll(number, 0) for name, tensor in tensors.items()}
+        save_file(rolled, folder / WEIGHTS, read_header(work.adapter))
+        folders.append(folder)
+    took: dict[int, tuple[float, float]] = {}
+    meters: list[Any] = []
+    keep_meters(meters)
+    for count, combine in ((1, "first"), (3, "join")):
+        meters.clear()
+        to = f"adapters{count}.csv"
+        for name in (to, f"{to}.journal"):
+            (work.folder / name).unlink(missing_ok=True)
+        chosen = [str(folder) for folder in folders[:count]]
+        start = time.monotonic()
+        report = work.submission("test200.csv", to, adapter_dir=chosen, combine=combine)["report"]
+        answering = sum(meter.wall for meter in meters)
+        took[count] = answering, time.monotonic() - start - answering
+        print(report.groupby(["adapters", "source"]).size().to_string())
+        print(f"{count} adapters: {answering:.0f} s of answering, {took[count][1]:.0f} s of else")
+    print(
+        f"three take {took[3][0] / took[1][0]:.2f} times one's answering and "
+        f"{took[3][1] - took[1][1]:.0f} s more of else; {work.peak()}"
+    )
 
 
 def keep_meters(meters: list[Any]) -> None:
@@ -658,6 +695,7 @@ def dense_run(work: Work, to: str) -> None:
 PARTS = {
     "prepare": prepare,
     "t4": t4,
+    "adapters": adapters,
     "equal": equal,
     "speed": speed,
     "kill": kill,
