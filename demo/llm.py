@@ -24,8 +24,9 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prompt_recovery import comparison, engine, metric, plots
+from prompt_recovery import comparison, comparison_table, engine, metric, plots
 from prompt_recovery.combine import LIMIT, combine
+from prompt_recovery.comparison_grid import make_cells
 from prompt_recovery.recipe import Recipe
 from prompt_recovery.tokenizer import encode_text
 
@@ -263,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = engine.load_base(folder, four_bit=False)
 
     def runs(cell: dict[str, Any], seeds: int = options.seeds) -> list[pd.DataFrame]:
-        cells = comparison.make_cells([cell | dict(seed=seed) for seed in range(seeds)], **SETTINGS)
+        cells = make_cells([cell | dict(seed=seed) for seed in range(seeds)], **SETTINGS)
         run = dict(
             base=base,
             tokenizer=tokenizer,
@@ -277,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # within the 512 tokens of Gemma's sliding window, which the decoder does not know
     example = runs(dict(max_steps=0, few_shot=1, max_tokens=512), seeds=1)
     after = runs(dict(max_steps=steps, answers_per_row=4))
-    samples = [comparison.answer_groups(table) for table in after]
+    samples = [comparison_table.answer_groups(table) for table in after]
 
     def count(text: str) -> int:  # the scorer here is MiniLM, so its tokens count
         return len(encoder.tokenizer(text)["input_ids"])

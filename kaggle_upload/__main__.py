@@ -52,36 +52,7 @@ def parser() -> argparse.ArgumentParser:
             help="of a call besides transfers (%(default)s s)",
         )
     for name in ("adapter", "base", "wheels"):
-        sub = made[name]
-        form = "OWNER/DATASET" if name == "wheels" else "OWNER/MODEL/transformers/VARIATION"
-        if name != "wheels":
-            sub.add_argument("dir", type=Path, metavar="DIR")
-        sub.add_argument("--to", required=True, metavar=form)
-        sub.add_argument(
-            "--notes",
-            required=name == "adapter",
-            default=f"{name} by kaggle_upload",
-            help="of the version",
-        )
-        how = "download" if name == "adapter" else "list"
-        text = "compare names and sizes, or sha256 too (%(default)s)"
-        sub.add_argument("--verify", choices=("list", "download"), default=how, help=text)
-        sub.add_argument("--force", action="store_true", help="publish unchanged content once more")
-        text = (
-            "where files are staged until they stand on Kaggle; on DIR's file system they are links"
-        )
-        sub.add_argument(
-            "--work",
-            type=Path,
-            help=text + " (DIR/../.kaggle_upload; wheels: outputs/kaggle_upload)",
-        )
-        sub.add_argument(
-            "--versions",
-            type=Path,
-            default=VERSIONS,
-            metavar="CSV",
-            help="the record (%(default)s)",
-        )
+        _add_publishing(made[name], name)
     text = "Kaggle's Python; without it wheels for both go into the dataset, and the notebook picks"
     made["wheels"].add_argument("--python", choices=[*wheels.PYTHONS], help=text)
     made["adapter"].add_argument("--with-library", action="store_true", help="send our wheel along")
@@ -106,6 +77,37 @@ def parser() -> argparse.ArgumentParser:
     )
     made["submit"].add_argument("--competition", required=True, metavar="SLUG")
     return top
+
+
+def _add_publishing(sub: argparse.ArgumentParser, name: str) -> None:
+    """What adapter, base and wheels take."""
+    form = "OWNER/DATASET" if name == "wheels" else "OWNER/MODEL/transformers/VARIATION"
+    if name != "wheels":
+        sub.add_argument("dir", type=Path, metavar="DIR")
+    sub.add_argument("--to", required=True, metavar=form)
+    sub.add_argument(
+        "--notes",
+        required=name == "adapter",
+        default=f"{name} by kaggle_upload",
+        help="of the version",
+    )
+    how = "download" if name == "adapter" else "list"
+    text = "compare names and sizes, or sha256 too (%(default)s)"
+    sub.add_argument("--verify", choices=("list", "download"), default=how, help=text)
+    sub.add_argument("--force", action="store_true", help="publish unchanged content once more")
+    text = "where files are staged until they stand on Kaggle; on DIR's file system they are links"
+    sub.add_argument(
+        "--work",
+        type=Path,
+        help=text + " (DIR/../.kaggle_upload; wheels: outputs/kaggle_upload)",
+    )
+    sub.add_argument(
+        "--versions",
+        type=Path,
+        default=VERSIONS,
+        metavar="CSV",
+        help="the record (%(default)s)",
+    )
 
 
 def _seconds(text: str) -> float:

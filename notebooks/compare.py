@@ -60,11 +60,12 @@ from pathlib import Path
 
 from IPython.display import Image, display
 
-from prompt_recovery import comparison, engine, metric, tokenizer
+from prompt_recovery import comparison, comparison_table, engine, metric, tokenizer
+from prompt_recovery.comparison_grid import make_cells
 from prompt_recovery.recipe import Grid
 
 settings = Grid.of(globals())  # the settings above, read and checked
-cells = comparison.make_cells(settings.grid, **settings.shared)
+cells = make_cells(settings.grid, **settings.shared)
 output = Path(settings.output_dir)
 output.mkdir(parents=True, exist_ok=True)
 
@@ -108,7 +109,7 @@ answers = comparison.run_cells(cells, base, tok, **rows, **folders)
 
 # %%
 mean_prompt = settings.mean_prompt
-table = comparison.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt)
+table = comparison_table.result_table(cells, answers, eval_rows, encoder, mean_prompt=mean_prompt)
 table.to_csv(output / "comparison.csv", index_label="cell")
 table.round(4)
 
@@ -117,8 +118,8 @@ table.round(4)
 # interval of the difference lies above 0.
 
 # %%
-print(comparison.recommend(table))
+print(comparison_table.recommend(table))
 
 # %%
-comparison.plot_results(table, output / "comparison.png")
+comparison_table.plot_results(table, output / "comparison.png")
 display(Image(str(output / "comparison.png")))

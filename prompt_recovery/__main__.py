@@ -27,7 +27,7 @@ HELD_OUT = 0.1  # of a training's rows
 ROWS_AT_A_TIME = 4  # on two T4s: 4 rows of 640 tokens fit beside Mixtral, 8 do not (reckoned)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m prompt_recovery",
         description=__doc__,
@@ -81,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a sentence encoder's folder, such as sentence-t5's; without it MiniLM's",
     )
     score.add_argument("--html", type=Path, metavar="PAGE", help="write it as one page too")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line()
     args = parser.parse_args(arguments)
     if args.command == "score" and args.html and args.html.suffix.lower() not in (".html", ".htm"):
         parser.error(f"--html {args.html}: give a page to write, such as scores.html")

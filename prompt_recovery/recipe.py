@@ -154,7 +154,9 @@ class Grid(Settings):
     train_csv: tuple[str, ...] = setting(("demo/rows.csv",), texts)
     output_dir: str = setting("outputs/compare", path)
     encoder_dir: str | None = setting(None, optional(path, "MiniLM"))
-    grid: Any = setting((), lambda value: value)  # `comparison.make_cells` checks it and shared
+    grid: Any = setting(
+        (), lambda value: value
+    )  # `comparison_grid.make_cells` checks it and shared
     shared: Any = setting(None, mapping)
     mean_prompt: str | None = setting(None, optional(text, "no such column"))
     eval_fraction: float = setting(0.1, number(0, 1, above=True, below=True))

@@ -13,6 +13,8 @@ from conftest import ROOT, TINY
 
 from prompt_recovery import adapter, files, metric, templates, tokenizer
 from prompt_recovery import comparison as c
+from prompt_recovery import comparison_table as ct
+from prompt_recovery.comparison_grid import ComparisonError, make_cells
 from prompt_recovery.engine import loading
 from prompt_recovery.prompt_groups import prompt_groups
 from prompt_recovery.recipe import Cell, Joined
@@ -31,19 +33,19 @@ def small_csv(tmp_path):
 
 
 def test_cells_are_every_combination_or_one_by_one():
-    cells = c.make_cells({"style": ["plain", "json"], "lora_r": [1, 16]}, epochs=2)
+    cells = make_cells({"style": ["plain", "json"], "lora_r": [1, 16]}, epochs=2)
     assert [(cell.style, cell.lora_r) for cell in cells] == [
         ("plain", 1), ("plain", 16), ("json", 1), ("json", 16),
     ]  # fmt: skip
     assert all(cell.epochs == 2 for cell in cells)
-    assert c.make_cells([{"lora_r": 1}, {}])[1] == Cell()
+    assert make_cells([{"lora_r": 1}, {}])[1] == Cell()
     for grid, message in [
         ({"rank": [1]}, "rank is no setting"),
         ([{}, {}], "twice"),
         ([], "0 cells"),
     ]:
-        with pytest.raises(c.ComparisonError, match=message):
-            c.make_cells(grid)
+        with pytest.raises(ComparisonError, match=message):
+            make_cells(grid)
 
 
 def test_one_split_for_files_and_filters(tmp_path, small_csv):
@@ -52,7 +54,7 @@ def test_one_split_for_files_and_filters(tmp_path, small_csv):
     files[1].parent.mkdir()
     rows.drop(columns="id").head(12).to_csv(files[0], index=False)
     rows.drop(columns="id").tail(12).to_csv(files[1], index=False)
-    cells = c.make_cells(
+    cells = make_cells(
         [
             {"train_csv": str(files[1])},
             {"row_filter": "rewrite_prompt.str.len() < 40"},
@@ -71,14 +73,14 @@ def test_one_split_for_files_and_filters(tmp_path, small_csv):
     more = c.rows_of(replace(cells[2], train_rows=9), train)
     assert set(five["id"]) < set(more["id"])
     for bad in ({"row_filter": "rewrite_prompt == ''"}, {"train_rows": 1000}):
-        with pytest.raises(c.ComparisonError, match="leave"):
+        with pytest.raises(ComparisonError, match="leave"):
             c.rows_of(replace(cells[0], **bad), train)
     with pytest.raises(SettingError, match="train_rows=0"):
         replace(cells[0], train_rows=0)
 
 
 def test_what_any_cell_can_not_do_is_refused_before_the_first_is_run(small_csv):
-    cells = c.make_cells(
+    cells = make_cells(
         [
             {},
             {"style": "reason_json"},  # there are no reasons in these rows
@@ -92,7 +94,7 @@ def test_what_any_cell_can_not_do_is_refused_before_the_first_is_run(small_csv):
     )
     train, held = c.read_split(cells, small_csv, 0.2, 0)
     tok = tokenizer.load_tokenizer(TINY, pad="unk")
-    with pytest.raises(c.ComparisonError) as caught:
+    with pytest.raises(ComparisonError) as caught:
         c.check_cells(cells, tok, train, held, TINY)
     lines = str(caught.value).splitlines()
     assert [line[:8] for line in lines] == [f"cell {n}: " for n in (1, 2, 3, 4, 5)]
@@ -107,7 +109,7 @@ def test_what_any_cell_can_not_do_is_refused_before_the_first_is_run(small_csv):
 
 def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
     torch.manual_seed(0)
-    cells = c.make_cells(
+    cells = make_cells(
         [{"max_steps": 0}, {}, {"answers_per_row": 3}, {"combine": "join"}, {"lora_r": 1}], **FEW
     )
     train, held = c.read_split(cells, small_csv, 0.2, 0)
@@ -147,7 +149,7 @@ def test_a_finished_cell_is_read_and_another_trained(tmp_path, small_csv):
 
 def test_an_interrupted_cell_leaves_the_base_as_it_was(tmp_path, small_csv):
     """Its LoRA stayed on the base, and "the base as it is" answered with it, which was kept."""
-    cells = c.make_cells([{"max_steps": 0}, {}], **FEW)
+    cells = make_cells([{"max_steps": 0}, {}], **FEW)
     train, held = c.read_split(cells, small_csv, 0.2, 0)
     tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
     clean = c.run_cell(cells[0], base, tok, train, held, tmp_path / "clean", model_dir=TINY)
@@ -166,14 +168,14 @@ def test_an_interrupted_cell_leaves_the_base_as_it_was(tmp_path, small_csv):
     after = c.run_cell(cells[0], base, tok, train, held, tmp_path, model_dir=TINY)
     assert after["answer"].to_list() == clean["answer"].to_list()
     adapter.add_lora(base, base="tiny-mixtral")  # put on by hand
-    with pytest.raises(c.ComparisonError, match="holds a LoRA"):
+    with pytest.raises(ComparisonError, match="holds a LoRA"):
         c.run_cell(cells[0], base, tok, train, held, tmp_path / "other", model_dir=TINY)
 
 
 def test_kept_answers_are_of_the_same_base_tokenizer_and_templates(
     tmp_path, small_csv, monkeypatch
 ):
-    cell = c.make_cells([{"max_steps": 0}], **FEW)[0]
+    cell = make_cells([{"max_steps": 0}], **FEW)[0]
     train, held = c.read_split([cell], small_csv, 0.2, 0)
     tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
 
@@ -203,7 +205,7 @@ def test_a_prompt_too_long_for_a_cell_is_left_out_and_said(tmp_path, small_csv, 
     rows = pd.read_csv(small_csv, dtype=str)
     rows.loc[0, "rewrite_prompt"] = "very " * 1250 + "formal"
     rows.to_csv(small_csv, index=False)
-    cells = c.make_cells([{}], **FEW)
+    cells = make_cells([{}], **FEW)
     train, held = c.read_split(cells, small_csv, 0.2, 0)
     c.check_cells(
         cells, tokenizer.load_tokenizer(TINY, pad="unk"), pd.concat([train, held]), held, TINY
@@ -212,7 +214,7 @@ def test_a_prompt_too_long_for_a_cell_is_left_out_and_said(tmp_path, small_csv, 
 
 
 def test_examples_stand_before_the_row_and_text_is_supervised(tmp_path, small_csv):
-    cells = c.make_cells(
+    cells = make_cells(
         [{"max_steps": 0}, {"max_steps": 0, "few_shot": 2}, {"supervise": "text"}],
         **FEW | {"max_tokens": 900},
     )
@@ -227,7 +229,7 @@ def test_examples_stand_before_the_row_and_text_is_supervised(tmp_path, small_cs
 def test_table_is_by_hand(tmp_path):
     held = pd.DataFrame({"id": ["a", "b"], "rewrite_prompt": ["Make it a poem", "Make it formal"]})
     encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
-    cells = c.make_cells([{}, {"answers_per_row": 2, "combine": "join"}])
+    cells = make_cells([{}, {"answers_per_row": 2, "combine": "join"}])
     one = pd.DataFrame(
         dict(
             adapter="",
@@ -252,7 +254,7 @@ def test_table_is_by_hand(tmp_path):
             seconds=9.0,
         )
     )
-    table = c.result_table(cells, [one, two], held, encoder, mean_prompt="Improve it")
+    table = ct.result_table(cells, [one, two], held, encoder, mean_prompt="Improve it")
     wrong = metric.sharpened_cosine(["x"], ["Make it formal"], encoder)[0]
     joined = metric.sharpened_cosine(
         ["Write a poem. poem", "Make it formal"], held["rewrite_prompt"].to_list(), encoder
@@ -279,7 +281,7 @@ def test_table_is_by_hand(tmp_path):
     )
     assert table["scs_with_mean"][0] == pytest.approx(behind.mean())
     # row a would do better with this mean prompt alone, row b, whose answers agree, would not
-    picked = c.result_table(cells, [one, two], held, encoder, mean_prompt="Make it a poem")
+    picked = ct.result_table(cells, [one, two], held, encoder, mean_prompt="Make it a poem")
     low = metric.sharpened_cosine(["Write a poem"], ["poem"], encoder)[0]
     assert np.isnan(picked["threshold"][0]) and picked["threshold"][1] == pytest.approx(
         (low + 1) / 2
@@ -295,10 +297,10 @@ def test_table_is_by_hand(tmp_path):
     assert table["adapter"].to_list() == ["", "adapter-1"]
     # an answer in which no prompt was found is not joined behind one
     two["how"] = ["plain", "fallback", "fallback", "fallback"]
-    assert c.answer_groups(two) == [["Write a poem"], ["Make it formal"]]
-    with pytest.raises(c.ComparisonError, match="eval_rows"):
-        c.result_table(cells, [one, two.iloc[:2]], held, encoder)
-    c.plot_results(table, tmp_path / "plot.png")
+    assert ct.answer_groups(two) == [["Write a poem"], ["Make it formal"]]
+    with pytest.raises(ComparisonError, match="eval_rows"):
+        ct.result_table(cells, [one, two.iloc[:2]], held, encoder)
+    ct.plot_results(table, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
@@ -352,7 +354,7 @@ def test_the_language_model_s_curves_average_seeds_row_by_row():
     ]
     assert all(cell["max_steps"] == 30 for cell in cells.values())
     # names and values that exist
-    c.make_cells(list(llm.curve_cells(llm.CURVES, 250, 30).values()), **llm.SETTINGS)
+    make_cells(list(llm.curve_cells(llm.CURVES, 250, 30).values()), **llm.SETTINGS)
     encoder, truths = (
         metric.load_encoder(metric.minilm_dir(), device="cpu"),
         ["Make it a poem", "Make it formal"],
@@ -368,7 +370,7 @@ def test_the_language_model_s_curves_average_seeds_row_by_row():
 def test_joined_cells_are_their_members_answers_and_compared_with_the_best_of_them():
     held = pd.DataFrame({"id": ["a", "b"], "rewrite_prompt": ["Make it a poem", "Make it formal"]})
     encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
-    cells = c.make_cells(
+    cells = make_cells(
         [{"adapters": [1, 2]}, {}, {"style": "json"}, {"adapters": [2, 1], "combine": "agree"}]
     )
     assert cells[0] == Joined(adapters=(1, 2), combine="join")
@@ -386,9 +388,9 @@ def test_joined_cells_are_their_members_answers_and_compared_with_the_best_of_th
     }  # fmt: skip
     kept[cells[2]].loc[0, "how"] = "fallback"
     both = c.joined([kept[cells[1]], kept[cells[2]]])
-    assert c.answer_groups(both) == [["Make it a poem"], ["x", "Make it formal"]]
+    assert ct.answer_groups(both) == [["Make it a poem"], ["x", "Make it formal"]]
     tables = [both, kept[cells[1]], kept[cells[2]], c.joined([kept[cells[2]], kept[cells[1]]])]
-    table = c.result_table(cells, tables, held, encoder, mean_prompt="Improve it")
+    table = ct.result_table(cells, tables, held, encoder, mean_prompt="Improve it")
     truths = held["rewrite_prompt"].to_list()
     by_hand = metric.sharpened_cosine(["Make it a poem", "x. Make it formal"], truths, encoder)
     first = metric.sharpened_cosine(["Make it a poem", "x"], truths, encoder)
@@ -404,8 +406,8 @@ def test_joined_cells_are_their_members_answers_and_compared_with_the_best_of_th
     assert table["adapter"][0] == "adapter-1 + adapter-2" and np.isnan(table["best"][1])
     for low, high, verdict in ((0.1, 0.2, "better"), (-0.2, -0.1, "worse"), (-0.1, 0.1, "apart")):
         table.loc[0, columns[1:]] = low, high
-        assert verdict in c.recommend(table).splitlines()[0]
-    assert c.recommend(table[1:3]) == c.recommend(table[["scs"]]) == ""
+        assert verdict in ct.recommend(table).splitlines()[0]
+    assert ct.recommend(table[1:3]) == ct.recommend(table[["scs"]]) == ""
 
 
 @pytest.mark.parametrize(
@@ -414,12 +416,12 @@ def test_joined_cells_are_their_members_answers_and_compared_with_the_best_of_th
 )
 def test_joined_cells_name_cells_with_adapters_of_their_own(joined):
     grid = [{"max_steps": 0}, {}, {"adapters": joined}, {"style": "json"}]
-    with pytest.raises(c.ComparisonError, match="cell 2: adapters="):
-        c.make_cells(grid)
+    with pytest.raises(ComparisonError, match="cell 2: adapters="):
+        make_cells(grid)
 
 
 def test_joined_cells_are_run_once_as_their_members(tmp_path, small_csv):
-    cells = c.make_cells([{}, {"adapters": [0, 2]}, {"lora_r": 1}], **FEW)
+    cells = make_cells([{}, {"adapters": [0, 2]}, {"lora_r": 1}], **FEW)
     train, held = c.read_split(cells, small_csv, 0.2, 0)
     tok, base = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
     c.check_cells(cells, tok, train, held, TINY)

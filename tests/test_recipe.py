@@ -10,7 +10,7 @@ import papermill
 import pytest
 from conftest import ROOT, TINY
 
-from prompt_recovery import comparison
+from prompt_recovery.comparison_grid import ComparisonError, make_cells
 from prompt_recovery.recipe import Cell, Format, Grid, Recipe, SubmissionSettings
 from prompt_recovery.settings import SettingError
 
@@ -33,9 +33,7 @@ def test_a_notebook_s_parameters_are_all_checked_and_its_defaults_are_the_recipe
     read = kind.of(given | {"other": "names", "of": "the notebook"})
     for each in given.keys() - {"grid", "shared", "mean_prompt"}:  # the comparison's own example
         assert getattr(read, each) == getattr(kind(), each), each
-    comparison.make_cells(
-        *[given["grid"]] if name == "compare" else [[{}]], **given.get("shared", {})
-    )
+    make_cells(*[given["grid"]] if name == "compare" else [[{}]], **given.get("shared", {}))
 
 
 READ = [
@@ -203,8 +201,8 @@ def test_a_grid_is_refused_whole_before_a_cell_is_run():
         ("plain", {}, "give a list of mappings"),
         (["plain"], {}, "give a list of mappings"),
     ):
-        with pytest.raises(comparison.ComparisonError, match=why):
-            comparison.make_cells(grid, **shared)
+        with pytest.raises(ComparisonError, match=why):
+            make_cells(grid, **shared)
 
 
 def test_keys_are_made_of_the_fields_that_matter():
