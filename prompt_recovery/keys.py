@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from prompt_recovery.files import sha256
 
 # Of the code that reads a prompt from an answer (templates, unwrap). A change of what it finds
-# raises the number, else kept answers stay as they were read; tests/test_keys.py notices one.
+# raises the number, else kept answers stay as they were read; test_keys.py notices one.
 PARSER = 4
 
 

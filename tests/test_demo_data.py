@@ -3,13 +3,12 @@
 import csv
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-DEMO = Path(__file__).parents[1] / "demo"
-sys.path.insert(0, str(DEMO))
+DEMO = ROOT / "demo"
 
 import make_rows
 from make_rows import FAMILIES, REWRITES, family_of, normalise

@@ -5,7 +5,7 @@ import ensemble  # demo/ensemble.py
 import pandas as pd
 import run  # demo/run.py
 from conftest import ROOT
-from test_submission import make_adapter
+from tiny_submission import make_adapter
 
 from prompt_recovery import adapter_files, files
 from prompt_recovery.recipe import Format

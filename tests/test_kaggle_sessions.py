@@ -7,37 +7,10 @@ import shutil
 
 import pandas as pd
 import papermill
-import pytest
-from conftest import ROOT, TINY
-from transformers import MistralConfig, MistralForCausalLM, set_seed
+from conftest import ROOT
 
 from kaggle_upload import contents
 from prompt_recovery import metric
-from prompt_recovery.engine import load_base, save_quantised
-
-
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory):
-    """A dense base with random weights in 16 and in 4 bits, each with the tiny tokenizer."""
-    folder = tmp_path_factory.mktemp("bases")
-    set_seed(0)
-    config = MistralConfig(
-        vocab_size=2400,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        sliding_window=None,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    MistralForCausalLM(config).save_pretrained(folder / "mistral")
-    shutil.copy(TINY / "tokenizer.json", folder / "mistral")
-    base = load_base(folder / "mistral", four_bit=True)
-    save_quantised(base, folder / "mistral", folder / "nf4")
-    return folder
 
 
 def run(name, working, **parameters):

@@ -29,7 +29,7 @@ OVERHEAD_TOKENS = 1500
 # forward, recomputation and backward each, where one expert's weights are there at a time
 DEQUANTISATIONS = 3
 # The backward of a layer holds gradients beside what was saved for it; without the Triton kernels
-# SwiGLU's fp32 copies too (tests/test_memory.py measures 4.1 to 5.3 at Mixtral's proportions)
+# SwiGLU's fp32 copies too (test_memory.py measures 4.1 to 5.3 at Mixtral's proportions)
 WORKING_LAYERS = 1.5
 WORKING_LAYERS_WITHOUT_TRITON = 5.5
 
