@@ -35,7 +35,7 @@ from prompt_recovery.recipe import Format
 
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 KILLS = {
-    "one answer": 220,
+    "one answer": 110,
     "two stages": 24,
     "several answers": 12,
     "two adapters": 12,
