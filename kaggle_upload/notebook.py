@@ -19,8 +19,8 @@ TRAINS = re.compile(r"^\s*train_csv\s*=|\b(?:training|comparison)\.\w+\(", re.M)
 TRAINS_ONE = re.compile(r"\btraining\.train\(")
 # what a machine of one's own has and Kaggle has not
 LOCAL = re.compile(
-    r"^((?:model|encoder|adapter|input)_dir|(?:train|test)_csv) = (?=[\[('\"])(?!.*/kaggle/)"
-    r"(.+?)(?:  #.*)?$",
+    r"^((?:model|encoder|adapter|input)_dir|(?:train|test)_csv)\b[ \t]*(?::[^=\n]*)?=[ \t]*"
+    r"(?=[\[('\"]|[rRfFuU]['\"]|(?:pathlib\.)?Path\()(?!.*/kaggle/)(.+?)(?:  #.*)?$",
     re.M,
 )
 
@@ -41,8 +41,11 @@ def check(path: Path, train: bool = False) -> list[tuple[str, str]]:
         kernel = notebook["metadata"].get("kernelspec", {}).get("name")
         if notebook["nbformat"] != 4:
             raise ValueError(f"nbformat is {notebook['nbformat']}, it must be 4")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UploadError(f"{path} is not a notebook that Kaggle can run ({error!r}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UploadError(
+            f"{path} is not a notebook that Kaggle can run ({error!r}): give one of nbformat 4, as "
+            "Jupyter saves it."
+        ) from error
     code = "\n".join(source for kind, source in cells if kind == "code")
     if not re.search(r"^\s*[^#\s]", code, re.M):
         raise UploadError(

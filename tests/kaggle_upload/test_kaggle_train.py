@@ -12,6 +12,8 @@ from kaggle_cases import BASE, DATASET, HANDLE, NOTEBOOK, PUBLIC, SLUG, write_ad
 from kaggle_stand_in import USER
 
 from kaggle_upload import stage
+from kaggle_upload.handles import UploadError
+from kaggle_upload.notebook import check
 from prompt_recovery.files import sha256
 
 TRAIN = ROOT / "notebooks" / "train.ipynb"
@@ -140,6 +142,29 @@ def test_paths_of_another_machine_and_more_time_than_there_is_are_refused_in_eit
     assert code == (1 if bad else 0), err
     if bad:
         assert bad in err and ("no path of Kaggle's" in err or "time_budget_hours" in err)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model_dir='nf4'",
+        "model_dir = Path('nf4')",
+        'model_dir: str = r"nf4"',
+        "train_csv=['a.csv']",
+    ],
+)
+def test_a_path_of_another_machine_is_seen_however_it_is_typed(tmp_path, line):
+    notebook = json.loads(TRAIN.read_text())
+    notebook["cells"].append({"cell_type": "code", "source": [line]})
+    (tmp_path / "mine.ipynb").write_text(json.dumps(notebook))
+    with pytest.raises(UploadError, match="which is no path of Kaggle's"):
+        check(tmp_path / "mine.ipynb", train=True)
+
+
+def test_json_too_deep_to_read_is_no_notebook(tmp_path):
+    (tmp_path / "deep.ipynb").write_text("[" * 100_000)
+    with pytest.raises(UploadError, match="not a notebook.*as Jupyter saves it"):
+        check(tmp_path / "deep.ipynb")
 
 
 def test_a_later_session_has_the_earlier_one_s_output_once_it_has_ended_well(case):
