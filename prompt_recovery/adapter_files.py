@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
+from prompt_recovery.files import sha256
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT, MODEL_TYPE = "base_fingerprint", "base_model_type"
 # in peft's config, and not computed by a model whose layers are called without peft's own forward
@@ -26,6 +28,12 @@ NOT_COMPUTED = (
 class AdapterError(ValueError):
     """An adapter folder that must not be published or loaded; the message says which file or tensor
     is wrong."""
+
+
+def digests(adapter_dir: str | Path) -> tuple[str, str]:
+    """sha256 of the two files: what an adapter is, wherever it lies."""
+    folder = Path(adapter_dir)
+    return sha256(folder / CONFIG), sha256(folder / WEIGHTS)
 
 
 def read_header(adapter_dir: str | Path) -> dict[str, str]:

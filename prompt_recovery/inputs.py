@@ -15,7 +15,7 @@ import pandas as pd
 
 from prompt_recovery import data
 from prompt_recovery.adapter import check_adapter, check_loaded
-from prompt_recovery.adapter_files import CONFIG, WEIGHTS, AdapterError, read_header
+from prompt_recovery.adapter_files import CONFIG, AdapterError, digests, read_header
 from prompt_recovery.base import load_config
 from prompt_recovery.engine import check_base, load_base
 from prompt_recovery.recipe import Format, SubmissionSettings
@@ -201,10 +201,9 @@ def complete(settings: SubmissionSettings) -> SubmissionSettings:
 
 def _check_different(adapters: Sequence[Path]) -> None:
     """Raises InputError for two adapters of the same bytes: one answer would count as two."""
-    seen: dict[tuple[bytes, ...], Path] = {}
+    seen: dict[tuple[str, str], Path] = {}
     for folder in adapters:
-        content = tuple((folder / name).read_bytes() for name in (CONFIG, WEIGHTS))
-        first = seen.setdefault(content, folder)
+        first = seen.setdefault(digests(folder), folder)
         if first is not folder:
             raise InputError(
                 f"{first} and {folder} are the same adapter, whose answers would count twice: give "

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from prompt_recovery.files import sha256
+from prompt_recovery.adapter_files import digests
 
 # Of the code that reads a prompt from an answer (templates, unwrap). A change of what it finds
 # raises the number, else kept answers stay as they were read; test_keys.py notices one.
@@ -45,9 +45,7 @@ def answers_key(
         prompts: token ids of the rows as the model is asked; None for one that can't be asked.
         settings: all else that changes answers.
     """
-    folder = None if adapter_dir is None else Path(adapter_dir)
-    names = "adapter_config.json", "adapter_model.safetensors"
-    adapter = [] if folder is None else [sha256(folder / name) for name in names]
+    adapter = [] if adapter_dir is None else digests(adapter_dir)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     decoding = [state["model"]["vocab"], state["decoder"], state["added_tokens"]]
     asked = list(ids), list(prompts), dict(settings)

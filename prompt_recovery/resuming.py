@@ -11,6 +11,7 @@ import pandas as pd
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from prompt_recovery.adapter_files import WEIGHTS
 from prompt_recovery.agreement import same_checkpoint
 from prompt_recovery.engine import everywhere, processes
 from prompt_recovery.files import write_csv, write_text
@@ -83,7 +84,7 @@ def finished(last: Path, model: PeftModel, recipe: Recipe, steps: int) -> pd.Dat
     if not saved["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
         return None
     kept = last.parent / Path(saved["best_model_checkpoint"] or last).name
-    set_peft_model_state_dict(model, load_file(kept / "adapter_model.safetensors"))
+    set_peft_model_state_dict(model, load_file(kept / WEIGHTS))
     log = training_log(saved["log_history"])
     if processes().is_main_process:
         write_csv(log, Path(recipe.output_dir) / "training_log.csv")

@@ -17,18 +17,10 @@ from prompt_recovery.adapter import check_loaded, put_on
 from prompt_recovery.adapter_files import AdapterError
 from prompt_recovery.answers import Recovered, answer_prompts
 from prompt_recovery.engine import Meter, Sampling, ready, spread_order
-from prompt_recovery.submission_file import (
-    SubmissionError,
-    append_journal,
-)
+from prompt_recovery.submission_file import SubmissionError, append_journal
 from prompt_recovery.submission_job import OUT_OF_TIME, Job, Member
 from prompt_recovery.submission_members import seat
-from prompt_recovery.time_budget import (
-    SAFETY,
-    RowPlan,
-    next_plan,
-    seconds_needed,
-)
+from prompt_recovery.time_budget import SAFETY, RowPlan, next_plan, seconds_needed
 
 GIVE_UP = 16  # rows that raise one after the other: the device or the model is broken, not the rows
 

@@ -16,15 +16,9 @@ from prompt_recovery.base import base_digest
 from prompt_recovery.inputs import answer_format
 from prompt_recovery.keys import answers_key
 from prompt_recovery.recipe import Format, SubmissionSettings
-from prompt_recovery.submission_file import (
-    read_journal,
-)
+from prompt_recovery.submission_file import read_journal
 from prompt_recovery.submission_job import Job, Member
-from prompt_recovery.time_budget import (
-    SHORTEST,
-    RowPlan,
-    plans_from,
-)
+from prompt_recovery.time_budget import SHORTEST, RowPlan, plans_from
 from prompt_recovery.tokenizer import encode_row, loses_its_middle
 
 
@@ -44,10 +38,10 @@ def seat(job: Job, tokenizer: Any, folders: Sequence[str | Path | None]) -> None
                 f"{SHORTEST[style]} tokens or more, and one that is cut short holds no prompt. "
                 "Raise it."
             )
-    cut = set().union(*(cut for _, cut, _ in encoded.values()))
-    if cut:
+    any_cut = set().union(*(cut for _, cut, _ in encoded.values()))
+    if any_cut:
         job.say(
-            f"{len(cut)} of {len(test)} rows lose the middle of their texts: a prompt with its "
+            f"{len(any_cut)} of {len(test)} rows lose the middle of their texts: a prompt with its "
             f"answer has {job.room + settings.max_new_tokens} tokens, of which "
             f"max_new_tokens={settings.max_new_tokens} are the answer's"
         )
