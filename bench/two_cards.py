@@ -11,6 +11,8 @@ python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at 
     load      the 16-bit folder, of zeros, quantised while it loads
     bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, the training's
     train     steps, layers split: 8 x 512 tokens on those, 4 x 640 on cards like T4s
+    alike     20 steps on one card, in fp16 as a T4 makes them and in bf16: losses and adapters
+    ddp       steps of 8 x 512 tokens a card, by one process and, with accelerate launch, by two
     dense     Mistral-7B's shape on the first card, like a T4 and with 22.9 GiB in bf16: steps, 50
               rows by the submission's script (not run yet)
 --one runs both stages on the first card, without a ballast, to debug.
@@ -33,7 +35,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -608,48 +610,181 @@ def steps_t4(work: Work) -> None:
 
 
 def steps(work: Work, rows: int, length: int, count: int = 8) -> None:
-    """training.train on random rows; the rate of the steps after the first two."""
-    from prompt_recovery import adapter, trainer, training
-    from prompt_recovery.engine import base_id, load_base
-    from prompt_recovery.recipe import Recipe
-    from prompt_recovery.tokenizer import load_tokenizer
+    """The rate of training's steps on so many rows a process, after the first two."""
+    from prompt_recovery import adapter
+    from prompt_recovery.engine import base_id, load_base, processes
 
     lora = adapter.add_lora(load_base(work.nf4), base=base_id(work.nf4), dropout=0.1)
-    draw = np.random.default_rng(0)
-    labels = [-100] * (length - 24)
-    examples = []
-    for _ in range(rows * count):
-        ids = [1, *draw.integers(5, lora.config.vocab_size, length - 2).tolist(), 2]
-        examples.append({"input_ids": ids, "labels": labels + ids[length - 24 :]})
-    ended = []
-    plain = trainer.RowTrainer.training_step
-
-    def step(self: Any, *arguments: Any, **options: Any) -> Any:
-        loss = plain(self, *arguments, **options)
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(device)
-        ended.append((time.monotonic(), len(arguments[1]["labels"])))
-        return loss
-
-    trainer.RowTrainer.training_step = step  # type: ignore[method-assign]
-    recipe = Recipe(
-        output_dir=work.folder / "steps", max_steps=count, batch_size=rows, gradient_accumulation=1
-    )
-    log = training.train(
-        lora, load_tokenizer(work.nf4, pad="unk", side="right"), examples, [], recipe
-    )
-    print(log.to_string())
-    spent = ended[-1][0] - ended[1][0]
-    rate = sum(number for _, number in ended[2:]) * length / spent
-    print(
-        f"{rows} rows of {length} tokens a step: {rate:.0f} tokens/s, torch's own peak "
+    sharing = processes().num_processes
+    rows *= sharing
+    examples = random_examples(rows * count, length)
+    recipe = dict(batch_size=rows, gradient_accumulation=1, max_steps=count)
+    taken = train_on(work, lora, examples, recipe)
+    rate = (count - 2) * rows * length / (taken[-1].ended - taken[1].ended)
+    processes().print(
+        f"{sharing} processes, {rows} rows of {length} tokens a step: {rate:.0f} tokens/s, "
+        "torch's own peak "
         + ", ".join(
-            f"{torch.cuda.max_memory_allocated(d) / GIB:.2f}"
-            for d in range(torch.cuda.device_count())
+            f"{torch.cuda.max_memory_allocated(device) / GIB:.2f}" for device in devices_of(lora)
         )
         + " GiB",
         flush=True,
     )
+
+
+def devices_of(model: Any) -> list[torch.device]:
+    return sorted({parameter.device for parameter in model.parameters()}, key=str)
+
+
+def random_examples(count: int, length: int) -> list[dict[str, list[int]]]:
+    """Rows of random ids; the last 24 are supervised."""
+    draw = np.random.default_rng(0)
+    examples = []
+    for _ in range(count):
+        ids = [1, *draw.integers(5, 32_000, length - 2).tolist(), 2]
+        examples.append({"input_ids": ids, "labels": [-100] * (length - 24) + ids[length - 24 :]})
+    return examples
+
+
+class Taken(NamedTuple):
+    """A step: when it ended, the loss before it, whether fp16's scaler left it out."""
+
+    ended: float
+    loss: float
+    skipped: bool
+
+
+def train_on(
+    work: Work,
+    lora: Any,
+    examples: list[dict[str, list[int]]],
+    recipe: dict[str, Any],
+    applied: int | None = None,
+) -> list[Taken]:
+    """The steps of training.train, up to so many that were not left out."""
+    from prompt_recovery import training
+    from prompt_recovery.recipe import Recipe
+    from prompt_recovery.tokenizer import load_tokenizer
+
+    taken: list[Taken] = []
+    losses: list[torch.Tensor] = []
+    plain_step, plain_end = training.RowTrainer.training_step, training.WatchScale.on_step_end
+
+    def step(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        losses.append(plain_step(self, *arguments, **options))
+        return losses[-1]
+
+    def end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        plain_end(self, args, state, control, **options)
+        for device in devices_of(lora):
+            torch.cuda.synchronize(device)
+        skipped = self.trainer.accelerator.optimizer_step_was_skipped
+        taken.append(Taken(time.monotonic(), float(sum(losses)), skipped))
+        losses.clear()
+        if sum(not each.skipped for each in taken) == applied:
+            control.should_training_stop = True
+
+    training.RowTrainer.training_step, training.WatchScale.on_step_end = step, end  # type: ignore
+    try:
+        log = training.train(
+            lora,
+            load_tokenizer(work.nf4, pad="unk", side="right"),
+            examples,
+            [],
+            Recipe(output_dir=str(work.folder / "steps"), **recipe),
+        )
+    finally:
+        training.RowTrainer.training_step = plain_step  # type: ignore[method-assign]
+        training.WatchScale.on_step_end = plain_end  # type: ignore[method-assign]
+    if os.environ.get("RANK", "0") == "0":
+        print(log.to_string())
+    return taken
+
+
+RATES = (3e-4, 1e-3, 3e-3)  # one of them lets bf16's loss fall by a tenth or more
+
+
+def alike(work: Work) -> None:
+    from safetensors.torch import load_file
+
+    for part in ("_alike_t4", "_alike_bf16"):
+        alone = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+        subprocess.run(command(work.args, part), env=alone, check=True)
+    for rate in RATES:
+        (t4, changed), (bf16, exact) = (
+            (
+                json.loads((work.folder / f"alike-{kind}-{rate}.json").read_text()),
+                load_file(work.folder / f"alike-{kind}-{rate}.safetensors"),
+            )
+            for kind in ("t4", "bf16")
+        )
+        apart = [abs(a - b) / b for a, b in zip(t4, bf16, strict=True)]
+        cosine = inner(changed, exact) / (inner(changed, changed) * inner(exact, exact)) ** 0.5
+        print(
+            f"rate {rate:g}: bf16 {bf16[0]:.4f} -> {bf16[-1]:.4f} "
+            f"({bf16[-1] / bf16[0] - 1:+.1%}), like a T4 {t4[0]:.4f} -> {t4[-1]:.4f}; apart by "
+            f"{max(apart):.2%} at most, {apart[-1]:.2%} at the last; cosine of the changes "
+            f"{cosine:.4f}"
+        )
+
+
+def inner(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The inner product of two LoRAs' changes BA of all matrices."""
+    total = 0.0
+    for name in one:
+        if "lora_A" in name:
+            up = name.replace("lora_A", "lora_B")
+            total += ((one[up].T @ other[up]) * (one[name] @ other[name].T)).sum().item()
+    return total
+
+
+def alike_t4(work: Work) -> None:
+    look_like_t4()
+    alike_steps(work, "t4", one_expert=True)
+
+
+def alike_bf16(work: Work) -> None:
+    alike_steps(work, "bf16", one_expert=False)
+
+
+def alike_steps(work: Work, kind: str, one_expert: bool) -> None:
+    """Twenty steps that count, on the same four rows each, with weights like real ones."""
+    from safetensors.torch import save_file
+    from true_shape import scale_like_real
+
+    from prompt_recovery import adapter, training
+    from prompt_recovery.engine import TrainingPlan, base_id, load_base
+
+    base = load_base(work.nf4)
+    scale_like_real(base)
+    training._plan = lambda *_: TrainingPlan(4, 1, work.args.layers, one_expert=one_expert)
+    for rate in RATES:
+        lora = adapter.add_lora(base, base=base_id(work.nf4), dropout=0.0)
+        recipe = dict(batch_size=4, gradient_accumulation=1, max_steps=40, learning_rate=rate)
+        taken = train_on(work, lora, random_examples(4, 256), recipe, applied=20)
+        counted = [each.loss for each in taken if not each.skipped]
+        print(f"{kind}, rate {rate:g}: {len(taken) - len(counted)} steps left out", flush=True)
+        (work.folder / f"alike-{kind}-{rate}.json").write_text(json.dumps(counted))
+        save_file(
+            {n: p.detach().cpu() for n, p in lora.named_parameters() if p.requires_grad},
+            work.folder / f"alike-{kind}-{rate}.safetensors",
+        )
+        base = lora.unload()
+
+
+def ddp(work: Work) -> None:
+    for count in (1, torch.cuda.device_count()):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={count}"]
+        launch += ["--multi_gpu"] if count > 1 else []
+        visible = ",".join(map(str, range(count)))
+        subprocess.run(
+            [*launch, "--mixed_precision=no", *command(work.args, "_ddp")[1:]],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": visible},
+        )
+
+
+def ddp_steps(work: Work) -> None:
+    steps(work, rows=8, length=512, count=12)
 
 
 def dense(work: Work) -> None:
@@ -702,6 +837,8 @@ PARTS = {
     "load": load_16_bit,
     "bf16": bf16,
     "train": train,
+    "alike": alike,
+    "ddp": ddp,
     "dense": dense,
     "_dense_write": dense_write,
     "_dense_t4": dense_t4,
@@ -712,6 +849,9 @@ PARTS = {
     "_train24": train24,
     "_steps24": steps24,
     "_steps_t4": steps_t4,
+    "_alike_t4": alike_t4,
+    "_alike_bf16": alike_bf16,
+    "_ddp": ddp_steps,
 }
 
 
