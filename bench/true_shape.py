@@ -10,6 +10,7 @@ Speed is never measured on zeros (a matrix product of zeros draws less power and
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import sys
@@ -138,13 +139,11 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
 def fill(model: nn.Module, seed: int = 0) -> None:
     """Random weights in place: every 4-bit code equally likely, scales so that weights have about
     the spread 0.02."""
-    generators: dict[torch.device, torch.Generator] = {}
+    numbers = itertools.count(seed * 1_000_003)
 
     def drawn(tensor: torch.Tensor) -> torch.Generator:
-        device = tensor.device
-        return generators.setdefault(
-            device, torch.Generator(device).manual_seed(seed + (device.index or 0))
-        )
+        # a tensor has the same numbers on whichever card it lies
+        return torch.Generator(tensor.device).manual_seed(next(numbers))
 
     def scales(absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> None:
         absmax.random_(0, 256, generator=drawn(absmax))

@@ -11,7 +11,7 @@ python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at 
     load      the 16-bit folder, of zeros, quantised while it loads
     bf16      two cards of 22.9 GiB in bf16: 50 rows by the submission's script, the training's
     train     steps, layers split: 8 x 512 tokens on those, 4 x 640 on cards like T4s
-    alike     20 steps on one card, in fp16 as a T4 makes them and in bf16: losses and adapters
+    alike     20 steps on one card in fp16 as a T4 makes them, in bf16 and in fp32: losses, adapters
     ddp       steps of 8 x 512 tokens a card, by one process and, with accelerate launch, by two
     dense     Mistral-7B's shape on the first card, like a T4 and with 22.9 GiB in bf16: steps, 50
               rows by the submission's script (not run yet)
@@ -31,6 +31,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -610,7 +611,7 @@ def steps_t4(work: Work) -> None:
 
 
 def steps(work: Work, rows: int, length: int, count: int = 8) -> None:
-    """The rate of training's steps on so many rows a process, after the first two."""
+    """The rate of training's steps alone on so many rows a process, after the first two."""
     from prompt_recovery import adapter
     from prompt_recovery.engine import base_id, load_base, processes
 
@@ -618,9 +619,9 @@ def steps(work: Work, rows: int, length: int, count: int = 8) -> None:
     sharing = processes().num_processes
     rows *= sharing
     examples = random_examples(rows * count, length)
-    recipe = dict(batch_size=rows, gradient_accumulation=1, max_steps=count)
+    recipe = dict(batch_size=rows, gradient_accumulation=1, max_steps=count, evaluations=1)
     taken = train_on(work, lora, examples, recipe)
-    rate = (count - 2) * rows * length / (taken[-1].ended - taken[1].ended)
+    rate = rows * length / statistics.median(each.seconds for each in taken[2:])
     processes().print(
         f"{sharing} processes, {rows} rows of {length} tokens a step: {rate:.0f} tokens/s, "
         "torch's own peak "
@@ -647,9 +648,9 @@ def random_examples(count: int, length: int) -> list[dict[str, list[int]]]:
 
 
 class Taken(NamedTuple):
-    """A step: when it ended, the loss before it, whether fp16's scaler left it out."""
+    """A step: how long it took, the loss before it, whether fp16's scaler left it out."""
 
-    ended: float
+    seconds: float
     loss: float
     skipped: bool
 
@@ -668,9 +669,11 @@ def train_on(
 
     taken: list[Taken] = []
     losses: list[torch.Tensor] = []
+    began: list[float] = []
     plain_step, plain_end = training.RowTrainer.training_step, training.WatchScale.on_step_end
 
     def step(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        began.append(time.monotonic())
         losses.append(plain_step(self, *arguments, **options))
         return losses[-1]
 
@@ -679,8 +682,9 @@ def train_on(
         for device in devices_of(lora):
             torch.cuda.synchronize(device)
         skipped = self.trainer.accelerator.optimizer_step_was_skipped
-        taken.append(Taken(time.monotonic(), float(sum(losses)), skipped))
+        taken.append(Taken(time.monotonic() - began[0], float(sum(losses)), skipped))
         losses.clear()
+        began.clear()
         if sum(not each.skipped for each in taken) == applied:
             control.should_training_stop = True
 
@@ -701,30 +705,34 @@ def train_on(
     return taken
 
 
-RATES = (1e-4, 3e-4)  # one of them lets bf16's loss fall by a tenth or more
+# in the first bf16's loss falls by a tenth; fp32 takes the first alone
+RATES = {"t4": (1e-4, 3e-4), "bf16": (1e-4, 3e-4), "fp32": (1e-4,)}
 
 
 def alike(work: Work) -> None:
     from safetensors.torch import load_file
 
-    for part in ("_alike_t4", "_alike_bf16"):
+    for part in ("_alike_t4", "_alike_bf16", "_alike_fp32"):
         alone = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
         subprocess.run(command(work.args, part), env=alone, check=True)
-    for rate in RATES:
-        (t4, changed), (bf16, exact) = (
+    for kind, other, rate in (
+        *(("t4", "bf16", rate) for rate in RATES["bf16"]),
+        *((kind, "fp32", rate) for kind in ("t4", "bf16") for rate in RATES["fp32"]),
+    ):
+        (losses, changed), (exact, changed_so) = (
             (
-                json.loads((work.folder / f"alike-{kind}-{rate}.json").read_text()),
-                load_file(work.folder / f"alike-{kind}-{rate}.safetensors"),
+                json.loads((work.folder / f"alike-{each}-{rate}.json").read_text()),
+                load_file(work.folder / f"alike-{each}-{rate}.safetensors"),
             )
-            for kind in ("t4", "bf16")
+            for each in (kind, other)
         )
-        apart = [abs(a - b) / b for a, b in zip(t4, bf16, strict=True)]
-        cosine = inner(changed, exact) / (inner(changed, changed) * inner(exact, exact)) ** 0.5
+        apart = [abs(a - b) / b for a, b in zip(losses, exact, strict=True)]
+        squares = inner(changed, changed) * inner(changed_so, changed_so)
         print(
-            f"rate {rate:g}: bf16 {bf16[0]:.4f} -> {bf16[-1]:.4f} "
-            f"({bf16[-1] / bf16[0] - 1:+.1%}), like a T4 {t4[0]:.4f} -> {t4[-1]:.4f}; apart by "
-            f"{max(apart):.2%} at most, {apart[-1]:.2%} at the last; cosine of the changes "
-            f"{cosine:.4f}"
+            f"rate {rate:g}: {other} {exact[0]:.4f} -> {exact[-1]:.4f} "
+            f"({exact[-1] / exact[0] - 1:+.1%}), {kind} {losses[0]:.4f} -> {losses[-1]:.4f}; "
+            f"apart by {max(apart):.2%} at most, {apart[-1]:.2%} at the last; cosine of the "
+            f"changes {inner(changed, changed_so) / squares**0.5:.4f}"
         )
 
 
@@ -747,7 +755,17 @@ def alike_bf16(work: Work) -> None:
     alike_steps(work, "bf16", one_expert=False)
 
 
-def alike_steps(work: Work, kind: str, one_expert: bool) -> None:
+def alike_fp32(work: Work) -> None:
+    from prompt_recovery import training
+
+    arguments = training.TrainingArguments
+    training.TrainingArguments = lambda **kwargs: arguments(  # type: ignore[misc, assignment]
+        **kwargs | dict(bf16=False, fp16=False)
+    )
+    alike_steps(work, "fp32", one_expert=False, dtype=torch.float32)
+
+
+def alike_steps(work: Work, kind: str, one_expert: bool, dtype: torch.dtype | None = None) -> None:
     """Twenty steps that count, on the same four rows each, with weights like real ones."""
     from safetensors.torch import save_file
     from true_shape import scale_like_real
@@ -755,10 +773,10 @@ def alike_steps(work: Work, kind: str, one_expert: bool) -> None:
     from prompt_recovery import adapter, training
     from prompt_recovery.engine import TrainingPlan, base_id, load_base
 
-    base = load_base(work.nf4)
+    base = load_base(work.nf4, dtype)
     scale_like_real(base)
     training._plan = lambda *_: TrainingPlan(4, 1, work.args.layers, one_expert=one_expert)
-    for rate in RATES:
+    for rate in RATES[kind]:
         lora = adapter.add_lora(base, base=base_id(work.nf4), dropout=0.0)
         recipe = dict(batch_size=4, gradient_accumulation=1, max_steps=40, learning_rate=rate)
         taken = train_on(work, lora, random_examples(4, 256), recipe, applied=20)
@@ -857,6 +875,7 @@ PARTS = {
     "_steps_t4": steps_t4,
     "_alike_t4": alike_t4,
     "_alike_bf16": alike_bf16,
+    "_alike_fp32": alike_fp32,
     "_ddp": ddp_steps,
 }
 
