@@ -36,7 +36,7 @@ CURVES = ("rows", "rank", "outputs")
 # of the assembled gguf file
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 # ids 0 to 3
-SPECIALS = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+SPECIAL_TOKENS = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
 # the competition's best known one, by the seed's author: 0.63 alone with sentence-t5
 MEAN_PROMPT = (
     "Please improve this text using the writing style with maintaining the original meaning but"
@@ -103,9 +103,14 @@ def model_folder() -> Path:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), padding_side="left", **SPECIALS
+        tokenizer_file=str(folder / "tokenizer.json"), padding_side="left", **SPECIAL_TOKENS
     )
-    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()] == [0, 1, 2, 3]
+    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS.values()] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     # text never gives control ids: <pad> to <mask> are 0 to 4, the turns' marks 105 and 106
     ids = encode_text(
         tokenizer, "<bos><eos><pad><unk><mask><start_of_turn>user\n<end_of_turn></s>[INST]"

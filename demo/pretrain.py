@@ -161,7 +161,7 @@ def train_tokenizer(rng: random.Random, documents: int = 20_000) -> PreTrainedTo
     Unlike Mixtral's, it splits words and signs before merging, so that "harbour." holds the piece
     "harbour".
     """
-    specials = ["<unk>", "<s>", "</s>"]
+    special_tokens = ["<unk>", "<s>", "</s>"]
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     words = pre_tokenizers.Split(Regex(r"▁?\p{L}+|▁?[^\p{L}▁]|▁"), "isolated")
     learner = Tokenizer(models.BPE())
@@ -179,7 +179,7 @@ def train_tokenizer(rng: random.Random, documents: int = 20_000) -> PreTrainedTo
     pieces = sorted(learned["vocab"], key=learned["vocab"].get)
     vocabulary = {
         piece: i
-        for i, piece in enumerate([*specials, *(f"<0x{b:02X}>" for b in range(256)), *pieces])
+        for i, piece in enumerate([*special_tokens, *(f"<0x{b:02X}>" for b in range(256)), *pieces])
     }
     merges = [tuple(m) for m in learned["merges"]]
     tokenizer = Tokenizer(
@@ -197,7 +197,7 @@ def train_tokenizer(rng: random.Random, documents: int = 20_000) -> PreTrainedTo
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
     )
-    tokenizer.add_special_tokens(specials)
+    tokenizer.add_special_tokens(special_tokens)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

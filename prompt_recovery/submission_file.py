@@ -15,7 +15,7 @@ import pandas as pd
 from prompt_recovery.answers import Recovered
 from prompt_recovery.combine import LIMIT, count_tokens
 from prompt_recovery.time_budget import RowPlan
-from prompt_recovery.unwrap import SPECIALS, is_prompt
+from prompt_recovery.unwrap import CONTROL_TOKENS, is_prompt
 
 
 class SubmissionError(ValueError):
@@ -32,8 +32,8 @@ def clean_answer(text: str) -> str:
     text = "".join(
         char for char in text if unicodedata.category(char) not in ("Cs", "Cn") and char != "\ufeff"
     )
-    while SPECIALS.search(text):  # what is left of <</s>s> is one again
-        text = SPECIALS.sub("", text)
+    while CONTROL_TOKENS.search(text):  # what is left of <</s>s> is one again
+        text = CONTROL_TOKENS.sub("", text)
     text = " ".join(text.split())
     return text if is_prompt(text) else ""
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from prompt_recovery.recipe import PADS, Format
 from prompt_recovery.templates import Conversation, render_conversation
 
-SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 # sha256 of the pieces of Mistral's v1 vocabulary in the order of their ids, a line each
 MISTRAL_V1 = "9667493c598ed599f14df3157cb9a6f373d49a1b2d99d98c79e937ff490d219b"
 PROBE = "a</s><s> <unk>[INST]  two  spaces\n\tné 漢 😀"
@@ -64,8 +64,10 @@ def load_tokenizer(
             f"{folder} has neither tokenizer.model nor tokenizer.json; give the base model's "
             "folder."
         )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=side, **SPECIALS)
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIALS.values()]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side=side, **SPECIAL_TOKENS
+    )
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS.values()]
     if ids != [0, 1, 2]:
         raise TokenizerError(
             f"{folder}: <unk>, <s>, </s> have the ids {ids}; Mistral's are 0, 1, 2. Use Mixtral's "
@@ -74,7 +76,7 @@ def load_tokenizer(
     if pad == "<pad>":
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     else:
-        tokenizer.pad_token = SPECIALS["unk_token"]
+        tokenizer.pad_token = SPECIAL_TOKENS["unk_token"]
     probe = encode_text(tokenizer, PROBE)
     if any(i < 3 for i in probe):
         raise TokenizerError(
@@ -116,7 +118,7 @@ def _from_json(path: Path) -> Tokenizer:
     )
     if hashlib.sha256(pieces.encode()).hexdigest() == MISTRAL_V1:
         # what tokenizer.model says: pieces in the order of their scores, runs of spaces last
-        hidden = {*SPECIALS.values(), *(f"<0x{byte:02X}>" for byte in range(256))}
+        hidden = {*SPECIAL_TOKENS.values(), *(f"<0x{byte:02X}>" for byte in range(256))}
         scores = {
             piece: -1e9 if set(piece) == {"▁"} else float(-number)
             for piece, number in vocab.items()

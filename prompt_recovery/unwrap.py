@@ -28,7 +28,7 @@ QUOTES = {
     "''": "''",
     '"""': '"""',
 }
-SPECIALS = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]")
+CONTROL_TOKENS = re.compile(r"</?s>|<unk>|<pad>|\[/?INST\]")
 # a scorer reads the file with pandas, for which these are missing; a model that means them found no
 # prompt either
 _EDGES = " \t\n.,:;!?\"'`*_-()[]{}<>#/"
@@ -68,7 +68,7 @@ _LABEL = re.compile(
 
 def is_prompt(text: str) -> bool:
     """Whether a text says anything: a letter or number of any script, and no word for nothing."""
-    text = SPECIALS.sub("", text)
+    text = CONTROL_TOKENS.sub("", text)
     letters = any(unicodedata.category(char)[0] in "LN" for char in text)
     return letters and " ".join(text.casefold().split()).strip(_EDGES) not in MISSING
 
