@@ -20,7 +20,7 @@ from prompt_recovery.engine import Meter, Sampling, ready, spread_order
 from prompt_recovery.submission_file import SubmissionError, append_journal
 from prompt_recovery.submission_job import OUT_OF_TIME, Job, Member
 from prompt_recovery.submission_members import seat
-from prompt_recovery.time_budget import SAFETY, RowPlan, next_plan, seconds_needed
+from prompt_recovery.time_budget import SAFETY_FACTOR, RowPlan, next_plan, seconds_needed
 
 GIVE_UP = 16  # rows that raise one after the other: the device or the model is broken, not the rows
 
@@ -285,7 +285,7 @@ def _say_dropped(job: Job, member: Member, left: float) -> None:
     behind = job.members[job.members.index(member) + 1 :]
     own, *needed = _seconds_to_come(job, member)
     sums = [own + sum(needed[: n + 1]) for n in range(len(needed))]
-    late = [each for each, ends in zip(behind, sums, strict=True) if ends * SAFETY > left]
+    late = [each for each, ends in zip(behind, sums, strict=True) if ends * SAFETY_FACTOR > left]
     batches = sum(meter.batches for meter in member.meters.values())
     if batches > 1 and late != job.late:  # the first one compiles
         job.late = late

@@ -11,7 +11,7 @@ from prompt_recovery.engine import Meter
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.125)  # of max_new_tokens, tried from the longest on
 # tokens below which hardly any prompt fits into an answer
 SHORTEST = {"plain": 16, "json": 32, "reason_json": 128}
-SAFETY = 1.1  # estimates of the time left were up to a tenth too low
+SAFETY_FACTOR = 1.1  # estimates of the time left were up to a tenth too low
 # Seconds behind a training beside the answers to the held-out rows: saving and checking the
 # adapter, scores, pictures. A guess with a margin.
 REST = 180.0
@@ -77,7 +77,7 @@ def next_plan(
     )
 
     def fits(plan: RowPlan) -> bool:
-        return seconds_needed(plan, meters, lengths) * SAFETY <= seconds_left
+        return seconds_needed(plan, meters, lengths) * SAFETY_FACTOR <= seconds_left
 
     if first or fits(followed):
         return followed, True
@@ -111,4 +111,4 @@ def must_end(
         evaluations: that are still to come, the last one with them.
     """
     to_come = step + evaluations * (evaluation or allowed.answering) + allowed.answering + REST
-    return allowed.ends_at - now < SAFETY * to_come
+    return allowed.ends_at - now < SAFETY_FACTOR * to_come

@@ -12,7 +12,7 @@ import torch
 from prompt_recovery.engine.forward import keep_gate_up, recomputation
 from prompt_recovery.engine.group import gathered
 from prompt_recovery.engine.kernels.dispatch import uses_triton
-from prompt_recovery.engine.memory import GIB, RESERVE, TooLittleMemory, free_on
+from prompt_recovery.engine.memory import GIB, RESERVED_BYTES, TooLittleMemory, free_on
 from prompt_recovery.engine.parts import layer_devices
 from prompt_recovery.engine.storage import PROJECTIONS, four_bit_experts, release_buffers
 
@@ -180,7 +180,7 @@ class _Needs(NamedTuple):
         """Of a card, beside what its layers keep. last: it has the head."""
         head = micro * self.answer * self.logits if last else 0
         return (
-            RESERVE
+            RESERVED_BYTES
             + self.buffers[one_expert]
             + head
             + self.working * self.layer * micro * self.longest
@@ -242,7 +242,7 @@ def _plan_of(
             + card.checkpointed * needs.border
             + card.kept * needs.gate_up
         )
-        peak = max(peak, fixed - RESERVE + tokens * keeping)
+        peak = max(peak, fixed - RESERVED_BYTES + tokens * keeping)
     again = sum(map(_again, cards)) / sum(layers)
     overhead = OVERHEAD_TOKENS * (DEQUANTISATIONS if one_expert else 1)
     checkpointed, kept = sum(card.checkpointed for card in cards), sum(card.kept for card in cards)

@@ -25,8 +25,8 @@ from prompt_recovery.engine.storage import (
 GIB = 2**30
 # a parameter, with double quantisation: 0.516
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)
-# A guess with a margin: the room of CUDA's context, cuBLAS and the allocator's fragments
-RESERVE = GIB
+# Left free on each card, a guess: for CUDA's context, cuBLAS and the allocator's fragments
+RESERVED_BYTES = GIB
 # Room for the KV cache that a placement must leave, in tokens: some three rows of the longest texts
 KV_TOKENS = 8192
 
@@ -171,7 +171,7 @@ def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list
         if split is not None:
             return split + [0] * (len(free) - used)
     needed = sizes.weights + kv_tokens * sizes.kv * len(sizes.layers)
-    each = sizes.workspace + RESERVE
+    each = sizes.workspace + RESERVED_BYTES
     raise TooLittleMemory(
         f"The model needs {needed / GIB:.1f} GiB (weights {sizes.weights / GIB:.1f}, KV cache of "
         f"{kv_tokens} tokens) and {each / GIB:.1f} GiB of working room on each GPU; free are "
@@ -195,7 +195,7 @@ def _balance(sizes: Sizes, free: Sequence[int], kv_tokens: int) -> list[int] | N
         used = (
             sums[last] - sums[first] + sizes.before * (gpu == 0) + sizes.behind * (gpu == gpus - 1)
         )
-        room = free[gpu] - sizes.workspace - RESERVE
+        room = free[gpu] - sizes.workspace - RESERVED_BYTES
         return used / room if room > 0 else float("inf")
 
     # best[n]: (largest share, split) with the first n layers on the GPUs so far
@@ -228,7 +228,7 @@ def merges_on_cpu(sizes: Sizes, split: Sequence[int], free: Sequence[int]) -> bo
     gets."""
     used = [room for room, count in zip(free, split, strict=True) if count]
     return any(
-        room - weights < sizes.merging + RESERVE
+        room - weights < sizes.merging + RESERVED_BYTES
         for room, weights in zip(used, stage_weights(sizes, split), strict=True)
     )
 

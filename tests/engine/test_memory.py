@@ -23,7 +23,7 @@ from prompt_recovery.engine import (
     memory,
     storage,
 )
-from prompt_recovery.engine.memory import GIB, RESERVE, Sizes
+from prompt_recovery.engine.memory import GIB, RESERVED_BYTES, Sizes
 from prompt_recovery.engine.summary import summary
 from prompt_recovery.examples import IGNORED, collate, make_examples
 from prompt_recovery.recipe import Recipe
@@ -123,7 +123,7 @@ def test_the_split_is_the_best_of_all(layers, before, behind, kv, free, workspac
         if options and min(options) <= 1:
             expected = used, min(options)
             break
-    room = [f + RESERVE for f in free]
+    room = [f + RESERVED_BYTES for f in free]
     if expected is None:
         with pytest.raises(TooLittleMemory):
             memory.place(sizes, room, kv_tokens=2)
@@ -238,7 +238,7 @@ def test_more_memory_never_makes_training_slower_and_every_plan_fits(lora, autoc
     seen, costs = {}, []
     for room in (int(4e6 * 1.28**n) for n in range(14)):
         try:
-            plan = checkpointing.training_plan(lora, 64, 8, 6, autocast, free=RESERVE + room)
+            plan = checkpointing.training_plan(lora, 64, 8, 6, autocast, free=RESERVED_BYTES + room)
         except TooLittleMemory as error:
             assert not costs  # more memory never takes a way away
             assert "one row of 64 tokens" in str(error) and "Lower max_tokens" in str(error)
@@ -272,7 +272,7 @@ def test_layers_on_two_cards_are_planned_by_the_room_of_each(lora):
     for room in (int(3e6 * 1.06**n) for n in range(30)):
         try:
             plan = checkpointing.training_plan(
-                lora, 64, 8, 4, torch.bfloat16, free=[RESERVE + room, 2**40], layers=(1, 2)
+                lora, 64, 8, 4, torch.bfloat16, free=[RESERVED_BYTES + room, 2**40], layers=(1, 2)
             )
         except TooLittleMemory:
             continue

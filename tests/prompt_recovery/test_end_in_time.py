@@ -13,7 +13,7 @@ from tiny_training import FAST, SHORT, build, demo_rows, lora_state
 from prompt_recovery import callbacks, run_folder, run_lock, training
 from prompt_recovery.examples import make_examples
 from prompt_recovery.recipe import Recipe
-from prompt_recovery.time_budget import REST, SAFETY, TrainingTime, must_end
+from prompt_recovery.time_budget import REST, SAFETY_FACTOR, TrainingTime, must_end
 
 pytestmark = pytest.mark.usefixtures("told")
 
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("told")
 @pytest.mark.parametrize(
     ("left", "evaluation", "evaluations", "end"),
     [
-        (SAFETY * (REST + 100 + 10 + 30) + 1, 30.0, 1, False),
-        (SAFETY * (REST + 100 + 10 + 30) - 1, 30.0, 1, True),
-        (SAFETY * (REST + 100 + 10 + 60) - 1, 30.0, 2, True),
-        (SAFETY * (REST + 100 + 10 + 100) - 1, 0.0, 1, True),  # none was measured yet
-        (SAFETY * (REST + 100 + 10 + 100) + 1, 0.0, 1, False),
+        (SAFETY_FACTOR * (REST + 100 + 10 + 30) + 1, 30.0, 1, False),
+        (SAFETY_FACTOR * (REST + 100 + 10 + 30) - 1, 30.0, 1, True),
+        (SAFETY_FACTOR * (REST + 100 + 10 + 60) - 1, 30.0, 2, True),
+        (SAFETY_FACTOR * (REST + 100 + 10 + 100) - 1, 0.0, 1, True),  # none was measured yet
+        (SAFETY_FACTOR * (REST + 100 + 10 + 100) + 1, 0.0, 1, False),
         (-5.0, 30.0, 1, True),
     ],
 )
@@ -156,7 +156,7 @@ def test_what_was_measured_decides(tmp_path):
     """With time for two steps or so more, on the real clock; the last step ends in time anyway."""
     start = time.monotonic()
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    allowed = TrainingTime(start + SAFETY * REST + 4.0, answering=0.5)
+    allowed = TrainingTime(start + SAFETY_FACTOR * REST + 4.0, answering=0.5)
     log, _ = go(tmp_path / "out", allowed=allowed, max_steps=5000, evaluations=100)
     assert 1 < log["step"].max() < 5000 and "ENDED IN TIME" in log.attrs["ended"]
     assert time.monotonic() - start < 4.0 + 3.0  # the model is built in that time, too

@@ -3,7 +3,13 @@
 import pytest
 
 from prompt_recovery.engine import Meter
-from prompt_recovery.time_budget import SAFETY, RowPlan, next_plan, plans_from, seconds_needed
+from prompt_recovery.time_budget import (
+    SAFETY_FACTOR,
+    RowPlan,
+    next_plan,
+    plans_from,
+    seconds_needed,
+)
 
 
 def meter(batches, rows=10, tokens_in=100, tokens_out=20, reading=5.0, writing=20.0):
@@ -54,12 +60,12 @@ LENGTHS = [100] * 40  # 100 s by what meter() measured
     ("seconds_left", "expected"),
     [
         (1000, (RowPlan(1, 64), True)),
-        (100 * SAFETY + 1, (RowPlan(1, 64), True)),
+        (100 * SAFETY_FACTOR + 1, (RowPlan(1, 64), True)),
         # answers took 20 tokens: a limit of 24 or more saves nothing, one of 16 a fifth of the
         # writing
-        (100 * SAFETY - 1, (RowPlan(1, 16), True)),
-        ((20 + 0.8 * 80) * SAFETY + 1, (RowPlan(1, 16), True)),
-        ((20 + 0.8 * 80) * SAFETY - 1, (RowPlan(1, 16), False)),
+        (100 * SAFETY_FACTOR - 1, (RowPlan(1, 16), True)),
+        ((20 + 0.8 * 80) * SAFETY_FACTOR + 1, (RowPlan(1, 16), True)),
+        ((20 + 0.8 * 80) * SAFETY_FACTOR - 1, (RowPlan(1, 16), False)),
         (0, (RowPlan(1, 16), False)),
     ],
 )
