@@ -28,7 +28,7 @@ from prompt_recovery.engine.planning import AnswerPlan
 
 GIB = 2**30
 PROMPT, STEPS = 768, 32
-EXPERTS, ATTENTION = 45.10e9, 1.342e9  # parameters
+EXPERT_PARAMETERS, ATTENTION_PARAMETERS = 45.10e9, 1.342e9
 table: list[str] = []
 
 
@@ -47,8 +47,9 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def decode_floor(rows: int, bandwidth: float, layers: int) -> float:
     """Seconds a step takes at least: the weights that are touched, read once. NF4 experts, 16-bit
     attention and head."""
-    share = 1 - 0.75**rows
-    return (EXPERTS * share * 0.516 + ATTENTION * 2) * layers / 32 / (bandwidth * 1e12)
+    touched = 1 - 0.75**rows
+    read = EXPERT_PARAMETERS * touched * 0.516 + ATTENTION_PARAMETERS * 2
+    return read * layers / 32 / (bandwidth * 1e12)
 
 
 def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> None:

@@ -22,7 +22,7 @@ from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, card, on, uses_t
 from prompt_recovery.engine.merging import mergeable
 from prompt_recovery.engine.storage import dequantise, linear_pieces
 
-ATTENTION = "prompt_recovery_decode"
+ATTENTION_IMPLEMENTATION = "prompt_recovery_decode"
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -176,9 +176,9 @@ def fast_layers(model: Any) -> Iterator[bool]:
     """Let the model's attention, its LoRAs in 16 bit, and Mixtral's layers on devices with Triton,
     be those of this module inside. Gives whether every layer's attention knows by itself what a row
     sees in a decode step, which then needs no mask."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_IMPLEMENTATION, _attention)
     before = model.config._attn_implementation
-    model.config._attn_implementation = ATTENTION
+    model.config._attn_implementation = ATTENTION_IMPLEMENTATION
     changed: list[nn.Module] = []
 
     def change(module: nn.Module, forward: Any, **kept: Any) -> None:
