@@ -288,9 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def count(text: str) -> int:  # the scorer here is MiniLM, so its tokens count
         return len(encoder.tokenizer(text)["input_ids"])
 
-    def combined(how: str, mean_prompt: str | None = None) -> list[list[str]]:
+    def combined(strategy: str, mean_prompt: str | None = None) -> list[list[str]]:
         options = dict(mean_prompt=mean_prompt, encoder=encoder, count=count)
-        return [[combine(each, how, **options) for each in rows] for rows in samples]
+        return [[combine(each, strategy, **options) for each in rows] for rows in samples]
 
     truths = eval_rows["rewrite_prompt"].to_list()
     answers = {

@@ -22,7 +22,7 @@ from sentencepiece import SentencePieceProcessor
 
 from prompt_recovery.data import normalise
 from prompt_recovery.metric import sharpened_cosine
-from prompt_recovery.recipe import WAYS
+from prompt_recovery.recipe import STRATEGIES
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -68,7 +68,7 @@ def agreements(answers: Sequence[str], encoder: SentenceTransformer | None = Non
 
 def combine(
     answers: Sequence[str],
-    how: str = "first",
+    strategy: str = "first",
     *,
     mean_prompt: str | None = None,
     encoder: SentenceTransformer | None = None,
@@ -78,19 +78,20 @@ def combine(
 ) -> str:
     """One answer, never blank, from the answers to a row, the greedy one first.
 
-    how: "first" takes the first answer, "agree" the one that agrees most with the others (the
-    earlier one of equals), "join" all of different wording, most agreed first, as long as they fit.
+    strategy: "first" takes the first answer, "agree" the one that agrees most with the others (of
+    equals the earlier), "join" all of different wording, most agreed first, as long as they fit.
     mean_prompt goes behind them and has precedence over all but the leading answer. threshold: if
     the mean of the answers' agreements lies below it (see pick_threshold), mean_prompt alone is the
     answer.
     count: tokens of a text; another scorer's, if it is not sentence-t5. A leading answer that is
     too long loses its end.
-    Raises ValueError for an unknown way, no answer that is not blank and no mean_prompt, "agree" or
-    threshold without an encoder, threshold without a mean_prompt, a limit that holds nothing.
+    Raises ValueError for an unknown strategy, no answer that is not blank and no mean_prompt,
+    "agree" or threshold without an encoder, threshold without a mean_prompt, a limit that holds
+    nothing.
     """
-    if how not in WAYS:
-        raise ValueError(f"combine={how!r} is unknown: choose one of {', '.join(WAYS)}.")
-    if encoder is None and (how == "agree" or threshold is not None):
+    if strategy not in STRATEGIES:
+        raise ValueError(f"combine={strategy!r} is unknown: choose one of {', '.join(STRATEGIES)}.")
+    if encoder is None and (strategy == "agree" or threshold is not None):
         raise ValueError(
             "Agreement and threshold need an encoder: give one, or combine='first' or 'join'."
         )
@@ -105,13 +106,13 @@ def combine(
         raise ValueError(
             "All answers are blank and there is no mean_prompt: a blank fails the whole submission."
         )
-    if how != "first" or threshold is not None:
+    if strategy != "first" or threshold is not None:
         agreed = agreements(answers, encoder)
         if answers and threshold is not None and agreed.mean() < threshold:
             answers = []
-        elif how != "first":
+        elif strategy != "first":
             answers = [answers[i] for i in np.argsort(-agreed.round(6), kind="stable")]
-    *rest, last = [*(answers if how == "join" else answers[:1]), mean_prompt]
+    *rest, last = [*(answers if strategy == "join" else answers[:1]), mean_prompt]
     if not rest:
         rest, last = [last], ""
     kept = [_cut(rest[0], count, limit)]

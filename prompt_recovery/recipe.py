@@ -28,7 +28,7 @@ from prompt_recovery.settings import (
 from prompt_recovery.templates import STYLES, SYSTEM_PLACEMENTS
 
 PADS = ("<pad>", "unk")
-WAYS = ("first", "join", "agree")  # to make one answer of several
+STRATEGIES = ("first", "join", "agree")  # to make one answer of several
 FALLBACK = "Please improve this text while keeping its original meaning but altering the tone."
 MOST_TOKENS = 4096  # of a prompt with its answer, in a submission
 
@@ -51,7 +51,7 @@ class Answering(Settings):
     # of all answers but the first, which is greedy; 0 is for one that draws none
     temperature: float = setting(0.8, number(0, 5), "answers")
     top_p: float = setting(0.95, number(0.01, 1), "answers")
-    combine: str = setting("first", choice(*WAYS), "score")
+    combine: str = setting("first", choice(*STRATEGIES), "score")
 
     def conflicts(self) -> Iterator[str]:
         if self.temperature < 0.01 and (self.answers_per_row > 1 or self.temperature > 0):

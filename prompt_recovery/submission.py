@@ -63,7 +63,7 @@ def prepare(
     if wrong := [*settings.uncombined()]:
         raise SettingError("\n".join(wrong))
     options: dict[str, Any] = dict(
-        how=settings.combine,
+        strategy=settings.combine,
         mean_prompt=settings.mean_prompt,
         encoder=encoder,
         threshold=settings.threshold,

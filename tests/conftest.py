@@ -89,7 +89,7 @@ def tiny_tokenizer():
     return load_tokenizer(TINY, pad="unk", side="left")
 
 
-def prepared(test, path, *, how="first", max_tokens=400, encoder=None, **options):
+def prepared(test, path, *, combine="first", max_tokens=400, encoder=None, **options):
     """A submission's job of the tiny model. options: settings, and attributes of the job."""
     from prompt_recovery import submission
     from prompt_recovery.recipe import SubmissionSettings
@@ -102,7 +102,7 @@ def prepared(test, path, *, how="first", max_tokens=400, encoder=None, **options
     call = {name: options.pop(name) for name in ("seed", "started") if name in options}
     settings = SubmissionSettings(
         submission_csv=path,
-        combine=how,
+        combine=combine,
         encoder_dir=None if encoder is None else "given",
         **options,
     )

@@ -81,8 +81,8 @@ def test_agreement_is_by_meaning(encoder):
     assert c.combine(["b", "a", "a", "b"], "agree", encoder=encoder) == "b"
 
 
-@pytest.mark.parametrize("how", c.WAYS)
-def test_never_longer_than_the_scorer_reads(encoder, how):
+@pytest.mark.parametrize("strategy", c.STRATEGIES)
+def test_never_longer_than_the_scorer_reads(encoder, strategy):
     count = c.count_tokens
     options = dict(mean_prompt=MEAN, encoder=encoder)
     for answers in [[text, "Make it formal."] for text in NASTY] + [
@@ -90,10 +90,10 @@ def test_never_longer_than_the_scorer_reads(encoder, how):
         ["wörd" * 400],
         ["a b" * 900, "x " * 900],
     ]:
-        combined = c.combine(answers, how, **options)
+        combined = c.combine(answers, strategy, **options)
         assert combined.strip() and count(combined) <= c.LIMIT
     long = " ".join(f"Rewrite number {n} as a letter to the owner." for n in range(60))
-    cut = c.combine([long], how, encoder=encoder)
+    cut = c.combine([long], strategy, encoder=encoder)
     # whole words, and little room left
     assert long.startswith(cut + " ") and c.LIMIT - 6 < count(cut) <= c.LIMIT
 
@@ -122,11 +122,11 @@ def test_disagreement_falls_back_to_the_mean_prompt(encoder):
     low, high = (c.agreements(answers, encoder).mean() for answers in (apart, same))
     assert low < 0.2 < 0.4 < high
     options = dict(mean_prompt=MEAN, encoder=encoder, threshold=0.3)
-    for how in c.WAYS:
-        assert c.combine(apart, how, **options) == MEAN
-        assert c.combine(same, how, **options).endswith(f" {MEAN}")
+    for strategy in c.STRATEGIES:
+        assert c.combine(apart, strategy, **options) == MEAN
+        assert c.combine(same, strategy, **options).endswith(f" {MEAN}")
         # nothing to disagree with
-        assert c.combine(same[:1], how, **options) == f"Make it a poem. {MEAN}"
+        assert c.combine(same[:1], strategy, **options) == f"Make it a poem. {MEAN}"
 
 
 def test_threshold_is_the_best_of_all_on_these_rows():

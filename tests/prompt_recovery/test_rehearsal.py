@@ -143,7 +143,7 @@ def test_two_t4s_are_reckoned_in_the_one_way_that_plan_has(
     capsys,
 ):
     path = rows_file(tmp_path / "rows.csv", "Make it rhyme.", count=4)
-    options = OPTIONS | dict(test_csv=path, answers_per_row=3, how="join")
+    options = OPTIONS | dict(test_csv=path, answers_per_row=3, combine="join")
     job = prepared(data.read_test(path), tmp_path / "s.csv", **options)
     job.settings = replace(job.settings, model_dir=str(true_shape[1]))
     job.members[0].prompts = {n: [1] * length for n, length in enumerate((500, 600, 700, 800))}

@@ -43,7 +43,7 @@ OPTIONS = dict(
     max_tokens=400,
     max_new_tokens=12,
     model_dir=TINY,
-    how="join",
+    combine="join",
 )
 
 
@@ -78,7 +78,7 @@ def rows(count):
 def answered(base, test, path, folders, **options):
     """A submission's job, answered, and its report."""
     options = OPTIONS | dict(adapter_dir=folders) | options
-    job = prepared(test, path, **options | (dict(how="first") if len(folders) == 1 else {}))
+    job = prepared(test, path, **options | (dict(combine="first") if len(folders) == 1 else {}))
     submission.answer(job, base, tiny_tokenizer())
     return job, submission.report(job)
 
@@ -176,7 +176,7 @@ def test_an_adapter_that_can_not_be_put_on_costs_the_others_nothing(
 def test_several_adapters_whose_answers_nothing_combines_are_refused(folders, tmp_path):
     chosen = [folders["plain"], folders["json"]]
     with pytest.raises(SettingError, match="Set answers_per_row"):
-        prepared(rows(1), tmp_path / "s.csv", **OPTIONS | dict(how="first", adapter_dir=chosen))
+        prepared(rows(1), tmp_path / "s.csv", **OPTIONS | dict(combine="first", adapter_dir=chosen))
     with pytest.raises(SettingError, match="Set answers_per_row"):  # no adapter was found
         prepared(rows(1), tmp_path / "s.csv", **OPTIONS)
     assert not list(tmp_path.iterdir())
@@ -221,7 +221,7 @@ def test_a_stranger_is_left_out_at_last_and_the_base_answers_under_its_own_key(
     job = prepared(rows(3), tmp_path / "s.csv", **OPTIONS | options)
     submission.answer(job, base, tiny_tokenizer())
     assert [member.adapter_dir for member in job.members] == [folders["plain"]]
-    options |= dict(adapter_dir=[stranger], how="first")
+    options |= dict(adapter_dir=[stranger], combine="first")
     job = prepared(rows(3), tmp_path / "s.csv", **OPTIONS | options)
     submission.answer(job, base, tiny_tokenizer())
     (member,) = job.members

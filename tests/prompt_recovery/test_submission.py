@@ -311,7 +311,7 @@ def test_bad_settings_raise_before_a_row_is_answered(loaded, tmp_path):
             None,
             rows(2),
             tmp_path / "s.csv",
-            **OPTIONS | dict(how="agree", answers_per_row=2),
+            **OPTIONS | dict(combine="agree", answers_per_row=2),
         )
     assert not list(tmp_path.iterdir())
     with pytest.raises(TokenizerError, match="max_tokens is 6"):
@@ -340,7 +340,7 @@ def test_how_to_draw_is_said_to_do_nothing_where_nothing_is_drawn(tmp_path, caps
         (dict(temperature=1.2), "temperature=1.2: the one answer"),
         (dict(temperature=0, top_p=0.5), "top_p=0.5: the one answer"),
         (dict(temperature=0.8), ""),
-        (dict(temperature=1.2, answers_per_row=2, how="join"), ""),
+        (dict(temperature=1.2, answers_per_row=2, combine="join"), ""),
     ):
         answer_test(None, None, rows(1), tmp_path / "s.csv", **OPTIONS | more)
         found = capsys.readouterr().out
@@ -406,14 +406,14 @@ def test_what_the_settings_ask_for_and_an_answer_lacks_is_counted(loaded, tmp_pa
         (dict(mean_prompt=mean), [long], "eos", "mean_prompt, at 128 tokens"),
         (dict(), [long * 12], "eos", "a part of what was found, at 128 tokens"),
         (
-            dict(how="join", answers_per_row=9),
+            dict(combine="join", answers_per_row=9),
             many,
             "eos",
             "a part of what was found, at 128 tokens",
         ),
-        (dict(how="join", answers_per_row=2), [short, long], "eos", ""),
+        (dict(combine="join", answers_per_row=2), [short, long], "eos", ""),
         (
-            dict(how="join", answers_per_row=2),
+            dict(combine="join", answers_per_row=2),
             [short, None],
             "eos",
             "a prompt in some of their answers",
@@ -498,7 +498,7 @@ def test_long_answers_lose_their_end_at_a_word(loaded, tmp_path):
 
 
 def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path):
-    options = OPTIONS | dict(answers_per_row=2, how="join", mean_prompt="Improve it.")
+    options = OPTIONS | dict(answers_per_row=2, combine="join", mean_prompt="Improve it.")
     answer_test(*loaded, rows(2), tmp_path / "s.csv", **options)
     (journal,) = tmp_path.glob("*.journal")
     prompts = [
@@ -510,7 +510,7 @@ def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path)
     ]
     journal.write_text(json.dumps(json.loads(journal.read_text()) | {"rows": found}))
     encoder = metric.load_encoder(metric.minilm_dir(), device="cpu")
-    options |= dict(how="first", encoder=encoder, threshold=0.3)
+    options |= dict(combine="first", encoder=encoder, threshold=0.3)
     assert answer_test(*loaded, rows(2), tmp_path / "s.csv", **options)["answer"].to_list() == [
         "Make it a poem. Improve it.", "Improve it.",
     ]  # fmt: skip
@@ -523,7 +523,7 @@ def test_rows_whose_answers_disagree_get_the_mean_prompt_alone(loaded, tmp_path)
 
 
 def test_answers_that_nothing_combines_are_refused(loaded, tmp_path):
-    for wrong in (dict(answers_per_row=4), dict(how="join"), dict(threshold=0.5)):
+    for wrong in (dict(answers_per_row=4), dict(combine="join"), dict(threshold=0.5)):
         with pytest.raises(SettingError, match="Set answers_per_row"):
             answer_test(*loaded, rows(2), tmp_path / "s.csv", **OPTIONS | wrong)
     assert not list(tmp_path.iterdir())
@@ -785,7 +785,7 @@ def budgeted(slow, folder, capsys, seconds, per_step=0.5, per_token=0.001, count
 
 
 def test_time_is_kept_by_fewer_answers_then_shorter_ones_then_fallbacks(slow, tmp_path, capsys):
-    several = dict(answers_per_row=3, how="join", seed=1)
+    several = dict(answers_per_row=3, combine="join", seed=1)
     report, full, said = budgeted(slow, tmp_path, capsys, 10_000, **several)
     assert set(report["how"]) <= DONE and "from here" not in said and (report["tokens"] > 24).any()
     taken = [full]
@@ -836,7 +836,7 @@ def test_rows_with_less_than_was_asked_are_answered_as_asked_once_there_is_time(
     """391 of 720 rows kept one answer of four, "by the model", with all the time in the world."""
     base, tok, clock = slow(0.5, 0.001)
     options = OPTIONS | dict(
-        max_new_tokens=12, batch_tokens=400, answers_per_row=3, how="join", seed=1
+        max_new_tokens=12, batch_tokens=400, answers_per_row=3, combine="join", seed=1
     )
     test = rows(24)
     plain = {id for text in test["original_text"] for id in encode_text(tok, text)}

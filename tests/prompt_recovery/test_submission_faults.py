@@ -57,9 +57,9 @@ OPTIONS = dict(
 
 SETTINGS = {
     "several answers": dict(
-        answers_per_row=3, how="join", mean_prompt="Improve it.", seed=7, max_new_tokens=5
+        answers_per_row=3, combine="join", mean_prompt="Improve it.", seed=7, max_new_tokens=5
     ),
-    "two adapters": dict(how="join", style=None, system_placement=None),
+    "two adapters": dict(combine="join", style=None, system_placement=None),
 }
 
 
