@@ -73,10 +73,10 @@ def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> No
     step = (spent - decoder.prefill_seconds) / STEPS
     floor = decode_floor(rows, bandwidth, layers)
     prefill, peak = rows * PROMPT / decoder.prefill_seconds, torch.cuda.max_memory_allocated() / GIB
-    how = "graph" if decoder.stages[0].graphs else "eager"
+    mode = "graph" if decoder.stages[0].graphs else "eager"
     report(
         f"{name:<22} B{rows:<3} decode {step * 1e3:7.2f} ms/step ({floor / step:4.0%} of the "
-        f"floor {floor * 1e3:.1f}, {how}, {distinct_experts(fast, prompts):.1f} experts a layer), "
+        f"floor {floor * 1e3:.1f}, {mode}, {distinct_experts(fast, prompts):.1f} experts a layer), "
         f"prefill {prefill:7.0f} tok/s, peak {peak:.1f} GiB"
     )
 

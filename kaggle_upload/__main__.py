@@ -91,9 +91,9 @@ def _add_publishing(sub: argparse.ArgumentParser, name: str) -> None:
         default=f"{name} by kaggle_upload",
         help="of the version",
     )
-    how = "download" if name == "adapter" else "list"
+    verify = "download" if name == "adapter" else "list"
     text = "compare names and sizes, or sha256 too (%(default)s)"
-    sub.add_argument("--verify", choices=("list", "download"), default=how, help=text)
+    sub.add_argument("--verify", choices=("list", "download"), default=verify, help=text)
     sub.add_argument("--force", action="store_true", help="publish unchanged content once more")
     text = "where files are staged until they stand on Kaggle; on DIR's file system they are links"
     sub.add_argument(
@@ -159,11 +159,11 @@ def push(args: argparse.Namespace) -> None:
     """notebook, to answer or to train."""
     needed = ("rows", "encoder") if args.train else ("adapter", "competition")
     others = ("adapter", "competition") if args.train else ("rows", "encoder", "earlier")
-    how = "with" if args.train else "without"
+    mode = "with" if args.train else "without"
     if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
-        raise UploadError(f"{how} --train the notebook needs {' and '.join(missing)} too.")
+        raise UploadError(f"{mode} --train the notebook needs {' and '.join(missing)} too.")
     if useless := [f"--{name}" for name in others if getattr(args, name)]:
-        raise UploadError(f"{how} --train the notebook takes no {' and no '.join(useless)}.")
+        raise UploadError(f"{mode} --train the notebook takes no {' and no '.join(useless)}.")
     handle = Page.parse(args.to, "notebook")
     models = [args.base] if args.train else [*args.adapter, args.base]
     datasets = [args.wheels, *args.rows]

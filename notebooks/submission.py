@@ -143,9 +143,9 @@ job = submission.prepare(test, settings, tok, encoder=encoder, started=started)
 # it was trained with; a text that is too long loses its middle.
 
 # %%
-how = f"{settings.answers_per_row} a row, {settings.combine}"
+asked = f"{settings.answers_per_row} a row, {settings.combine}"
 for member in job.members:
-    print(f"{member.name}: {member.format.style} answers, {how}")
+    print(f"{member.name}: {member.format.style} answers, {asked}")
     for prompt in list(member.prompts.values())[:1]:
         print(tok.decode(prompt))
 

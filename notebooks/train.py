@@ -137,8 +137,8 @@ engine.check_model_dir(recipe.model_dir)
 rows, account = data.clean_rows(data.read_rows(recipe.train_csv))
 print(data.describe(rows, account))
 tok = tokenizer.load_tokenizer(recipe.model_dir, pad=recipe.pad)
-how = dict(max_tokens=recipe.max_tokens, format=recipe.format)
-rows, example_of, account = examples.usable_examples(tok, rows, **how)
+encoding = dict(max_tokens=recipe.max_tokens, format=recipe.format)
+rows, example_of, account = examples.usable_examples(tok, rows, **encoding)
 print(*data.describe_account(account), sep="\n")
 
 # %% [markdown]
@@ -195,7 +195,7 @@ display(Image(str(output / "lengths.png")))
 # %%
 base = engine.load_base(recipe.model_dir, four_bit=recipe.four_bit)
 longest = max(examples.answer_length(example) for example in train_examples)
-answer_options = how | dict(max_new_tokens=math.ceil(1.5 * longest), fallback_prompt=FALLBACK)
+answer_options = encoding | dict(max_new_tokens=math.ceil(1.5 * longest), fallback_prompt=FALLBACK)
 answering = time.monotonic()
 before = answers.answer_table(base, tok, reported, description="answers before", **answer_options)
 answering = time.monotonic() - answering

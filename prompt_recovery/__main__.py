@@ -147,9 +147,9 @@ def print_plan(
             f"{field:<12}" + "".join(f"{getattr(part, field) / gib:8.2f}" for part in planned.bytes)
         )
     print(f"{'together':<12}" + "".join(f"{sum(part) / gib:8.2f}" for part in planned.bytes))
-    how = "merged into 16-bit weights" if answering.merged else "beside the 4-bit weights"
+    placed = "merged into 16-bit weights" if answering.merged else "beside the 4-bit weights"
     print(
-        f"\nadapter {how}; prompts read {answering.piece} tokens at a time; room for "
+        f"\nadapter {placed}; prompts read {answering.piece} tokens at a time; room for "
         f"{answering.cells} tokens of a batch"
     )
     if planned.on_cpu:

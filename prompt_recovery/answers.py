@@ -20,12 +20,12 @@ NOT_FINITE = "not finite"
 
 
 class Recovered(NamedTuple):
-    """A recovered prompt, never blank, or None; how it was found (the parser's word); why the
+    """A recovered prompt, never blank, or None; as what it was parsed (the parser's word); why the
     answer ended (eos, object, length, or "not finite": the model's logits, which then say nothing);
     its length in tokens."""
 
     prompt: str | None
-    how: str
+    parsed_as: str
     stopped: str
     tokens: int
 
@@ -95,8 +95,8 @@ def _recover(tokenizer: PreTrainedTokenizerFast, answer: Answer, style: str) -> 
     ids, ended = answer
     text = tokenizer.decode(ids[:-1] if ended == "eos" else ids, skip_special_tokens=True)
     stopped = "object" if ended == "stop" else ended
-    parsed = find_prompt("" if ended == NOT_FINITE else text, style, at_limit=ended == "length")
-    return Recovered(parsed.prompt, parsed.how, stopped, len(ids))
+    found = find_prompt("" if ended == NOT_FINITE else text, style, at_limit=ended == "length")
+    return Recovered(found.prompt, found.parsed_as, stopped, len(ids))
 
 
 def answer_rows(
@@ -145,4 +145,6 @@ def answer_table(
 
 def or_fallback(found: Recovered, fallback_prompt: str) -> tuple[str, str]:
     """(answer, how) as a table has them."""
-    return (fallback_prompt, "fallback") if found.prompt is None else (found.prompt, found.how)
+    if found.prompt is None:
+        return fallback_prompt, "fallback"
+    return found.prompt, found.parsed_as

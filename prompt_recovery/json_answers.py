@@ -104,18 +104,18 @@ def scan_key(text: str) -> tuple[str | None, str]:
     if quote in JSON_QUOTES:
         value, closed, after = _read_quoted(rest, JSON_QUOTES[quote])
         if not closed or "}" not in after:
-            how = "unclosed"
+            parsed_as = "unclosed"
         else:
-            how = "single quotes" if quote == "'" else "key scan"
+            parsed_as = "single quotes" if quote == "'" else "key scan"
     elif re.match(
         r"[\[{]|(?:null|true|false|none|-?\d[\d.eE+-]*)\s*(?:[,}\n]|$)", rest, re.IGNORECASE
     ):
         return None, "nothing"  # a value, but not text
     else:
         value = re.split(r"[}\n]", rest, maxsplit=1)[0].rstrip().rstrip(",")
-        how = "key scan" if "}" in rest else "unclosed"
+        parsed_as = "key scan" if "}" in rest else "unclosed"
     value = value.strip()
-    return (value, how) if value else (None, "nothing")
+    return (value, parsed_as) if value else (None, "nothing")
 
 
 def _read_quoted(rest: str, closing: str) -> tuple[str, bool, str]:

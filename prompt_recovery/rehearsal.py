@@ -56,9 +56,9 @@ def _score(job: Job, answers: pd.DataFrame) -> str:
         f"{len(rows)} rows, {line['by_task']:.3f} by prompt group, {line['exact_match']:.0%} word "
         f"for word; encoder {metric.encoder_name(folder)}",
     ]
-    for how, part in (("model", rows[by_model]), ("fallback", rows[~by_model])):
+    for source, part in (("model", rows[by_model]), ("fallback", rows[~by_model])):
         if len(part):
-            lines.append(f"  {len(part)} rows by the {how}: {part['scs'].mean():.3f}")
+            lines.append(f"  {len(part)} rows by the {source}: {part['scs'].mean():.3f}")
     return "\n".join(lines)
 
 

@@ -164,7 +164,7 @@ def report(job: Job) -> pd.DataFrame:
             (
                 text,
                 "model" if first else "fallback",
-                first.how if first else next(iter(missing), OUT_OF_TIME),
+                first.parsed_as if first else next(iter(missing), OUT_OF_TIME),
                 stopped.stopped if stopped else "",
                 _less(job, position),
                 "; ".join(job.lacks(position)),

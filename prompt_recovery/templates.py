@@ -56,7 +56,7 @@ class Parsed(NamedTuple):
     found."""
 
     prompt: str | None
-    how: str
+    parsed_as: str
 
 
 # --- rendering ------------------------------------------------------------------------------------
@@ -251,20 +251,20 @@ def find_prompt(text: str, style: str, at_limit: bool = False) -> Parsed:
     """`parse_answer`, and what it finds is a prompt: words for nothing ("N/A", "-") are "nothing".
 
     at_limit: the answer was cut at its greatest length. A phrase that it repeats until there is
-    kept once, and `how` says "repeated" too.
+    kept once, and `parsed_as` says "repeated" too.
     """
-    prompt, how = parse_answer(text, style)
+    prompt, parsed_as = parse_answer(text, style)
     if prompt is not None and at_limit and (once := cut_repeated(prompt)) != prompt:
-        prompt, how = once, f"{how}, repeated"
-    return Parsed(prompt, how) if prompt and is_prompt(prompt) else Parsed(None, "nothing")
+        prompt, parsed_as = once, f"{parsed_as}, repeated"
+    return Parsed(prompt, parsed_as) if prompt and is_prompt(prompt) else Parsed(None, "nothing")
 
 
 def parse_answer(text: str, style: str) -> Parsed:
     """The prompt in what a model wrote, and how it was found; never raises for any text, never
     executes it.
 
-    `how` is "plain", "json", "json in fence", "single quotes", "unclosed", "key scan", "text" or
-    "nothing" (prompt None). parse_answer(render_answer(x, style), style).prompt == x.strip() for
+    `parsed_as` is "plain", "json", "json in fence", "single quotes", "unclosed", "key scan", "text"
+    or "nothing" (prompt None). parse_answer(render_answer(x, style), style).prompt == x.strip() for
     every x that is not blank; in a plain answer, which has no marks of its own, what stands around
     a prompt is taken off x too, see `unwrap`. Raises TemplateError for an unknown style only.
     """
@@ -301,9 +301,9 @@ def _from_text(text: str, style: str) -> Parsed:
     text = re.sub(r"^\s*```[ \t]*(?:json|text)?[ \t]*(?:\n|$)|\n?\s*```\s*$", "", text)
     key = _LINE_KEY.search(text)
     if key:
-        text, how = text[key.end() :].strip().split("\n", 1)[0], "key scan"
+        text, parsed_as = text[key.end() :].strip().split("\n", 1)[0], "key scan"
     else:
-        how = "text"
+        parsed_as = "text"
         if style == "reason_json":
             second = re.search(r"(?:^|\n)\s*2[.)]\s*", text)
             if second:
@@ -315,4 +315,4 @@ def _from_text(text: str, style: str) -> Parsed:
     if len(text) >= 2 and JSON_QUOTES.get(text[0]) == text[-1] and text[-1] not in text[1:-1]:
         text = text[1:-1].strip()
     text = unwrap(text)
-    return Parsed(text, how) if text else Parsed(None, "nothing")
+    return Parsed(text, parsed_as) if text else Parsed(None, "nothing")

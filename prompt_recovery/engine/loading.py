@@ -82,13 +82,13 @@ def load_base(
     """
     folder = Path(model_dir)
     dtype = dtype or default_dtype()
-    how = check_base(folder, dtype, four_bit)
-    if kernels and not how.four_bit:
+    loading = check_base(folder, dtype, four_bit)
+    if kernels and not loading.four_bit:
         raise ValueError(
             f"kernels={kernels!r} is for 4-bit experts, and this model is loaded in 16 bits: leave "
             "it at None."
         )
-    placed, four_bit = how.device_map, how.four_bit
+    placed, four_bit = loading.device_map, loading.four_bit
     processes = memory.processes()
     if four_bit:
         quantiser.register()
@@ -99,9 +99,9 @@ def load_base(
         ):
             dispatch.choose(device, kernels)
     options = {}
-    if four_bit and not how.quantised:
+    if four_bit and not loading.quantised:
         options["quantization_config"] = quantiser.Nf4Config(
-            base=base_id(folder), merge_on_cpu=how.on_cpu
+            base=base_id(folder), merge_on_cpu=loading.on_cpu
         )
     model, loaded = AutoModelForCausalLM.from_pretrained(
         folder,

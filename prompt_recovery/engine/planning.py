@@ -168,12 +168,12 @@ def answer_plan(
     *,
     adapter: bool = True,
     rows: int = MOST_ROWS,
-    **how: bool,
+    **options: bool,
 ) -> AnswerPlan:
     """The fastest plan, by `seconds_a_row`, for stages of so many layers with so many free bytes
     beside the weights.
-    how: grouped, triton and sampled of `bytes_of`. Where nothing fits, the smallest pieces and no
-    cells."""
+    options: grouped, triton and sampled of `bytes_of`. Where nothing fits, the smallest pieces and
+    no cells."""
     best: tuple[float, AnswerPlan] | None = None
     for merged in (True, False) if adapter else (False,):
         for piece in PIECES:
@@ -190,7 +190,7 @@ def answer_plan(
                         cells=0,
                         merged=merged,
                         adapter=adapter,
-                        **how,
+                        **options,
                     ).to_come
                 )
                 // (count * 2 * shape.keys * shape.wide)

@@ -90,7 +90,7 @@ def lines(path):
 
 def spelled(text, style, at_limit=False):
     """The whole answer as its prompt: adapters that were moved at random write no JSON."""
-    return SimpleNamespace(prompt=text.strip() or None, how=style)
+    return SimpleNamespace(prompt=text.strip() or None, parsed_as=style)
 
 
 def test_each_adapter_answers_row_by_row_as_it_does_alone_merged_and_unmerged(

@@ -207,7 +207,7 @@ def test_hostile_answers_neither_raise_nor_invent(answer):
 @settings(max_examples=300, deadline=None)
 def test_any_text_parses_to_a_prompt_or_none(text, style):
     found = parse_answer(text, style)
-    assert (found.prompt is None) == (found.how == "nothing")
+    assert (found.prompt is None) == (found.parsed_as == "nothing")
     assert found.prompt is None or (found.prompt.strip() == found.prompt != "")
 
 

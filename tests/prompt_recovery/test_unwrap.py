@@ -146,10 +146,10 @@ def test_no_answer_to_a_row_is_read_as_missing(text):
 )
 def test_a_phrase_repeated_to_the_limit_stays_once_and_is_counted(text, once):
     found = find_prompt(text, "plain", at_limit=True)
-    assert found.prompt.rstrip(".") == once.rstrip(".") and found.how == "plain, repeated"
-    assert find_prompt(text, "plain").how == "plain"  # one that ended by itself may mean it
+    assert found.prompt.rstrip(".") == once.rstrip(".") and found.parsed_as == "plain, repeated"
+    assert find_prompt(text, "plain").parsed_as == "plain"  # one that ended by itself may mean it
     cut = find_prompt('{"prompt": "' + text.replace("\n", " "), "json", at_limit=True)
-    assert cut.how == "unclosed, repeated" and len(cut.prompt) <= len(once) + 1
+    assert cut.parsed_as == "unclosed, repeated" and len(cut.prompt) <= len(once) + 1
 
 
 @pytest.mark.parametrize(

@@ -92,14 +92,14 @@ def choose(device: torch.device, kernels: str | None = None) -> str:
     if _chosen[device] == before:
         return before
     if _chosen[device] == "triton":
-        how = (
+        variant = (
             " in its interpreter"
             if interpreted()
             else ", lowered to sm_75"
             if card(device).lowered
             else ""
         )
-        print(f"kernels on {device}: triton{how}")
+        print(f"kernels on {device}: triton{variant}")
     elif device.type == "cuda":
         print(f"kernels on {device}: torch, which is right and slow ({why or 'as asked for'})")
     return _chosen[device]
