@@ -60,7 +60,7 @@ def decode(fast: Any, rows: int, bandwidth: float, layers: int, name: str) -> No
         fast.parts,
         [],
         rows=rows,
-        cells=rows * cache_columns(PROMPT, STEPS + 1),
+        cache_tokens=rows * cache_columns(PROMPT, STEPS + 1),
         max_new_tokens=STEPS + 1,
         eos=-1,
         pad=0,
@@ -92,12 +92,12 @@ def distinct_experts(fast: Any, prompts: list[list[int]]) -> float:
         )
         for layer in fast.model.get_decoder().layers
     ]
-    cells = len(prompts) * cache_columns(len(prompts[0]), 2)
+    cache_tokens = len(prompts) * cache_columns(len(prompts[0]), 2)
     decoder = Decoder(
         fast.parts,
         [],
         rows=len(prompts),
-        cells=cells,
+        cache_tokens=cache_tokens,
         max_new_tokens=2,
         eos=-1,
         pad=0,
@@ -112,9 +112,16 @@ def distinct_experts(fast: Any, prompts: list[list[int]]) -> float:
 def profile(fast: Any, rows: int, name: str) -> None:
     """Where a step's GPU time goes, by kernel: four steps without a graph."""
     prompts = [prompt[:PROMPT] for prompt in random_prompts([PROMPT] * rows, seed=rows)]
-    cells = rows * cache_columns(PROMPT, 12)
+    cache_tokens = rows * cache_columns(PROMPT, 12)
     decoder = Decoder(
-        fast.parts, [], rows=rows, cells=cells, max_new_tokens=12, eos=-1, pad=0, graphs=False
+        fast.parts,
+        [],
+        rows=rows,
+        cache_tokens=cache_tokens,
+        max_new_tokens=12,
+        eos=-1,
+        pad=0,
+        graphs=False,
     )
     decoder.answer(prompts, [[None]] * rows)
     decoder.number.fill_(3)
@@ -156,7 +163,7 @@ def greedy_steps(fast: Any) -> list[Step]:
             fast.parts,
             [],
             rows=1,
-            cells=cache_columns(len(prompt), STEPS),
+            cache_tokens=cache_columns(len(prompt), STEPS),
             max_new_tokens=STEPS,
             eos=-1,
             pad=0,

@@ -435,7 +435,7 @@ def timed(
         prepared.parts,
         [],
         rows=rows,
-        cells=rows * decoding.cache_columns(length, new),
+        cache_tokens=rows * decoding.cache_columns(length, new),
         max_new_tokens=new,
         eos=-1,
         pad=0,
@@ -491,10 +491,10 @@ def speed(work: Work) -> None:
     model = load(work)
     plan = generation.plan_of(model)
     with generation.ready(model, plan) as prepared:
-        prefill_speed(prepared, min(24, plan.cells // 704), 640)
+        prefill_speed(prepared, min(24, plan.cache_tokens // 704), 640)
         hand_over = decoding.hand_over
         for count in (8, 16, 24, 32, 40):
-            if count * 704 > plan.cells:
+            if count * 704 > plan.cache_tokens:
                 break
             step = timed(prepared, count, 640, 64, plan.piece, {})[1]
             decoding.hand_over = through_host

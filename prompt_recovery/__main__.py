@@ -150,7 +150,7 @@ def print_plan(
     placed = "merged into 16-bit weights" if answering.merged else "beside the 4-bit weights"
     print(
         f"\nadapter {placed}; prompts read {answering.piece} tokens at a time; room for "
-        f"{answering.cells} tokens of a batch"
+        f"{answering.cache_tokens} tokens of a batch"
     )
     if planned.on_cpu:
         print(

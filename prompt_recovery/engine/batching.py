@@ -77,7 +77,7 @@ class Waiting:
         """Positions of the prompts that wait."""
         return [position for batch in self.batches for position in batch]
 
-    def cells(self, batch: Sequence[int]) -> int:
+    def cache_tokens(self, batch: Sequence[int]) -> int:
         """Rows * columns of a batch's cache: columns in multiples, in which batches share graphs,
         as long as that keeps the limit."""
         longest, rows = self.lengths[batch[0]], len(batch) * self.answers
@@ -85,9 +85,9 @@ class Waiting:
         return max(rows * (longest + self.new_tokens), rounded)
 
     def most(self) -> tuple[int, int]:
-        """The most rows, and the most cells, of the batches that wait."""
+        """The most rows, and the most cache tokens, of the batches that wait."""
         rows = max(len(batch) for batch in self.batches) * self.answers
-        return rows, max(map(self.cells, self.batches))
+        return rows, max(map(self.cache_tokens, self.batches))
 
     def done(self) -> bool:
         """The first batch is answered. Whether the limit grew, once enough batches went well."""
@@ -106,7 +106,7 @@ class Waiting:
             # the room is halved, not the rows: shorter ones may still be as many
             columns = self.lengths[batch[0]] + self.new_tokens
             self.limit = len(batch) // 2 * self.answers * columns
-        elif self.most()[1] > self.cells(batch):  # the cache was made for others
+        elif self.most()[1] > self.cache_tokens(batch):  # the cache was made for others
             self.limit //= 2
         elif len(self.pieces) > 1:
             self.pieces.pop(0)

@@ -22,7 +22,7 @@ class StaticCache:
         self,
         config: Any,
         layers: range,
-        cells: int,
+        cache_tokens: int,
         rows: int,
         start: int,
         device: torch.device,
@@ -33,7 +33,7 @@ class StaticCache:
         self.padding = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.now = torch.zeros(2, dtype=torch.long, device=device)
         self.before = layers.start
-        count = cells * self.heads * self.size
+        count = cache_tokens * self.heads * self.size
         self.room = [torch.zeros(2, count, dtype=dtype, device=device) for _ in layers]
 
     def shape(self, rows: int, columns: int) -> None:

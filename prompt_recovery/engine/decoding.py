@@ -47,8 +47,9 @@ def cut(rows: int, columns: int, piece: int) -> list[tuple[slice, slice]]:
 class Decoder:
     """Answers batches of prompts that share a prefix, with a model in parts.
 
-    rows: most rows (answers) of a batch; cells: of the cache, at least rows * (prompt +
-    max_new_tokens) of every batch, or rows * `cache_columns` of those that shall share a graph.
+    rows: most rows (answers) of a batch. cache_tokens: that the KV cache holds, at least rows *
+    (prompt + max_new_tokens) of every batch, or rows * `cache_columns` of those that shall share a
+    graph.
     prefill_seconds: of the last batch.
     temperature, top_p: of the sampled answers. piece: most tokens that prefill reads at a time.
     graphs: replay steps as CUDA graphs where that can be.
@@ -60,7 +61,7 @@ class Decoder:
         prefix: Sequence[int],
         *,
         rows: int,
-        cells: int,
+        cache_tokens: int,
         max_new_tokens: int,
         eos: int,
         pad: int,
@@ -74,9 +75,17 @@ class Decoder:
         self.rounds = parts[-1].knows_rows
         rows = self._step_rows(rows)
         self.prefix, self.max_new, self.eos, self.pad = list(prefix), max_new_tokens, eos, pad
-        self.temperature, self.top_p, self.piece, self.cells = temperature, top_p, piece, cells
+        self.temperature, self.top_p = temperature, top_p
+        self.piece, self.cache_tokens = piece, cache_tokens
         self.stages = [
-            Stage(part, len(prefix), rows=rows, cells=cells, graphs=graphs, alone=len(parts) == 1)
+            Stage(
+                part,
+                len(prefix),
+                rows=rows,
+                cache_tokens=cache_tokens,
+                graphs=graphs,
+                alone=len(parts) == 1,
+            )
             for part in parts
         ]
         self.device = self.stages[-1].device  # where tokens are chosen
@@ -114,7 +123,7 @@ class Decoder:
         width = max(len(rest) for rest in rests)
         longest = len(self.prefix) + width
         columns = cache_columns(longest, self.max_new)
-        if count * share * columns > self.cells:
+        if count * share * columns > self.cache_tokens:
             columns = longest + self.max_new
         started = time.monotonic()
         logits = self._prefill(rests, width, columns)

@@ -23,7 +23,7 @@ from prompt_recovery.engine.memory import free_on
 from prompt_recovery.engine.merging import MergeError, merged
 from prompt_recovery.engine.meter import Meter
 from prompt_recovery.engine.parts import Part, in_parts, layer_devices
-from prompt_recovery.engine.planning import CPU_CELLS, PIECES, AnswerPlan, answer_plan, shape_of
+from prompt_recovery.engine.planning import CPU_TOKENS, PIECES, AnswerPlan, answer_plan, shape_of
 
 # answers are padded with <unk>: every base has id 0, while a <pad> added for training lies outside
 # its embeddings
@@ -125,7 +125,7 @@ def plan_of(model: Any) -> AnswerPlan:
     stages = [(device, len([*same])) for device, same in itertools.groupby(layer_devices(base))]
     layers = [count for _, count in stages]
     if stages[0][0].type != "cuda":
-        return AnswerPlan(tuple(layers), adapter, PIECES[0], CPU_CELLS)
+        return AnswerPlan(tuple(layers), adapter, PIECES[0], CPU_TOKENS)
     dtype = base.get_input_embeddings().weight.dtype
     free = [free_on(base, device) - bytes_of_copies(base, device) for device, _ in stages]
     device = stages[0][0]
@@ -196,7 +196,7 @@ def generate(
             [len(prompt) for prompt in prompts],
             answers=sampling.answers,
             new_tokens=max_new_tokens,
-            limit=batch_tokens or plan.cells,
+            limit=batch_tokens or plan.cache_tokens,
             pieces=[plan.piece, *(piece for piece in PIECES if piece < plan.piece)],
         )
         decoder = partial(
@@ -250,8 +250,8 @@ def _batches(
         batch = waiting.batches[0]
         try:
             if decoder is None:
-                rows, cells = waiting.most()
-                decoder = new_decoder(rows=rows, cells=cells, piece=waiting.pieces[0])
+                rows, cache_tokens = waiting.most()
+                decoder = new_decoder(rows=rows, cache_tokens=cache_tokens, piece=waiting.pieces[0])
             written = decoder.answer([prompts[i] for i in batch], [seeds[i] for i in batch], stop)
         except torch.OutOfMemoryError:
             written = None

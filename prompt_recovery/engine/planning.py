@@ -25,7 +25,7 @@ PIECES = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # tokens that prefill r
 LONGEST = 4_096  # tokens of a prompt and its answer
 # What choosing takes a row to be: tokens read and written, in a cache with padding
 TYPICAL_READ, TYPICAL_WRITTEN, TYPICAL_COLUMNS = 700, 64, 832
-CPU_CELLS = 16_384  # rows * columns of a batch on the CPU, where larger ones gain nothing
+CPU_TOKENS = 16_384  # rows * columns of a batch on the CPU, where larger ones gain nothing
 ADAPTER_RANK = 16  # assumed where the adapter isn't known
 
 
@@ -95,7 +95,7 @@ def bytes_of(
     last: bool,
     piece: int,
     rows: int,
-    cells: int,
+    cache_tokens: int,
     merged: bool,
     adapter: bool = True,
     grouped: bool = False,
@@ -104,9 +104,9 @@ def bytes_of(
 ) -> StageBytes:
     """What a stage of so many layers takes on its card.
 
-    last: it has the head. piece: tokens that prefill reads at a time. rows, cells: of the largest
-    batch; a cell is a token's keys and values in every layer. merged: the adapter is merged, else
-    it stands beside the weights.
+    last: it has the head. piece: tokens that prefill reads at a time. rows, cache_tokens: of the
+    largest batch; each cache token is keys and values in every layer. merged: the adapter is
+    merged, else it stands beside the weights.
     grouped: experts by one grouped GEMM, for which a layer's weights are dequantised; else an
     expert's. triton: its kernels run; torch's SwiGLU has fp32 copies. sampled: some answers are
     drawn.
@@ -143,7 +143,7 @@ def bytes_of(
         weights,
         layers * lora,
         layers * attention if merged and adapter else 0,
-        layers * 2 * shape.keys * wide * cells,
+        layers * 2 * shape.keys * wide * cache_tokens,
         weight,
         5 * piece * hidden + piece * LONGEST * wide + max(looking, computing),
         GRAPHS + logits,
@@ -152,13 +152,13 @@ def bytes_of(
 
 class AnswerPlan(NamedTuple):
     """How a model answers: layers of each stage; whether the adapter is merged into 16-bit weights
-    or computed beside those in 4 bits; tokens that prefill reads at a time; most rows * columns of
-    a batch's KV cache."""
+    or computed beside those in 4 bits; tokens that prefill reads at a time; most tokens of a
+    batch's KV cache, rows * columns with their padding."""
 
     layers: tuple[int, ...]
     merged: bool
     piece: int
-    cells: int
+    cache_tokens: int
 
 
 def answer_plan(
@@ -173,11 +173,11 @@ def answer_plan(
     """The fastest plan, by `seconds_a_row`, for stages of so many layers with so many free bytes
     beside the weights.
     options: grouped, triton and sampled of `bytes_of`. Where nothing fits, the smallest pieces and
-    no cells."""
+    no cache tokens."""
     best: tuple[float, AnswerPlan] | None = None
     for merged in (True, False) if adapter else (False,):
         for piece in PIECES:
-            cells = min(
+            cache_tokens = min(
                 (
                     room
                     - bytes_of(
@@ -187,7 +187,7 @@ def answer_plan(
                         last=number == len(layers) - 1,
                         piece=piece,
                         rows=rows,
-                        cells=0,
+                        cache_tokens=0,
                         merged=merged,
                         adapter=adapter,
                         **options,
@@ -196,8 +196,8 @@ def answer_plan(
                 // (count * 2 * shape.keys * shape.wide)
                 for number, (count, room) in enumerate(zip(layers, free, strict=True))
             )
-            if cells >= LONGEST:
-                plan = AnswerPlan(tuple(layers), merged, piece, cells)
+            if cache_tokens >= LONGEST:
+                plan = AnswerPlan(tuple(layers), merged, piece, cache_tokens)
                 spent = seconds_a_row(plan, adapter)
                 if best is None or spent < best[0]:
                     best = spent, plan
@@ -224,7 +224,7 @@ def step_ms(rows: int, merged: bool) -> float:
 def seconds_a_row(plan: AnswerPlan, adapter: bool = True) -> float:
     """Seconds that a row takes on an H100 with a T4's kernels: what plans are compared by."""
     merged = plan.merged or not adapter
-    rows = max(1, min(MOST_ROWS, plan.cells // TYPICAL_COLUMNS))
+    rows = max(1, min(MOST_ROWS, plan.cache_tokens // TYPICAL_COLUMNS))
     reading = TYPICAL_READ * (1 + DEQUANTISED / plan.piece) / READ * (1 if merged else 9 / 8)
     return reading + step_ms(rows, merged) / 1e3 * (TYPICAL_WRITTEN - 1) / rows
 
@@ -255,7 +255,7 @@ def plan(model_dir: str | Path, cards: Sequence[float]) -> Planned:
     shape = shape_of(memory.load_config(model_dir), torch.float16)
     used = [room for room, count in zip(free, split, strict=True) if count]
 
-    def table(cells: int, merged: bool, piece: int) -> list[StageBytes]:
+    def table(cache_tokens: int, merged: bool, piece: int) -> list[StageBytes]:
         return [
             bytes_of(
                 shape,
@@ -264,7 +264,7 @@ def plan(model_dir: str | Path, cards: Sequence[float]) -> Planned:
                 last=number == len(layers) - 1,
                 piece=piece,
                 rows=MOST_ROWS,
-                cells=cells,
+                cache_tokens=cache_tokens,
                 merged=merged,
             )
             for number, (count, own) in enumerate(zip(layers, weights, strict=True))
@@ -275,5 +275,5 @@ def plan(model_dir: str | Path, cards: Sequence[float]) -> Planned:
         for room, own, part in zip(used, weights, table(0, False, 1), strict=True)
     ]
     answering = answer_plan(shape, layers, beside)
-    found = table(answering.cells, answering.merged, answering.piece)
+    found = table(answering.cache_tokens, answering.merged, answering.piece)
     return Planned(sizes, shape, answering, found, memory.merges_on_cpu(sizes, split, free))

@@ -118,5 +118,5 @@ def _parameters(planned: Planned) -> tuple[int, int]:
 
 def _groups(planned: Planned, lengths: Sequence[int], new_tokens: int) -> list[tuple[int, int]]:
     """(rows, columns) of the batches."""
-    batches = make_batches(lengths, new_tokens, planned.answering.cells)
+    batches = make_batches(lengths, new_tokens, planned.answering.cache_tokens)
     return [(len(batch), lengths[batch[0]] + new_tokens) for batch in batches]

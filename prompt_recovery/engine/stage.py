@@ -36,11 +36,11 @@ class Stage:
     """
 
     def __init__(
-        self, part: Part, start: int, *, rows: int, cells: int, graphs: bool, alone: bool
+        self, part: Part, start: int, *, rows: int, cache_tokens: int, graphs: bool, alone: bool
     ) -> None:
         self.part, self.device, self.start = part, part.device, start
         self.cache = StaticCache(
-            part.module.config, part.layers, cells, rows, start, part.device, part.dtype
+            part.module.config, part.layers, cache_tokens, rows, start, part.device, part.dtype
         )
         whole = dict(device=part.device, dtype=torch.long)
         self.padding, self.positions = self.cache.padding, torch.zeros(rows, 1, **whole)

@@ -181,7 +181,7 @@ def test_long_prefills_go_in_parts(small):
             parts,
             prompts[0][:10],
             rows=5,
-            cells=5 * 128,
+            cache_tokens=5 * 128,
             max_new_tokens=2,
             eos=-1,
             pad=0,
@@ -322,7 +322,7 @@ def test_batches_hold_the_budget_and_every_row_once():
 def test_out_of_memory_halves_the_batch_and_goes_on(small):
     prompts = random_prompts([400, 390, 380, 370, *([20] * 30)])
     want = answers(small, Ids(), prompts)
-    # cells (tokens of all rows) that fit, and rows that short ones are still read by
+    # cache tokens (of all rows) that fit, and rows that short ones are still read by
     for most, many in ((1700, 20), (900, 12), (420, 6)):
         refused = []
 

@@ -272,7 +272,7 @@ def decode_differences() -> dict[str, float]:
             ready(base, AnswerPlan((5,), False, 64, 4096)) as prepared,
         ):
             decoder = Decoder(
-                prepared.parts, [1], rows=3, cells=4 * 64, max_new_tokens=4, eos=-1, pad=0
+                prepared.parts, [1], rows=3, cache_tokens=4 * 64, max_new_tokens=4, eos=-1, pad=0
             )
             choose, kept = decoder._choose, logits.setdefault(kernels, [])
 

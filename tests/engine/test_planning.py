@@ -26,7 +26,7 @@ from prompt_recovery.engine.generation import ready
 from prompt_recovery.engine.memory import GIB
 from prompt_recovery.engine.planning import AnswerPlan, bytes_of, shape_of
 
-PLANS = [  # GiB, layers, merged, the least and the most cells, least piece
+PLANS = [  # GiB, layers, merged, the least and the most cache tokens, least piece
     ([14.7, 14.7], (16, 16), False, 16_000, 26_000, 2048),
     ([22.9, 22.9], (16, 16), True, 60_000, 120_000, 4096),
     ([40], (32,), True, 60_000, 120_000, 4096),
@@ -41,14 +41,14 @@ def test_plans(true_shape, cards, layers, merged, least, most, piece, saved):
     planned = plan(true_shape[saved], cards)
     found = planned.answering
     assert found.layers == layers and found.merged == merged and found.piece >= piece
-    assert least <= found.cells <= most
+    assert least <= found.cache_tokens <= most
     # what a card has is used, and never more
     for part, card in zip(planned.bytes, cards, strict=False):
         assert sum(part) <= card * GIB
     fullest = max(sum(part) / card for part, card in zip(planned.bytes, cards, strict=False))
     assert fullest > 0.999 * GIB
     # 2 x 8 heads x 128 x 2 bytes a layer
-    assert planned.bytes[0].cache == found.cells * layers[0] * 4096
+    assert planned.bytes[0].cache == found.cache_tokens * layers[0] * 4096
     assert planned.on_cpu == (not saved and max(cards) < 22)
 
 
@@ -144,7 +144,7 @@ def test_t4s_are_reckoned_in_one_way(true_shape):
     pieces = 690 * 1300 / planned.answering.piece
     flops = 690 * 1300 * 25.5e9 / 50e12
     assert spent.reading == pytest.approx(flops + pieces * 45.1e9 * 2.5 / 520e9, rel=0.02)
-    groups = -(-1300 // (planned.answering.cells // 754))
+    groups = -(-1300 // (planned.answering.cache_tokens // 754))
     assert spent.writing / groups / 63 == pytest.approx(2 * 0.054, rel=0.15)
     assert (
         15 * 60 < sum(reckoning.on_t4s(planned, [690] * 1300, 64)._replace(loading=300)) < 23 * 60
@@ -218,7 +218,7 @@ def test_the_table_is_what_torch_holds(rows, length, piece, merged, tmp_path, mo
             last=True,
             piece=piece,
             rows=rows,
-            cells=rows * columns,
+            cache_tokens=rows * columns,
             merged=merged,
             triton=False,
         )

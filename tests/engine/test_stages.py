@@ -34,8 +34,8 @@ def small():
     return base
 
 
-def plan(*layers, merged=True, piece=16_384, cells=6_000):
-    return AnswerPlan(layers, merged, piece, cells)
+def plan(*layers, merged=True, piece=16_384, cache_tokens=6_000):
+    return AnswerPlan(layers, merged, piece, cache_tokens)
 
 
 def found(model, prompts, plan, sampling=GREEDY, new=12, **options):
@@ -68,7 +68,14 @@ def test_pieces_give_the_logits_of_the_whole(small):
     for piece in (4096, 300, 64, 10):
         with in_parts(small) as parts:
             decoder = decoding.Decoder(
-                parts, [], rows=4, cells=4 * 320, max_new_tokens=1, eos=-1, pad=0, piece=piece
+                parts,
+                [],
+                rows=4,
+                cache_tokens=4 * 320,
+                max_new_tokens=1,
+                eos=-1,
+                pad=0,
+                piece=piece,
             )
             decoder._choose = lambda logits_, rows, piece=piece: logits.setdefault(piece, logits_)
             decoder.done[:] = True
@@ -216,7 +223,9 @@ def test_too_large_a_plan_halves_finishes_and_grows_back(small, layers, monkeypa
         return read(self, x, rows, columns)
 
     monkeypatch.setattr(stage.Stage, "read", tight)
-    assert found(small, prompts, plan(*layers, cells=64 * 72), share_prefix=False) == expected
+    assert (
+        found(small, prompts, plan(*layers, cache_tokens=64 * 72), share_prefix=False) == expected
+    )
     assert max(shapes[:2]) > 10 and min(shapes) <= 10 and shapes[-1] > min(shapes)
 
 
@@ -252,13 +261,13 @@ def test_a_long_row_is_not_to_blame_for_the_cache_of_others(small, layers, monke
     expected = found(small, prompts, plan(*layers))
     init = StaticCache.__init__
 
-    def tight(self, config, layers, cells, *args):
-        if cells > 1100:
+    def tight(self, config, layers, cache_tokens, *args):
+        if cache_tokens > 1100:
             raise torch.OutOfMemoryError("no room")
-        init(self, config, layers, cells, *args)
+        init(self, config, layers, cache_tokens, *args)
 
     monkeypatch.setattr(StaticCache, "__init__", tight)
-    assert found(small, prompts, plan(*layers, cells=2500)) == expected
+    assert found(small, prompts, plan(*layers, cache_tokens=2500)) == expected
 
 
 def test_a_row_that_does_not_fit_is_read_in_smaller_pieces(small, monkeypatch):
@@ -304,7 +313,7 @@ def test_no_batch_takes_more_cells_than_planned(small, monkeypatch):
     prompts = random_prompts([60, 59, 58, 57, 30, 29, 28, 5])
     whole = found(small, prompts, plan(4), new=12)
     shapes.clear()
-    assert found(small, prompts, plan(2, 2, cells=300), new=12) == whole
+    assert found(small, prompts, plan(2, 2, cache_tokens=300), new=12) == whole
     batches = [(rows, columns) for rows, columns in shapes if columns > 12]
     assert (
         max(rows for rows, _ in batches) == 4
