@@ -114,8 +114,10 @@ def answer_rows(
 
     max_tokens: limit of prompt and answer together, so prompts get max_tokens - max_new_tokens.
     """
-    room = max_tokens - max_new_tokens
-    prompts = encode_rows(tokenizer, rows, max_tokens=room, format=format, examples=examples)
+    max_prompt_tokens = max_tokens - max_new_tokens
+    prompts = encode_rows(
+        tokenizer, rows, max_tokens=max_prompt_tokens, format=format, examples=examples
+    )
     return answer_prompts(
         model,
         tokenizer,

@@ -113,11 +113,11 @@ def check_cells(
                         f"cell {number}: {left_out} of {len(rows)} rows can't be taught and are "
                         "left out"
                     )
-            room = cell.max_tokens - cell.max_new_tokens
+            max_prompt_tokens = cell.max_tokens - cell.max_new_tokens
             encode_rows(
                 tokenizer,
                 eval_rows,
-                max_tokens=room,
+                max_tokens=max_prompt_tokens,
                 format=cell.format,
                 examples=shots_of(cell, rows),
             )
@@ -185,9 +185,13 @@ def run_cell(
     # how it is read
     loaded = base_digest(base)
     examples = examples_of(cell, tokenizer, rows) if trained else []
-    room = cell.max_tokens - cell.max_new_tokens
+    max_prompt_tokens = cell.max_tokens - cell.max_new_tokens
     prompts = encode_rows(
-        tokenizer, eval_rows, max_tokens=room, format=cell.format, examples=shots_of(cell, rows)
+        tokenizer,
+        eval_rows,
+        max_tokens=max_prompt_tokens,
+        format=cell.format,
+        examples=shots_of(cell, rows),
     )
     made_of = key(loaded, cell.values("adapter"), examples)
     adapter_dir = Path(output_dir) / f"adapter-{made_of}" if trained else None

@@ -28,7 +28,7 @@ from prompt_recovery.submission_file import (
     journal_path,
 )
 from prompt_recovery.submission_job import OUT_OF_TIME, Job, Member
-from prompt_recovery.submission_members import check_room, seat
+from prompt_recovery.submission_members import check_fits, seat
 
 
 def prepare(
@@ -80,11 +80,11 @@ def prepare(
     if max_tokens is None:
         max_tokens = longest(settings.model_dir, MOST_TOKENS)
     _claim(settings.submission_csv)
-    room = max_tokens - settings.max_new_tokens
+    max_prompt_tokens = max_tokens - settings.max_new_tokens
     job = Job(
         test,
         settings,
-        room,
+        max_prompt_tokens,
         journal_path(settings.submission_csv),
         finish,
         fallback,
@@ -97,7 +97,7 @@ def prepare(
     )
     seat(job, tokenizer, settings.adapter_dir or [None])
     job.save()
-    check_room(job, tokenizer)
+    check_fits(job, tokenizer)
     return job
 
 

@@ -42,7 +42,7 @@ class Member:
     plans: list[RowPlan]  # the one that is followed, then lesser ones
     # token ids of the rows as the model is asked
     prompts: dict[int, list[int]]
-    cut: set[int]  # rows whose texts were cut to fit into their room
+    cut: set[int]  # rows whose texts were cut to fit
     found: dict[int, list[Recovered]] = field(default_factory=dict)
     by: dict[int, RowPlan] = field(default_factory=dict)  # the plan of each row in found
     again: set[int] = field(default_factory=set)  # rows in found that are being answered as asked
@@ -92,7 +92,7 @@ class Job:
 
     test: pd.DataFrame
     settings: SubmissionSettings
-    room: int  # tokens of a prompt
+    max_prompt_tokens: int
     journal: Path
     # the prompts found for a row -> its one answer, "" if they say nothing
     finish: Callable[[list[str]], str]

@@ -30,7 +30,9 @@ def seat(job: Job, tokenizer: Any, folders: Sequence[str | Path | None]) -> None
     plan = RowPlan(settings.answers_per_row, settings.max_new_tokens)
     paths = [None if folder is None else Path(folder) for folder in folders]
     formats = [answer_format(path, settings.style, settings.system_placement) for path in paths]
-    encoded = {format: _encode(test, tokenizer, job.room, format) for format in set(formats)}
+    encoded = {
+        format: _encode(test, tokenizer, job.max_prompt_tokens, format) for format in set(formats)
+    }
     for style in sorted({format.style for format in formats}):
         if settings.max_new_tokens < SHORTEST[style]:
             job.say(
@@ -42,7 +44,7 @@ def seat(job: Job, tokenizer: Any, folders: Sequence[str | Path | None]) -> None
     if any_cut:
         job.say(
             f"{len(any_cut)} of {len(test)} rows lose the middle of their texts: a prompt with its "
-            f"answer has {job.room + settings.max_new_tokens} tokens, of which "
+            f"answer has {job.max_prompt_tokens + settings.max_new_tokens} tokens, of which "
             f"max_new_tokens={settings.max_new_tokens} are the answer's"
         )
     given = [
@@ -86,12 +88,12 @@ def seat(job: Job, tokenizer: Any, folders: Sequence[str | Path | None]) -> None
             job.fail(member, position, error)
 
 
-def check_room(job: Job, tokenizer: Any) -> None:
-    """Raises TokenizerError where a member that has rows to answer has no room for any row."""
+def check_fits(job: Job, tokenizer: Any) -> None:
+    """Raises TokenizerError where a member that has rows to answer can fit no row."""
     blank = {"original_text": "", "rewritten_text": ""}
     for member in job.members:
         if len(member.found) < len(job.test):
-            encode_row(tokenizer, blank, max_tokens=job.room, format=member.format)
+            encode_row(tokenizer, blank, max_tokens=job.max_prompt_tokens, format=member.format)
 
 
 def _names(paths: Sequence[Path | None]) -> list[str]:
@@ -104,17 +106,18 @@ def _names(paths: Sequence[Path | None]) -> list[str]:
 
 
 def _encode(
-    test: pd.DataFrame, tokenizer: Any, room: int, format: Format
+    test: pd.DataFrame, tokenizer: Any, max_tokens: int, format: Format
 ) -> tuple[dict[int, list[int]], set[int], dict[int, Exception]]:
     """(token ids by row position, rows that were cut, what was raised by row position): whatever is
     wrong with one row must not cost the others."""
     prompts, cut, wrong = {}, set(), {}
     for position, row in enumerate(test.to_dict("records")):
         try:
-            ids = prompts[position] = encode_row(tokenizer, row, max_tokens=room, format=format)[0]
-            # one that was cut fills its room but for some pieces that join in another way
-            if len(ids) > 0.9 * room and loses_its_middle(
-                tokenizer, row, max_tokens=room, format=format
+            ids, _ = encode_row(tokenizer, row, max_tokens=max_tokens, format=format)
+            prompts[position] = ids
+            # one that was cut has max_tokens but for some pieces that join in another way
+            if len(ids) > 0.9 * max_tokens and loses_its_middle(
+                tokenizer, row, max_tokens=max_tokens, format=format
             ):
                 cut.add(position)
         except Exception as error:

@@ -239,8 +239,8 @@ def encode_row(
     """Ids and loss mask of a row, at most max_tokens long.
 
     Where they are longer, the middle of the original and of the rewritten text is cut out, in
-    proportion to their lengths (a short one keeps an eighth of the room); the instruction, the
-    examples and the answer are never cut.
+    proportion to their lengths (a short one keeps an eighth of both texts' tokens); the
+    instruction, the examples and the answer are never cut.
     Raises TokenizerError where those alone do not fit.
     """
     original, rewritten = str(row["original_text"]), str(row["rewritten_text"])
@@ -255,21 +255,21 @@ def encode_row(
     if len(ids) <= max_tokens:
         return ids, supervised
     lengths = [len(encode_text(tokenizer, text)) for text in (original, rewritten)]
-    room = max_tokens - (len(ids) - sum(lengths))
+    text_tokens = max_tokens - (len(ids) - sum(lengths))
     # pieces join differently once the text is cut, so the first guess can be some tokens off:
     # shrink by the excess
-    while room > 0:
-        # a short text beside a huge one keeps up to an eighth of the room: in strict proportion it
-        # would vanish
-        first = max(room * lengths[0] // sum(lengths), min(lengths[0], room // 8))
-        first = min(first, room - min(lengths[1], room // 8))
-        share = (first, room - first)
+    while text_tokens > 0:
+        # a short text beside a huge one keeps up to an eighth of both texts' tokens: in strict
+        # proportion it would vanish
+        first = max(text_tokens * lengths[0] // sum(lengths), min(lengths[0], text_tokens // 8))
+        first = min(first, text_tokens - min(lengths[1], text_tokens // 8))
+        second = text_tokens - first
         ids, supervised = encode(
-            _cut_middle(tokenizer, original, share[0]), _cut_middle(tokenizer, rewritten, share[1])
+            _cut_middle(tokenizer, original, first), _cut_middle(tokenizer, rewritten, second)
         )
         if len(ids) <= max_tokens:
             return ids, supervised
-        room -= len(ids) - max_tokens
+        text_tokens -= len(ids) - max_tokens
     fixed = len(encode("", "")[0])
     raise TokenizerError(
         f"max_tokens is {max_tokens}, but instruction, examples and answer alone take {fixed} "
