@@ -50,7 +50,7 @@ def write_submission(test: pd.DataFrame, answers: Sequence[str], path: str | Pat
         _write(partial, frame.to_csv(index=False).encode(), os.O_TRUNC)
         os.replace(partial, target)
     except OSError:
-        # the room it takes is wanted, and the first error is the one to report
+        # the space it takes is wanted, and the first error is the one to report
         with suppress(OSError):
             partial.unlink()
         raise
@@ -147,8 +147,8 @@ def read_journal(path: Path, key: str) -> tuple[dict[int, tuple[RowPlan, list[Re
 
 @contextmanager
 def lent(journal: Path) -> Iterator[None]:
-    """Inside the with block the journal's room is free; afterwards it is there again, as much of it
-    as there is room for."""
+    """Inside the with block the journal's disk space is free; afterwards the journal is there
+    again, as much of it as fits."""
     content = journal.read_bytes() if journal.is_file() else b""
     journal.unlink(missing_ok=True)
     try:

@@ -137,7 +137,7 @@ class Job:
 
     def save(self, last: bool = False) -> None:
         """Bring submission.csv up to date; if the disk is full, the last whole one stays. The last
-        write gets the journal's room, if need be."""
+        write gets the journal's disk space, if need be."""
         path = self.settings.submission_csv
         try:
             try:

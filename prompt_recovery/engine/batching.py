@@ -103,7 +103,7 @@ class Waiting:
         """The first batch did not fit. Less from now on; False where there is nothing less."""
         batch, self.well = self.batches[0], 0
         if len(batch) > 1:
-            # the room is halved, not the rows: shorter ones may still be as many
+            # the tokens are halved, not the rows: shorter ones may still be as many
             columns = self.lengths[batch[0]] + self.new_tokens
             self.limit = len(batch) // 2 * self.answers * columns
         elif self.most()[1] > self.cache_tokens(batch):  # the cache was made for others

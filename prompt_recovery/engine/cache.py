@@ -34,13 +34,13 @@ class StaticCache:
         self.now = torch.zeros(2, dtype=torch.long, device=device)
         self.before = layers.start
         count = cache_tokens * self.heads * self.size
-        self.room = [torch.zeros(2, count, dtype=dtype, device=device) for _ in layers]
+        self.buffers = [torch.zeros(2, count, dtype=dtype, device=device) for _ in layers]
 
     def shape(self, rows: int, columns: int) -> None:
         count = rows * columns * self.heads * self.size
         self.views = [
-            [part[:count].view(rows, self.heads, columns, self.size) for part in room]
-            for room in self.room
+            [part[:count].view(rows, self.heads, columns, self.size) for part in buffer]
+            for buffer in self.buffers
         ]
         self.columns = columns
         self.now.copy_(torch.tensor([columns, rows]))
@@ -54,7 +54,7 @@ class StaticCache:
 
     def memory(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values, of which the batch takes the first part."""
-        keys, values = self.room[layer_idx - self.before]
+        keys, values = self.buffers[layer_idx - self.before]
         return keys, values
 
     def at(self, rows: slice, columns: slice | torch.Tensor) -> None:

@@ -130,8 +130,8 @@ def training_plan(
     groups = [(device, len([*same])) for device, same in itertools.groupby(layer_devices(base))]
     if free is None:
         # the smallest of all processes: with plans of their own they would see unlike rows
-        rooms = gathered([free_on(base, device) for device, _ in groups])
-        free = [min(room) for room in zip(*rooms, strict=True)]
+        each_free = gathered([free_on(base, device) for device, _ in groups])
+        free = [min(of_card) for of_card in zip(*each_free, strict=True)]
     elif isinstance(free, int):
         free, layers = [free], layers or [sum(number for _, number in groups)]
     layers = layers or [number for _, number in groups]
@@ -149,14 +149,14 @@ def training_plan(
             (
                 needs.fixed(1, one_expert, number == len(layers) - 1)
                 + longest * held * needs.border,
-                room,
+                free_bytes,
             )
-            for number, (held, room) in enumerate(zip(layers, free, strict=True))
+            for number, (held, free_bytes) in enumerate(zip(layers, free, strict=True))
         ]
-        need, room = max(each, key=lambda pair: pair[0] - pair[1])
+        need, free_bytes = max(each, key=lambda pair: pair[0] - pair[1])
         raise TooLittleMemory(
             f"Training on one row of {longest} tokens needs {need / GIB:.1f} GiB beside the "
-            f"model, {room / GIB:.1f} are free. Lower max_tokens, or free the GPU."
+            f"model, {free_bytes / GIB:.1f} are free. Lower max_tokens, or free the GPU."
         )
     return best[1]
 
@@ -225,14 +225,14 @@ def _plan_of(
     one_expert: bool,
 ) -> tuple[float, TrainingPlan] | None:
     """What a step costs, in tokens of work, and how its cards recompute; None where some card has
-    too little room."""
+    too little memory."""
     tokens = micro * needs.longest
     cards: list[CardPlan] = []
     peak = 0.0
-    for number, (held, room) in enumerate(zip(layers, free, strict=True)):
+    for number, (held, free_bytes) in enumerate(zip(layers, free, strict=True)):
         fixed = needs.fixed(micro, one_expert, number == len(layers) - 1)
         card = _least_recomputation(
-            held, (room - fixed) / tokens, needs.layer, needs.border, needs.gate_up
+            held, (free_bytes - fixed) / tokens, needs.layer, needs.border, needs.gate_up
         )
         if card is None:
             return None
@@ -257,14 +257,14 @@ def _again(card: CardPlan) -> float:
 
 
 def _least_recomputation(
-    layers: int, room: float, layer: float, border: int, gate_up: int
+    layers: int, available: float, layer: float, border: int, gate_up: int
 ) -> CardPlan | None:
-    """The card's fastest way within `room` bytes a token; None where not even checkpointing every
-    layer fits. layer, border, gate_up: bytes a token of a layer that keeps everything, of one
+    """The card's fastest way within `available` bytes a token; None where not even checkpointing
+    every layer fits. layer, border, gate_up: bytes a token of a layer that keeps everything, of one
     that recomputes, and of its gate and up rows."""
     ways = []
     for checkpointed in range(layers + 1):
-        left = room - (layers - checkpointed) * layer - checkpointed * border
+        left = available - (layers - checkpointed) * layer - checkpointed * border
         if left >= 0:
             kept = min(checkpointed, int(left // gate_up)) if gate_up else 0
             ways.append(CardPlan(layers, checkpointed, kept))

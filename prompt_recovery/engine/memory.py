@@ -27,7 +27,7 @@ GIB = 2**30
 NF4_BYTES = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)
 # Left free on each card, a guess: for CUDA's context, cuBLAS and the allocator's fragments
 RESERVED_BYTES = GIB
-# Room for the KV cache that a placement must leave, in tokens: some three rows of the longest texts
+# Tokens of KV cache that a placement must leave free: some three rows of the longest texts
 KV_TOKENS = 8192
 
 
@@ -71,7 +71,7 @@ def sizes(model_dir: str | Path, dtype: torch.dtype, four_bit: bool) -> Sizes:
         model = AutoModelForCausalLM.from_config(config)
     head, wide = model.get_output_embeddings(), torch.finfo(dtype).bits // 8
     bytes_of: dict[str, float] = {}
-    seen: set[int] = set()  # a head that is tied to the embeddings takes no room of its own
+    seen: set[int] = set()  # a head that is tied to the embeddings takes no bytes of its own
     workspace = merging = 0
     for name, module in model.named_modules():
         experts = fused_experts(module)
@@ -160,11 +160,11 @@ def free_on(model: Any, device: torch.device) -> int:
 
 def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list[int]:
     """How many layers, in order, go to each GPU so that the fullest one, weights and KV cache of
-    kv_tokens together, is as empty as it can be. The fewest GPUs that have room are used; on one
+    kv_tokens together, is as empty as it can be. The fewest GPUs that hold it are used; on one
     nothing is split. free: bytes of each.
 
     Raises TooLittleMemory with what is needed and what is there, if all of them together have too
-    little room.
+    little.
     """
     for used in range(1, len(free) + 1):
         split = _balance(sizes, free[:used], kv_tokens)
@@ -181,8 +181,8 @@ def place(sizes: Sizes, free: Sequence[int], kv_tokens: int = KV_TOKENS) -> list
 
 
 def _balance(sizes: Sizes, free: Sequence[int], kv_tokens: int) -> list[int] | None:
-    """The split over exactly these GPUs with the smallest largest share of room used; None if it
-    does not fit."""
+    """The split over exactly these GPUs of which the fullest uses the least share of its memory;
+    None if none fits."""
     count, gpus = len(sizes.layers), len(free)
     if gpus > count:
         return None
@@ -195,8 +195,8 @@ def _balance(sizes: Sizes, free: Sequence[int], kv_tokens: int) -> list[int] | N
         used = (
             sums[last] - sums[first] + sizes.before * (gpu == 0) + sizes.behind * (gpu == gpus - 1)
         )
-        room = free[gpu] - sizes.workspace - RESERVED_BYTES
-        return used / room if room > 0 else float("inf")
+        usable = free[gpu] - sizes.workspace - RESERVED_BYTES
+        return used / usable if usable > 0 else float("inf")
 
     # best[n]: (largest share, split) with the first n layers on the GPUs so far
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
@@ -224,12 +224,12 @@ def stage_weights(sizes: Sizes, split: Sequence[int]) -> list[int]:
 
 
 def merges_on_cpu(sizes: Sizes, split: Sequence[int], free: Sequence[int]) -> bool:
-    """Whether some GPU has no room to put a layer's experts together beside the weights that it
-    gets."""
-    used = [room for room, count in zip(free, split, strict=True) if count]
+    """Whether some GPU has too little memory to put a layer's experts together beside the weights
+    that it gets."""
+    used = [free_bytes for free_bytes, count in zip(free, split, strict=True) if count]
     return any(
-        room - weights < sizes.merging + RESERVED_BYTES
-        for room, weights in zip(used, stage_weights(sizes, split), strict=True)
+        free_bytes - taken < sizes.merging + RESERVED_BYTES
+        for free_bytes, taken in zip(used, stage_weights(sizes, split), strict=True)
     )
 
 

@@ -179,7 +179,7 @@ def answer_plan(
         for piece in PIECES:
             cache_tokens = min(
                 (
-                    room
+                    free_bytes
                     - bytes_of(
                         shape,
                         count,
@@ -194,7 +194,7 @@ def answer_plan(
                     ).to_come
                 )
                 // (count * 2 * shape.keys * shape.wide)
-                for number, (count, room) in enumerate(zip(layers, free, strict=True))
+                for number, (count, free_bytes) in enumerate(zip(layers, free, strict=True))
             )
             if cache_tokens >= LONGEST:
                 plan = AnswerPlan(tuple(layers), merged, piece, cache_tokens)
@@ -253,7 +253,7 @@ def plan(model_dir: str | Path, cards: Sequence[float]) -> Planned:
     weights = memory.stage_weights(sizes, split)
     layers = [count for count in split if count]
     shape = shape_of(memory.load_config(model_dir), torch.float16)
-    used = [room for room, count in zip(free, split, strict=True) if count]
+    used = [free_bytes for free_bytes, count in zip(free, split, strict=True) if count]
 
     def table(cache_tokens: int, merged: bool, piece: int) -> list[StageBytes]:
         return [
@@ -271,8 +271,8 @@ def plan(model_dir: str | Path, cards: Sequence[float]) -> Planned:
         ]
 
     beside = [
-        room - own - part.adapter
-        for room, own, part in zip(used, weights, table(0, False, 1), strict=True)
+        free_bytes - own - part.adapter
+        for free_bytes, own, part in zip(used, weights, table(0, False, 1), strict=True)
     ]
     answering = answer_plan(shape, layers, beside)
     found = table(answering.cache_tokens, answering.merged, answering.piece)

@@ -117,10 +117,10 @@ def dequantise(
 
 
 class _Buffer:
-    """Room for one projection's 16-bit weights, and a weak reference to the packed tensor that it
-    holds now."""
+    """A tensor for one projection's 16-bit weights, and a weak reference to the packed tensor whose
+    weights it holds now."""
 
-    room: torch.Tensor | None = None
+    tensor: torch.Tensor | None = None
     owner: weakref.ref | None = None
     key: tuple = ()
 
@@ -137,8 +137,8 @@ class Workspace:
 
     def held(self, device: torch.device) -> int:
         """Bytes that the buffers on a device take now."""
-        rooms = [buffer.room for (where, *_), buffer in self.buffers.items() if where == device]
-        return sum(room.numel() * room.element_size() for room in rooms if room is not None)
+        tensors = [buffer.tensor for (where, *_), buffer in self.buffers.items() if where == device]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def workspace(experts: nn.Module) -> Workspace:
@@ -172,12 +172,13 @@ def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Te
     packed = getattr(experts, f"{projection}_packed")
     buffer = workspace(experts).buffers.setdefault((packed.device, projection, dtype), _Buffer())
     key = (packed.data_ptr(), None if packed.is_inference() else packed._version, packed.shape)
-    room = buffer.room
-    if room is None or room.numel() != packed.numel() * 2:
-        buffer.owner = buffer.room = room = None  # freed before the new one is asked for
+    tensor = buffer.tensor
+    if tensor is None or tensor.numel() != packed.numel() * 2:
+        buffer.owner = buffer.tensor = tensor = None  # freed before the new one is asked for
         with torch.inference_mode(False):
-            buffer.room = room = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
-    matrices = room.view(*packed.shape[:2], -1)
+            tensor = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
+        buffer.tensor = tensor
+    matrices = tensor.view(*packed.shape[:2], -1)
     if buffer.owner is None or buffer.owner() is not packed or buffer.key != key:
         buffer.owner = None  # a dequantisation that fails leaves nothing that looks valid
         dequantise(pieces, dtype, out=matrices)
@@ -199,11 +200,11 @@ def expert_weights(experts: nn.Module, dtype: torch.dtype) -> Callable[[str, int
     }
     sizes = {name: rows * columns for name, (_, rows, columns) in shapes.items()}
     buffer = workspace(experts).buffers.setdefault((device, "expert", dtype), _Buffer())
-    if buffer.room is None or buffer.room.numel() < max(sizes.values()):
-        buffer.room = None  # freed before the new one is asked for
+    if buffer.tensor is None or buffer.tensor.numel() < max(sizes.values()):
+        buffer.tensor = None  # freed before the new one is asked for
         with torch.inference_mode(False):
-            buffer.room = torch.empty(max(sizes.values()), dtype=dtype, device=device)
-    out = {name: buffer.room[: sizes[name]].view(shapes[name]) for name in PROJECTIONS}
+            buffer.tensor = torch.empty(max(sizes.values()), dtype=dtype, device=device)
+    out = {name: buffer.tensor[: sizes[name]].view(shapes[name]) for name in PROJECTIONS}
 
     @torch.no_grad()
     def weight(projection: str, expert: int) -> torch.Tensor:

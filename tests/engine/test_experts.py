@@ -569,9 +569,9 @@ def test_one_expert_at_a_time_trains_as_all_at_once():
         out = forward.experts_forward(layer, x, index, chosen)
         out.square().sum().backward()
         results.append((out, x.grad, chosen.grad))
-        (held,) = {buffer.room.numel() for buffer in storage.workspace(layer).buffers.values()} - {
-            8 * 96 * 64
-        }
+        (held,) = {
+            buffer.tensor.numel() for buffer in storage.workspace(layer).buffers.values()
+        } - {8 * 96 * 64}
         assert held == (1 if one_at_a_time else 8) * 2 * 96 * 64
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -666,9 +666,9 @@ def test_the_way_for_little_memory_gives_the_same(dtype):
     storage.release_buffers(layer)
     with torch.no_grad():
         single = layer(x, index, chosen.to(dtype))
-    (room,) = [buffer.room for buffer in storage.workspace(layer).buffers.values()]
+    (held,) = [buffer.tensor for buffer in storage.workspace(layer).buffers.values()]
     # of one projection of one expert
-    assert room.numel() == 2 * layer.gate_up_proj_packed[0].numel()
+    assert held.numel() == 2 * layer.gate_up_proj_packed[0].numel()
     assert torch.equal(single, whole)
     expected = reference(weights, x.float(), index, chosen.to(dtype).float())
     assert distance(whole, expected) < BOUND[dtype]

@@ -292,12 +292,12 @@ def _route_rows(
     """order int32 [R], tiles int32 [.., 3] and how many tiles there can be at most."""
     rows = top_k_index.numel()
     most = min(rows, experts + rows // m)
-    room = max(16, triton.next_power_of_2(most))  # few variants, so that few are compiled
+    capacity = max(16, triton.next_power_of_2(most))  # few variants, so that few are compiled
     order = torch.empty(rows, dtype=torch.int32, device=top_k_index.device)
-    tiles = torch.empty(room, 3, dtype=torch.int32, device=top_k_index.device)
+    tiles = torch.empty(capacity, 3, dtype=torch.int32, device=top_k_index.device)
     _route[(1,)](
         top_k_index, order, tiles, rows, m, ROWS=max(64, triton.next_power_of_2(rows)),
-        EXPERTS=triton.next_power_of_2(experts), TILES=room, num_warps=4,
+        EXPERTS=triton.next_power_of_2(experts), TILES=capacity, num_warps=4,
         **dispatch.launch_options(top_k_index.device),
     )  # fmt: skip
     return order, tiles, most
