@@ -19,7 +19,7 @@ from prompt_recovery.tables import DataError, read_table
 
 ROW_COLUMNS = ("original_text", "rewritten_text", "rewrite_prompt")
 TEST_COLUMNS = ("id", "original_text", "rewritten_text")
-ACCOUNT_COLUMNS = ("id", "source", "reason", "action")
+ACCOUNT_COLUMNS = ("id", "origin", "reason", "action")
 # what astype(str) makes of a value that is missing; "NA" and "null" may be somebody's texts
 MISSING = ("nan", "None", "NaT", "<NA>")
 
@@ -33,7 +33,7 @@ def read_rows(
     each file must have; truths need no texts.
 
     Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response (''
-    where the file has none), source ("file.csv:7" is data row 7, counted from 1 under the header),
+    where the file has none), origin ("file.csv:7" is data row 7, counted from 1 under the header),
     file (its path). A file without an id column gets ids of its stem and row number; where most ids
     of a file stand in another one too, each has its file's stem before it. Windows line ends inside
     a text become "\\n"; nothing else is changed.
@@ -59,9 +59,9 @@ def read_rows(
             table["response"] = ""
         for name in ("id", "response"):
             table[name] = table[name].where(~table[name].isin(MISSING), "")
-        table["source"] = [f"{path.name}:{n}" for n in numbers]
+        table["origin"] = [f"{path.name}:{n}" for n in numbers]
         table["file"] = str(path)
-        parts.append(table[["id", *columns, "response", "source", "file"]])
+        parts.append(table[["id", *columns, "response", "origin", "file"]])
     for part in parts:
         _refuse_bad_ids(part)
     rows = pd.concat(parts, ignore_index=True)
@@ -112,7 +112,7 @@ def read_test(path: str | Path) -> pd.DataFrame:
         table["id"] = _numbered(path.stem, len(table))
     table = table[list(TEST_COLUMNS)]
     checked = table.assign(
-        source=[f"{path.name}:{n}" for n in range(1, len(table) + 1)], file=str(path)
+        origin=[f"{path.name}:{n}" for n in range(1, len(table) + 1)], file=str(path)
     )
     _refuse_bad_ids(checked)
     return table
@@ -147,10 +147,10 @@ def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
 
 
 def _refuse_bad_ids(rows: pd.DataFrame) -> None:
-    """Raise DataError for blank ids and for ids that stand twice; rows has id, source and file."""
+    """Raise DataError for blank ids and for ids that stand twice; rows has id, origin and file."""
     blank = rows[rows["id"].str.strip() == ""]
     if len(blank):
-        places = ", ".join(blank["source"].head(10))
+        places = ", ".join(blank["origin"].head(10))
         raise DataError(
             f"{blank['file'].iloc[0]}: column id is blank in {len(blank)} rows: {places}. Fill "
             "them in."
@@ -159,7 +159,7 @@ def _refuse_bad_ids(rows: pd.DataFrame) -> None:
     if len(doubled):
         shown = []
         for value, group in list(doubled.groupby("id", sort=False))[:5]:
-            shown.append(f"{value!r} in {', '.join(group['source'].head(5))}")
+            shown.append(f"{value!r} in {', '.join(group['origin'].head(5))}")
         files = ", ".join(dict.fromkeys(doubled["file"]))
         raise DataError(
             f"{files}: column id has {doubled['id'].nunique()} values more than once (file:row): "
@@ -172,7 +172,7 @@ def clean_rows(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Drop rows that teach nothing; returns (kept rows, account).
 
-    account has one line per dropped or changed row: id, source, reason, action ('dropped' |
+    account has one line per dropped or changed row: id, origin, reason, action ('dropped' |
     'changed').
     Reasons: "blank <column>", "<column> is 'nan'" (or another of MISSING), "identical original and
     rewritten", "refusal", "exact duplicate" (the first one stays), and with strip_lead_ins
@@ -182,14 +182,14 @@ def clean_rows(
     kept: list[int] = []
     rewritten_texts: list[str] = []
     seen: set[tuple[str, str, str]] = set()
-    columns = [rows[name].tolist() for name in ("id", "source", *ROW_COLUMNS)]
-    for position, (row_id, source, original, rewritten, prompt) in enumerate(
+    columns = [rows[name].tolist() for name in ("id", "origin", *ROW_COLUMNS)]
+    for position, (row_id, origin, original, rewritten, prompt) in enumerate(
         zip(*columns, strict=True)
     ):
         if strip_lead_ins:
             stripped = strip_lead_in(rewritten)
             if stripped != rewritten:
-                entries.append((row_id, source, "lead-in stripped", "changed"))
+                entries.append((row_id, origin, "lead-in stripped", "changed"))
                 rewritten = stripped
         texts = (original.strip(), rewritten.strip(), prompt.strip())
         blank = [name for name, text in zip(ROW_COLUMNS, texts, strict=True) if not text]
@@ -209,7 +209,7 @@ def clean_rows(
             kept.append(position)
             rewritten_texts.append(rewritten)
             continue
-        entries.append((row_id, source, reason, "dropped"))
+        entries.append((row_id, origin, reason, "dropped"))
     clean = rows.iloc[kept].reset_index(drop=True)
     clean["rewritten_text"] = pd.Series(rewritten_texts, dtype=rows["rewritten_text"].dtype)
     return clean, pd.DataFrame(entries, columns=list(ACCOUNT_COLUMNS), dtype=str)
@@ -236,7 +236,7 @@ def describe_account(account: pd.DataFrame) -> list[str]:
     """A line for each action and reason of an account: how many rows, and the first five."""
     lines = []
     for (verb, reason), group in account.groupby(["action", "reason"], sort=True):
-        places = ", ".join(group["source"].head(5)) + (" ..." if len(group) > 5 else "")
+        places = ", ".join(group["origin"].head(5)) + (" ..." if len(group) > 5 else "")
         lines.append(f"  {verb} {len(group)}: {reason} ({places})")
     return lines
 

@@ -65,9 +65,9 @@ def usable_examples(
             else None
         )
         if n in refused:
-            account.append((row["id"], row["source"], refused[n][0], "dropped"))
+            account.append((row["id"], row["origin"], refused[n][0], "dropped"))
         elif named is not None and normalise(named) != normalise(row["rewrite_prompt"]):
-            account.append((row["id"], row["source"], "response names another prompt", "overruled"))
+            account.append((row["id"], row["origin"], "response names another prompt", "overruled"))
     clean = rows.iloc[list(kept)].reset_index(drop=True)
     by_id = dict(zip(clean["id"], kept.values(), strict=True))
     return clean, by_id, pd.DataFrame(account, columns=list(ACCOUNT_COLUMNS), dtype=str)
@@ -107,7 +107,7 @@ def _encode(
 
 
 def _refusal(rows: pd.DataFrame, refused: Mapping[int, tuple[str, str]]) -> TrainingError:
-    named = [str(rows["source"].iloc[n]) if "source" in rows else f"row {n + 1}" for n in refused]
+    named = [str(rows["origin"].iloc[n]) if "origin" in rows else f"row {n + 1}" for n in refused]
     places = ", ".join(named[:10]) + (" ..." if len(refused) > 10 else "")
     first = next(iter(refused.values()))[1]
     return TrainingError(

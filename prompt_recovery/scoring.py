@@ -49,7 +49,7 @@ def read_truths(paths: str | Path | Sequence[str | Path]) -> tuple[pd.DataFrame,
     unsaid = rows["rewrite_prompt"].str.strip().isin(["", *data.MISSING])
     notes = []
     if unsaid.any():
-        places = _quoted(rows["source"][unsaid])
+        places = _quoted(rows["origin"][unsaid])
         notes.append(f"{unsaid.sum()} rows without a truth are not scored: {places}.")
     if unsaid.all():
         raise DataError(f"{rows['file'].iloc[0]}: rewrite_prompt is blank in all {len(rows)} rows.")

@@ -75,7 +75,7 @@ def table(rows):
             "rewritten_text",
             "rewrite_prompt",
             "response",
-            "source",
+            "origin",
             "file",
         ],
         dtype=str,

@@ -42,13 +42,13 @@ def test_nasty_texts_survive_reading(tmp_path):
     frame.to_csv(tmp_path / "a.csv", index=False, encoding="utf-8-sig")
     rows = read_rows(tmp_path / "a.csv")
     assert list(rows.columns) == [
-        "id", "original_text", "rewritten_text", "rewrite_prompt", "response", "source", "file"
+        "id", "original_text", "rewritten_text", "rewrite_prompt", "response", "origin", "file"
     ]  # fmt: skip
     for name in ("original_text", "rewritten_text", "rewrite_prompt"):
         assert rows[name].tolist() == nasty
     assert rows["id"].tolist() == frame["id"].tolist()
     assert rows["response"].tolist() == [""] * len(nasty)
-    assert rows["source"].tolist() == [f"a.csv:{i + 1}" for i in range(len(nasty))]
+    assert rows["origin"].tolist() == [f"a.csv:{i + 1}" for i in range(len(nasty))]
     assert all(isinstance(value, str) for value in rows.to_numpy().ravel())
 
 
@@ -77,7 +77,7 @@ def test_several_files_with_made_ids_and_responses(tmp_path):
         "rewritten_text": "r",
         "rewrite_prompt": "p",
         "response": "why",
-        "source": "r.csv:1",
+        "origin": "r.csv:1",
         "file": str(third),
     }
 
@@ -260,7 +260,7 @@ def test_account_says_what_was_dropped_and_why():
         ["r5", "t.csv:6", "exact duplicate", "dropped"],
         ["r6", "t.csv:7", "refusal", "dropped"],
     ]
-    assert list(account.columns) == ["id", "source", "reason", "action"]
+    assert list(account.columns) == ["id", "origin", "reason", "action"]
     assert account.values.tolist() == dropped
     pd.testing.assert_frame_equal(clean, rows.iloc[[0, 7, 8, 9, 10]].reset_index(drop=True))
 

@@ -196,7 +196,7 @@ def test_a_cell_s_answers_are_of_its_adapter_s_bytes_its_fallback_and_its_decodi
     cell = Cell(
         max_steps=1, batch_size=2, gradient_accumulation=1, max_tokens=256, max_new_tokens=4
     )
-    table = rows(4).assign(rewrite_prompt="Make it rhyme", response="", source="", file="t.csv")
+    table = rows(4).assign(rewrite_prompt="Make it rhyme", response="", origin="", file="t.csv")
     tok, model = tokenizer.load_tokenizer(TINY, pad="unk"), loading.load_base(TINY, four_bit=False)
     where = dict(output_dir=tmp_path, model_dir=TINY)
 

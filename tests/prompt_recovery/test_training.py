@@ -363,7 +363,7 @@ def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tm
 def test_rows_without_an_answer_in_the_style_are_named():
     tok = load_tokenizer(TINY)
     rows = demo_rows(3).assign(
-        response=["1. why", "", " "], source=["a.csv:1", "a.csv:2", "a.csv:3"]
+        response=["1. why", "", " "], origin=["a.csv:1", "a.csv:2", "a.csv:3"]
     )
     with pytest.raises(
         TrainingError, match=r"2 of 3 rows are refused \(a.csv:2, a.csv:3\).*reason_json"
@@ -476,7 +476,7 @@ def test_a_full_disk_is_said_with_path_and_room(tmp_path, room):
 
 def test_rows_that_cannot_be_taught_are_dropped_and_counted_unless_all_are():
     tok = load_tokenizer(TINY)
-    rows = demo_rows(5).assign(source=[f"a.csv:{n}" for n in range(1, 6)])
+    rows = demo_rows(5).assign(origin=[f"a.csv:{n}" for n in range(1, 6)])
     rows["response"] = [
         '1. Tone changed.\n2. {"instruction": "Make it formal."}',
         "",
@@ -489,10 +489,10 @@ def test_rows_that_cannot_be_taught_are_dropped_and_counted_unless_all_are():
     render = dict(max_tokens=400, format=Format(style="reason_json"))
     kept, example_of, account = usable_examples(tok, rows, **render)
     assert (
-        kept["source"].to_list() == ["a.csv:1", "a.csv:3", "a.csv:5"]
+        kept["origin"].to_list() == ["a.csv:1", "a.csv:3", "a.csv:5"]
         and list(example_of) == kept["id"].to_list()
     )
-    assert account[["source", "reason", "action"]].values.tolist() == [
+    assert account[["origin", "reason", "action"]].values.tolist() == [
         ["a.csv:2", "no reason_json answer that can be read back", "dropped"],
         ["a.csv:3", "response names another prompt", "overruled"],
         ["a.csv:4", "prompt and answer do not fit in max_tokens", "dropped"],
