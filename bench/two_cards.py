@@ -413,11 +413,11 @@ def in_turn(stages: Any, pieces: Any, read: Any) -> Any:
     return found
 
 
-def through_host(source: torch.Tensor, target: torch.Tensor) -> None:
+def through_host(tensor: torch.Tensor, target: torch.Tensor) -> None:
     """As decoding.hand_over, but through pinned memory, as cards without a link copy."""
-    pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-    pinned.copy_(source, non_blocking=True)
-    torch.cuda.synchronize(source.device)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    torch.cuda.synchronize(tensor.device)
     target.copy_(pinned, non_blocking=True)
     torch.cuda.synchronize(target.device)
 

@@ -74,9 +74,9 @@ def model_folder() -> Path:
         )
     print("assembling the weights and reading them (some minutes, once) ...", flush=True)
     # compares the sha256 with EXPECTED_SHA256
-    source = package.assemble(OUTPUT / "gguf" / package.MODEL_NAME)
-    read: dict[str, Any] = dict(gguf_file=source.name, local_files_only=True)
-    gemma = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **read)
+    gguf = package.assemble(OUTPUT / "gguf" / package.MODEL_NAME)
+    read: dict[str, Any] = dict(gguf_file=gguf.name, local_files_only=True)
+    gemma = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **read)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -87,7 +87,7 @@ def model_folder() -> Path:
     }
     # lm_head is the embeddings
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    AutoTokenizer.from_pretrained(source.parent, **read).backend_tokenizer.save(
+    AutoTokenizer.from_pretrained(gguf.parent, **read).backend_tokenizer.save(
         str(partial / "tokenizer.json")
     )
     config = gemma.config.to_dict() | {
@@ -97,7 +97,7 @@ def model_folder() -> Path:
     config.pop("quantization_config", None)  # the tensors are no longer quantised
     (partial / "config.json").write_text(json.dumps(config, indent=2))
     partial.rename(folder)
-    shutil.rmtree(source.parent)
+    shutil.rmtree(gguf.parent)
     return folder
 
 
@@ -105,12 +105,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), padding_side="left", **SPECIAL_TOKENS
     )
-    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS.values()] == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS.values()]
+    assert ids == [0, 1, 2, 3]
     # text never gives control ids: <pad> to <mask> are 0 to 4, the turns' marks 105 and 106
     ids = encode_text(
         tokenizer, "<bos><eos><pad><unk><mask><start_of_turn>user\n<end_of_turn></s>[INST]"

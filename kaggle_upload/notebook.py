@@ -91,8 +91,8 @@ def push(
     public, or with internet.
     """
     sent = check(path, train)
-    for source in metadata["kernel_sources"]:
-        _check_ended(Page.parse(source, "notebook", new=False), timeout, "Nothing was pushed.")
+    for needed in metadata["kernel_sources"]:
+        _check_ended(Page.parse(needed, "notebook", new=False), timeout, "Nothing was pushed.")
     with tempfile.TemporaryDirectory() as folder:
         lay_out(read([path]), Path(folder), {"kernel-metadata.json": metadata})
         reply = cli.run("kernels", "push", "-p", folder, timeout=timeout)
@@ -115,10 +115,10 @@ def push(
         cells = json.loads((Path(folder) / held["code_file"]).read_text(encoding="utf-8"))["cells"]
     # the program does not report sources that Kaggle dropped
     wrong = [
-        f"{kind} {source} was not attached"
+        f"{kind} {wanted} was not attached"
         for kind in ("model", "dataset", "competition", "kernel")
-        for source in metadata[f"{kind}_sources"]
-        if not any(_same(source, got) for got in held.get(f"{kind}_sources") or ())
+        for wanted in metadata[f"{kind}_sources"]
+        if not any(_same(wanted, got) for got in held.get(f"{kind}_sources") or ())
     ]
     wrong += ["it is public"] if held["is_private"] is not True else []
     wrong += ["it has internet"] if held["enable_internet"] else []
@@ -228,7 +228,7 @@ def _words(text: str | None) -> str:
     return " ".join(html.unescape(text or "").split())
 
 
-def _same(source: str, got: str) -> bool:
+def _same(wanted: str, got: str) -> bool:
     """Whether Kaggle's name of a source is ours: field by field, a version of it may follow."""
-    fields, others = source.lower().split("/"), got.lower().strip("/").split("/")
+    fields, others = wanted.lower().split("/"), got.lower().strip("/").split("/")
     return others[: len(fields)] == fields

@@ -131,15 +131,15 @@ def lay_out(content: Content, folder: Path, metadata: dict[str, dict[str, Any]])
     for path in folder.iterdir():
         if path.name not in content.files:
             path.unlink()
-    for name, (source, digest, _, _) in content.files.items():
+    for name, (path, digest, _, _) in content.files.items():
         target = folder / name
-        if target.exists() and not target.samefile(source) and _sha256(target) != digest:
+        if target.exists() and not target.samefile(path) and _sha256(target) != digest:
             target.unlink()
         if not target.exists():
             try:
-                os.link(source, target)
+                os.link(path, target)
             except OSError:  # another file system, or one without hard links
-                shutil.copy2(source, target)
+                shutil.copy2(path, target)
     for name, values in metadata.items():
         (folder / name).write_text(
             json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"

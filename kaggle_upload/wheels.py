@@ -35,24 +35,24 @@ def build_library(folder: Path) -> Path:
     Built from a copy, so that nothing is written into the repository and no stale build/ comes
     along.
     """
-    source = folder / "source"
+    copy = folder / "source"
     shutil.copytree(
         ROOT / "prompt_recovery",
-        source / "prompt_recovery",
+        copy / "prompt_recovery",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+        shutil.copy(ROOT / name, copy)
     # a fixed time in the archive; without it every build would look like new content
     _pip(
         "wheel",
         "--no-deps",
         "-w",
         str(folder),
-        str(source),
+        str(copy),
         env={"SOURCE_DATE_EPOCH": "1704067200"},
     )
-    shutil.rmtree(source)
+    shutil.rmtree(copy)
     return next(folder.glob("prompt_recovery-*.whl"))
 
 

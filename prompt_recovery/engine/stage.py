@@ -187,9 +187,9 @@ class Stage:
         return done
 
 
-def hand_over(source: torch.Tensor, target: torch.Tensor) -> None:
+def hand_over(tensor: torch.Tensor, target: torch.Tensor) -> None:
     """Copy to another card, in the order of both cards' work; the host does not wait."""
-    target.copy_(source, non_blocking=True)
+    target.copy_(tensor, non_blocking=True)
 
 
 def flow(
