@@ -100,7 +100,7 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
     """
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    share = 1 / (2 * model.config.num_hidden_layers)
+    scale = 1 / (2 * model.config.num_hidden_layers)
 
     def normal(shape: torch.Size, spread: float) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * spread
@@ -109,7 +109,7 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             state = module.weight.quant_state
-            spread = 0.02 * (share if "o_proj" in name else 1)
+            spread = 0.02 * (scale if "o_proj" in name else 1)
             packed, made = bnb.functional.quantize_4bit(
                 normal(state.shape, spread),
                 blocksize=64,
@@ -123,7 +123,7 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
         elif hasattr(module, "down_proj_packed"):
             for projection in PROJECTIONS:
                 packed = getattr(module, f"{projection}_packed")
-                spread = 0.02 * (share if projection == "down_proj" else 1)
+                spread = 0.02 * (scale if projection == "down_proj" else 1)
                 for expert in range(len(packed)):
                     made = quantise(
                         normal(torch.Size((1, packed.shape[1], packed.shape[2] * 2)), spread)
@@ -132,7 +132,7 @@ def scale_like_real(model: nn.Module, seed: int = 1) -> None:
                         getattr(module, f"{projection}_{piece}")[expert].copy_(value[0])
         elif "o_proj" in name and "lora_B" in name:
             for weight in module.parameters(recurse=False):
-                weight.mul_(share)
+                weight.mul_(scale)
 
 
 @torch.no_grad()

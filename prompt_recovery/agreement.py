@@ -95,8 +95,8 @@ def same_checkpoint(output_dir: Path, writes: bool, every: int) -> Path | None:
     """The first process's last checkpoint, which all of them go on from, or None; each must call
     it. A machine with a disk of its own gets a copy, and what differs there is moved aside.
 
-    writes: whether this process writes to output_dir; see `run_lock.share`. every: steps from one
-    checkpoint to the next, by which a killed run's machines may be apart.
+    writes: whether this process writes to output_dir; see `run_lock.claim_together`. every: steps
+    from one checkpoint to the next, by which a killed run's machines may be apart.
     Raises TrainingError, in all processes, where a machine has a later checkpoint.
     """
     checkpoints = output_dir / "checkpoints"

@@ -26,7 +26,7 @@ def go_on_from(
 ) -> Path | None:
     """The checkpoint from which all processes go on, if there is one and it is of these settings,
     which are kept in settings.json. every: steps from one checkpoint to the next; writes: see
-    `run_lock.share`."""
+    `run_lock.claim_together`."""
     first, folder = processes().is_main_process, Path(recipe.output_dir)
     checkpoints = folder / "checkpoints"
     if writes:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerState
 
 from prompt_recovery.engine import everywhere
-from prompt_recovery.run_lock import share
+from prompt_recovery.run_lock import claim_together
 
 WRITTEN = (  # what a run leaves in its output_dir
     "adapter",
@@ -40,7 +40,7 @@ def begin(output_dir: str | Path, resume: bool | None, earlier: Path | None = No
     holds no whole checkpoint. It is only read: on Kaggle a session's output is mounted so.
     Under `accelerate launch` one process on each disk does so, and the others wait for it.
     """
-    if share(output_dir):
+    if claim_together(output_dir):
         if not resume:
             set_aside(output_dir)
         elif earlier is not None and last_checkpoint(Path(output_dir) / "checkpoints") is None:

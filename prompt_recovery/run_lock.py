@@ -107,7 +107,7 @@ def release(place: str | Path, setting: str = "output_dir") -> None:
         held.file.close()
 
 
-def share(output_dir: str | Path) -> bool:
+def claim_together(output_dir: str | Path) -> bool:
     """`claim` by one process on each disk that the processes of `accelerate launch` write to; each
     of them must call it. Returns whether this one writes: the first of all does, and the first on
     every machine that does not see its folder.
@@ -130,10 +130,11 @@ def _raise(error: Exception | None) -> None:
 
 
 @contextmanager
-def shared(output_dir: str | Path) -> Iterator[bool]:
-    """`share` for a block, unless `begin` has done so already; whether this process writes."""
+def claimed(output_dir: str | Path) -> Iterator[bool]:
+    """`claim_together` for a block, unless `begin` has done so already. Gives whether this process
+    writes."""
     held = Path(output_dir).resolve() / LOCK in _held
-    writes = share(output_dir)
+    writes = claim_together(output_dir)
     try:
         yield writes
     finally:

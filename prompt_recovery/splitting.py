@@ -21,7 +21,7 @@ LARGEST = 0.5  # share of a side's rows in one group from which a warning is due
 # Groups from which on those that choose and those of the report differ. The demo has 12, and
 # half of them choose by luck: step 50 scored 0.38 on six, 0.29 on rows of all (LOG.md, 2026-11-27).
 MANY = 20
-LEAST_TO_SHARE = 40  # held-out rows, from which a part is held back for the report
+LEAST_TO_HOLD_BACK = 40  # held-out rows, from which a part is held back for the report
 SPLIT_COLUMNS = ("id", "rewrite_prompt", "group", "split", "made_with")
 
 
@@ -174,10 +174,10 @@ def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataF
     are 20 or more, else other rows. With fewer than 40 rows all are for the report, and choose too:
     a line says so.
     """
-    if len(held_out) < LEAST_TO_SHARE:
+    if len(held_out) < LEAST_TO_HOLD_BACK:
         if len(held_out):
             print(
-                f"{len(held_out)} held-out rows, fewer than {LEAST_TO_SHARE}: the same rows "
+                f"{len(held_out)} held-out rows, fewer than {LEAST_TO_HOLD_BACK}: the same rows "
                 "choose the checkpoint and are reported, so the score is too favourable. Raise "
                 "eval_fraction, or give more rows."
             )

@@ -181,7 +181,7 @@ def report(job: Job) -> pd.DataFrame:
     alone = "; by the base alone, without an adapter" if base else ""
     job.say(summary(table) + alone + (f"; {job.progress()}" if measured else ""))
     for member in job.members if len(job.members) > 1 else []:
-        job.say(_share(job, member))
+        job.say(_coverage(job, member))
     return table
 
 
@@ -192,7 +192,7 @@ def _less(job: Job, position: int) -> str:
     return ", ".join(f"{text} by {name}" for name, text in texts.items() if text)
 
 
-def _share(job: Job, member: Member) -> str:
+def _coverage(job: Job, member: Member) -> str:
     """How many rows have a member's answer, and why the others have none."""
     rows = range(len(job.test))
     without = [position for position in rows if not member.answered(position)]

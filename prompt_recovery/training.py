@@ -42,7 +42,7 @@ from prompt_recovery.keys import key
 from prompt_recovery.metric import encoder_hash
 from prompt_recovery.recipe import Recipe
 from prompt_recovery.resuming import finished, go_on_from
-from prompt_recovery.run_lock import shared
+from prompt_recovery.run_lock import claimed
 from prompt_recovery.time_budget import TrainingTime
 from prompt_recovery.trainer import RowTrainer
 from prompt_recovery.training_log import ending, training_log
@@ -91,7 +91,7 @@ def train(
     RunFolderError where another run has output_dir, or its checkpoints belong to other rows or
     settings; TooLittleMemory where one row does not fit.
     """
-    with named_if_lost(), shared(recipe.output_dir) as writes:
+    with named_if_lost(), claimed(recipe.output_dir) as writes:
         sides = train_examples, eval_examples
         return _train(model, tokenizer, *sides, recipe, score, scored_with, allowed, writes)
 

@@ -114,7 +114,7 @@ class Decoder:
         a greedy one; the same number for each. finished: whether an answer without EOS may end,
         judged from its ids.
         """
-        count, share = len(prompts), len(seeds[0])
+        count, per_prompt = len(prompts), len(seeds[0])
         if self.device.type == "cuda":
             # a batch of another shape: what the allocator keeps of the last one's would grow until
             # the card is full
@@ -123,22 +123,22 @@ class Decoder:
         width = max(len(rest) for rest in rests)
         longest = len(self.prefix) + width
         columns = cache_columns(longest, self.max_new)
-        if count * share * columns > self.cache_tokens:
+        if count * per_prompt * columns > self.cache_tokens:
             columns = longest + self.max_new
         started = time.monotonic()
         logits = self._prefill(rests, width, columns)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.prefill_seconds = time.monotonic() - started
-        rows = count * share
-        spread = torch.arange(count).repeat_interleave(share)
+        rows = count * per_prompt
+        spread = torch.arange(count).repeat_interleave(per_prompt)
         for stage in self.stages:
             with on(stage.device):
                 stage.positions[:count] = longest - stage.padding[:count]
                 stage.column.fill_(longest)
-                if share > 1:
+                if per_prompt > 1:
                     stage.select(spread, rows)
-        logits = logits[spread.to(self.device)] if share > 1 else logits
+        logits = logits[spread.to(self.device)] if per_prompt > 1 else logits
         flat = [seed for each in seeds for seed in each]
         draws = [
             np.zeros(self.max_new)
@@ -156,7 +156,7 @@ class Decoder:
         self.done[rows:] = True
         with on(self.device):
             self._choose(logits, rows)
-        return self._decode(rows, count, share, finished)
+        return self._decode(rows, count, per_prompt, finished)
 
     def _prefill(self, rests: list[list[int]], width: int, columns: int) -> torch.Tensor:
         """Logits after the last token of each prompt, fp32 [rows, vocabulary]; the caches are
@@ -224,7 +224,7 @@ class Decoder:
             y = stage.y
 
     def _decode(
-        self, rows: int, count: int, share: int, finished: Callable | None
+        self, rows: int, count: int, per_prompt: int, finished: Callable | None
     ) -> list[list[tuple[list[int], bool]]]:
         answers: dict[int, tuple[list[int], bool]] = {}
         # which answer each row of the batch is, None for one that fills it
@@ -252,7 +252,10 @@ class Decoder:
                 live = self._keep(live, over)
             if number < self.max_new:
                 self._step(len(live))
-        return [[answers[position * share + n] for n in range(share)] for position in range(count)]
+        return [
+            [answers[position * per_prompt + n] for n in range(per_prompt)]
+            for position in range(count)
+        ]
 
     def _keep(self, live: list[int | None], over: list[bool]) -> list[int | None]:
         """Once half of the rows are over, the others go on alone, filled up to one of ROWS with

@@ -89,7 +89,7 @@ def test_one_process_writes_on_each_disk_and_another_run_s_folder_is_refused_eve
     def share(number):
         found = []
         for pair in places:
-            with run_lock.shared(tmp_path / pair[number]) as writes:
+            with run_lock.claimed(tmp_path / pair[number]) as writes:
                 found.append(writes)
                 gathered(None)
         return found
@@ -99,7 +99,7 @@ def test_one_process_writes_on_each_disk_and_another_run_s_folder_is_refused_eve
 
     def taken(number):
         run_lock._held.clear()  # the parent's
-        with run_lock.shared(tmp_path / ["one", "two"][number]):
+        with run_lock.claimed(tmp_path / ["one", "two"][number]):
             pass
 
     run_lock.claim(tmp_path / "two")  # as a worker does whose launcher was killed
