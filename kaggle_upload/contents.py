@@ -85,15 +85,15 @@ def base_content(folder: Path) -> tuple[Content, dict[str, Any]]:
             f"{folder} holds neither tokenizer.json nor tokenizer.model: copy them from the 16-bit "
             "model."
         )
-    weights = {name for name in paths if name.endswith(".safetensors")}
+    shards = {name for name in paths if name.endswith(".safetensors")}
     index = _json(folder / "model.safetensors.index.json")
     wanted = set(index["weight_map"].values()) if index else {"model.safetensors"}
-    if weights != wanted:
+    if shards != wanted:
         raise UploadError(
-            f"{folder} lacks {sorted(wanted - weights)} and has besides "
-            f"{sorted(weights - wanted)}: save it again, whole."
+            f"{folder} lacks {sorted(wanted - shards)} and has besides "
+            f"{sorted(shards - wanted)}: save it again, whole."
         )
-    for name in sorted(weights):
+    for name in sorted(shards):
         try:
             # reads the header and compares the file's length with it
             safe_open(paths[name], "numpy")

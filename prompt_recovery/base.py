@@ -84,16 +84,16 @@ def base_digest(base: PreTrainedModel | str | Path, four_bit: bool | None = None
     takes it; nothing is loaded. The two give other texts for the same base.
     """
     if isinstance(base, PreTrainedModel):
-        config, weights = base.config, list(_loaded(base))
+        config, samples = base.config, list(_loaded(base))
         kinds = {str(p.dtype) for name, p in base.named_parameters() if "lora_" not in name}
     else:
-        config, weights = load_config(base), sorted(_stored(Path(base)))
+        config, samples = load_config(base), sorted(_stored(Path(base)))
         kinds = {str(default_dtype())} | ({"nf4"} if loads_in_four_bit(base, four_bit) else set())
     precision = " ".join(sorted(kinds)).replace("torch.", "")
     shape = {name: each for name, each in config.to_dict().items() if name not in UNRELATED}
     architecture = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     content = hashlib.sha256()
-    for name, about, sample in weights:
+    for name, about, sample in samples:
         content.update(f"{name} {about} {len(sample)} ".encode() + sample)
     return f"{precision}, config {architecture.hexdigest()[:8]}, weights {content.hexdigest()[:16]}"
 

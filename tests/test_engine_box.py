@@ -82,14 +82,14 @@ def package_of(path):
         ("from prompt_recovery.engine import forward", {f"{BOX}.forward"}),
         ("from prompt_recovery.engine import *", {f"{BOX}.*"}),
         (
-            "def f():\n    from prompt_recovery.engine.storage import weights",
-            {f"{BOX}.storage.weights"},
+            "def f():\n    from prompt_recovery.engine.storage import expert_weights",
+            {f"{BOX}.storage.expert_weights"},
         ),
         ("import prompt_recovery.engine.kernels.dispatch as d", {f"{BOX}.kernels.dispatch"}),
         ("from .engine import storage", {f"{BOX}.storage"}),
         (
-            "from . import engine as box\nbox.storage.weights()",
-            {"box.storage", "box.storage.weights"},
+            "from . import engine as box\nbox.storage.expert_weights()",
+            {"box.storage", "box.storage.expert_weights"},
         ),
         ("import prompt_recovery.engine\nprompt_recovery.engine.storage", {f"{BOX}.storage"}),
     ],

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.integrations import moe
 
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
-from prompt_recovery.engine.storage import expert_weights, four_bit_experts, weights
+from prompt_recovery.engine.storage import expert_weights, four_bit_experts, projection_weights
 from prompt_recovery.engine.turns import waiting
 
 
@@ -80,7 +80,7 @@ def _matmul(
     if getattr(experts, "one_at_a_time", False):
         matrices = functools.partial(expert_weights(experts, rows.dtype), projection)
     else:
-        weight = weights(experts, projection, rows.dtype)
+        weight = projection_weights(experts, projection, rows.dtype)
         if routing.bounds is None and not (size % 8 or width % 8) and rows.shape[0]:
             return nn.functional.grouped_mm(
                 rows, weight.transpose(1, 2) if transpose else weight, offs=routing.ends

@@ -165,7 +165,7 @@ def release_buffers(model: nn.Module) -> None:
         workspace(experts).buffers.clear()
 
 
-def weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Tensor:
+def projection_weights(experts: nn.Module, projection: str, dtype: torch.dtype) -> torch.Tensor:
     """A projection's weights [E, N, K] in `dtype`, valid until the same projection of another layer
     is asked for."""
     pieces = {piece: getattr(experts, f"{projection}_{piece}").detach() for piece in PIECES}

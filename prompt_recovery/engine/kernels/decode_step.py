@@ -93,7 +93,7 @@ def _attend(
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
-    ROOM: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
@@ -105,7 +105,7 @@ def _attend(
     cell = tl.minimum(row, tl.load(now + 1) - 1) * KEY_HEADS + head
     keys += cell * columns * SIZE
     values += cell * columns * SIZE
-    mine, at, near = tl.arange(0, ROOM), tl.arange(0, SIZE), tl.arange(0, BLOCK)
+    mine, at, near = tl.arange(0, PADDED), tl.arange(0, SIZE), tl.arange(0, BLOCK)
     own = mine < group
     q = tl.load(
         query + (row * HEADS + head * group + mine[:, None]) * SIZE + at[None, :],
@@ -113,9 +113,9 @@ def _attend(
         other=0.0,
     )
     each = tl.cdiv(tl.cdiv(place + 1, BLOCK), SPLIT) * BLOCK
-    top = tl.full((ROOM,), float("-inf"), tl.float32)
-    total = tl.zeros((ROOM,), tl.float32)
-    found = tl.zeros((ROOM, SIZE), tl.float32)
+    top = tl.full((PADDED,), float("-inf"), tl.float32)
+    total = tl.zeros((PADDED,), tl.float32)
+    found = tl.zeros((PADDED, SIZE), tl.float32)
     for first in range(split * each, tl.minimum((split + 1) * each, place + 1), BLOCK):
         there = first + near
         seen = (there <= place) & ((there < start) | (there >= start + pad))
@@ -190,7 +190,7 @@ def attend(
         HEADS=heads,
         KEY_HEADS=key_heads,
         SIZE=size,
-        ROOM=max(16, triton.next_power_of_2(group)),
+        PADDED=max(16, triton.next_power_of_2(group)),
         BLOCK=64,
         SPLIT=split,
         num_warps=4,
@@ -212,13 +212,13 @@ def _choose_experts(
     index,
     hidden,
     EXPERTS: tl.constexpr,
-    ROOM: tl.constexpr,
+    PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, ROOM)
-    total = tl.zeros((ROOM, BLOCK), tl.float32)
+    expert = tl.arange(0, PADDED)
+    total = tl.zeros((PADDED, BLOCK), tl.float32)
     for start in range(0, hidden, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = (expert[:, None] < EXPERTS) & (at < hidden)[None, :]
@@ -251,21 +251,21 @@ def choose_experts(
     x: torch.Tensor, gate: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mixtral's router: the top_k of softmax(x gate^T), their weights made to sum to 1. x: [T, H];
-    gate: [E, H] of the same 16 bit. Gives weights fp32 [T, top_k] and experts int64 [T, top_k]."""
+    gate: [E, H] of the same 16 bit. Gives top_k_weights fp32 and top_k_index int64, [T, top_k]."""
     tokens, experts = x.shape[0], gate.shape[0]
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
-    index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
+    top_k_weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
+    top_k_index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
     _choose_experts[(tokens,)](
         x,
         gate,
-        weights,
-        index,
+        top_k_weights,
+        top_k_index,
         x.shape[1],
         EXPERTS=experts,
-        ROOM=triton.next_power_of_2(experts),
+        PADDED=triton.next_power_of_2(experts),
         TOP_K=top_k,
         BLOCK=2048,
         num_warps=8,  # one token is one program: long reads, few of them
         **launch_options(x.device),
     )
-    return weights, index
+    return top_k_weights, top_k_index

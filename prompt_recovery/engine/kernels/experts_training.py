@@ -139,15 +139,15 @@ def _swiglu(gate_up, weights, order, out, width, stride, BLOCK: tl.constexpr):
 
 
 def swiglu(
-    gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, in_place: bool = False
+    gate_up: torch.Tensor, top_k_weights: torch.Tensor, order: torch.Tensor, in_place: bool = False
 ) -> torch.Tensor:
-    """silu(gate) * up * routing weight: gate_up [R, 2 * I], weights [T, K], order [R] -> [R, I],
-    in_place over the gates."""
+    """silu(gate) * up * routing weight: gate_up [R, 2 * I], top_k_weights [T, K], order [R] ->
+    [R, I], in_place over the gates."""
     width = gate_up.shape[1] // 2
     out = gate_up[:, :width] if in_place else gate_up.new_empty(gate_up.shape[0], width)
     block = min(2048, triton.next_power_of_2(width))
     _swiglu[(gate_up.shape[0], triton.cdiv(width, block))](
-        gate_up, weights, order, out, width, out.stride(0), BLOCK=block, num_warps=4,
+        gate_up, top_k_weights, order, out, width, out.stride(0), BLOCK=block, num_warps=4,
         **launch_options(gate_up.device),
     )  # fmt: skip
     return out
@@ -180,15 +180,15 @@ def _swiglu_backward(
 
 
 def swiglu_backward(
-    gate_up: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, grad: torch.Tensor
+    gate_up: torch.Tensor, top_k_weights: torch.Tensor, order: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `swiglu` to gate_up [R, 2 * I] and to the routing weights [T, K], from grad [R,
-    I]."""
+    """Gradients of `swiglu` to gate_up [R, 2 * I] and to top_k_weights [T, K], from grad
+    [R, I]."""
     width = gate_up.shape[1] // 2
-    grad_gate_up, grad_weights = torch.empty_like(gate_up), torch.empty_like(weights)
+    grad_gate_up, grad_weights = torch.empty_like(gate_up), torch.empty_like(top_k_weights)
     block = min(2048, triton.next_power_of_2(width))
     _swiglu_backward[(gate_up.shape[0],)](
-        gate_up, weights, order, grad, grad_gate_up, grad_weights, width, BLOCK=block, num_warps=8,
-        **launch_options(gate_up.device),
+        gate_up, top_k_weights, order, grad, grad_gate_up, grad_weights, width,
+        BLOCK=block, num_warps=8, **launch_options(gate_up.device),
     )  # fmt: skip
     return grad_gate_up, grad_weights
