@@ -109,16 +109,16 @@ def layer(seed: int) -> SimpleNamespace:
 def inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(100 + tokens)
     x = torch.randn(tokens, HIDDEN, device="cuda", generator=generator).to(dtype)
-    weights, index = (
+    top_k_weights, index = (
         torch.randn(tokens, EXPERTS, device="cuda", generator=generator)
         .softmax(-1)
         .topk(TOP_K, dim=-1)
     )
-    return x, index, weights / weights.sum(1, keepdim=True)
+    return x, index, top_k_weights / top_k_weights.sum(1, keepdim=True)
 
 
 def reference(
-    experts: SimpleNamespace, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    experts: SimpleNamespace, x: torch.Tensor, index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     out, weight = (
         torch.zeros(x.shape, device="cuda"),
@@ -130,7 +130,7 @@ def reference(
         gate, up = both.chunk(2, -1)
         part = torch.nn.functional.silu(gate) * up
         part = part @ weight("down_proj", expert).t()
-        out.index_add_(0, rows, part * weights[rows, choice, None])
+        out.index_add_(0, rows, part * top_k_weights[rows, choice, None])
     return out
 
 
@@ -188,10 +188,10 @@ def tune(layers: list[SimpleNamespace], dtype: torch.dtype, seconds: float, lowe
             for config in configs:
                 both = list(dispatch.configs(card, rows))
                 both[place] = config
-                cells = []
+                texts = []
                 for count in tokens:
                     if time.monotonic() - begun > seconds:
-                        cells.append("-")
+                        texts.append("-")
                         continue
                     arguments = inputs(count, dtype)
                     pair = (both[0], both[1])
@@ -199,10 +199,10 @@ def tune(layers: list[SimpleNamespace], dtype: torch.dtype, seconds: float, lowe
                         spent = graph_ms(lambda a=arguments, pair=pair, rows=rows: [
                             experts_decode.few_rows(*a, each, pair, rows) for each in layers
                         ])  # fmt: skip
-                        cells.append(f"{spent:.2f}")
+                        texts.append(f"{spent:.2f}")
                     except Exception as problem:  # parameters that fail are a line
-                        cells.append(f"{type(problem).__name__}: {str(problem)[:60]}")
-                print(f"  {str(tuple(config)):<28}", *cells, flush=True)
+                        texts.append(f"{type(problem).__name__}: {str(problem)[:60]}")
+                print(f"  {str(tuple(config)):<28}", *texts, flush=True)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def main() -> None:
     for parameter in stock.parameters():
         nn.init.normal_(parameter, 0, 0.02).requires_grad_(False)
     index = torch.stack([torch.randperm(args.experts)[:2] for _ in range(args.tokens)])
-    weights = torch.rand(args.tokens, 2)
+    top_k_weights = torch.rand(args.tokens, 2)
     x = torch.randn(args.tokens, args.hidden)
 
     ours, parametrised = copy.deepcopy(stock), copy.deepcopy(stock)
@@ -79,7 +79,7 @@ def main() -> None:
         for _ in range(5):
             entered = x.clone().requires_grad_()
             start = time.perf_counter()
-            module(entered, index, weights).square().sum().backward()
+            module(entered, index, top_k_weights).square().sum().backward()
             times.append(time.perf_counter() - start)
         reference = entered.grad if reference is None else reference
         error = ((entered.grad - reference).norm() / reference.norm()).item()

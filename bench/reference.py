@@ -65,8 +65,8 @@ def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Tr
             hidden[number] = x + found.transpose(0, 1).reshape(len(x), heads * size) @ o
         x = norm(layer.post_attention_layernorm, torch.cat(hidden))
         odds = (x @ layer.mlp.gate.weight.float().t()).softmax(-1)
-        weights, index = odds.topk(config.num_experts_per_tok)
-        weights = weights / weights.sum(-1, keepdim=True)
+        top_k_weights, index = odds.topk(config.num_experts_per_tok)
+        top_k_weights = top_k_weights / top_k_weights.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
         for expert in range(config.num_local_experts):
             rows, choice = (index == expert).nonzero(as_tuple=True)
@@ -76,7 +76,7 @@ def reference(lora: Any, texts: list[list[int]], places: list[slice]) -> list[Tr
             )
             gate, up = (x[rows] @ gate_up.t()).chunk(2, -1)
             out.index_add_(
-                0, rows, (functional.silu(gate) * up) @ down.t() * weights[rows, choice, None]
+                0, rows, (functional.silu(gate) * up) @ down.t() * top_k_weights[rows, choice, None]
             )
         hidden = [a + b for a, b in zip(hidden, out.split([len(a) for a in hidden]), strict=True)]
         for each, x, where in zip(kept, hidden, places, strict=True):

@@ -35,12 +35,12 @@ class _Probe(torch.autograd.Function):
         return functional.grouped_mm(grad.contiguous(), weight, offs=ends), None, None, None
 
 
-def _probe_forward(self, x, index, weights):
+def _probe_forward(self, x, index, top_k_weights):
     flat = index.reshape(-1)
     order = torch.argsort(flat)
     ends = torch.cumsum(torch.bincount(flat, minlength=self.num_experts), 0).to(torch.int32)
     rows = _Probe.apply(x[order // index.shape[-1]], *self._gate_up_proj, ends)
-    rows = _Probe.apply(self._apply_gate(rows), *self._down_proj, ends) * weights.reshape(-1)[
+    rows = _Probe.apply(self._apply_gate(rows), *self._down_proj, ends) * top_k_weights.reshape(-1)[
         order, None
     ].to(x.dtype)
     inverse = torch.empty_like(order)

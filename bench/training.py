@@ -43,9 +43,9 @@ ACTIVE, FORWARD = 12.75e9, 2.0  # active parameters; floating-point operations a
 rows_of_table: list[tuple[str, ...]] = []
 
 
-def report(*cells: str) -> None:
-    rows_of_table.append(cells)
-    print("  ".join(cells), flush=True)
+def report(*texts: str) -> None:
+    rows_of_table.append(texts)
+    print("  ".join(texts), flush=True)
 
 
 def fits(name: str, call: Callable[[], Any]) -> Any:
@@ -111,9 +111,9 @@ def check_experts(experts: nn.Module) -> None:
                     if routing == "random"
                     else index * 0 + torch.tensor([1, 6], device="cuda")
                 )
-                weights = torch.rand(tokens, 2, device="cuda", dtype=dtype)
+                top_k_weights = torch.rand(tokens, 2, device="cuda", dtype=dtype)
                 grad = torch.randn(tokens, hidden, device="cuda", dtype=dtype)
-                out = forward.experts_forward(experts, x, index, weights)
+                out = forward.experts_forward(experts, x, index, top_k_weights)
                 out.backward(grad)
                 exact = x.detach().float().requires_grad_()
                 want = torch.zeros_like(exact)
@@ -124,7 +124,7 @@ def check_experts(experts: nn.Module) -> None:
                         functional.silu(gate)
                         * up
                         @ down[expert].T
-                        * weights[at, choice, None].float()
+                        * top_k_weights[at, choice, None].float()
                     )
                     want = want.index_add(0, at, value)
                 want.backward(grad.float())
@@ -327,8 +327,8 @@ def main() -> None:
     if not args.no_stock:
         fits("stock", lambda: stock(args, rate, scale))
     print("\n== table")
-    for cells in rows_of_table:
-        print("  ".join(cells))
+    for texts in rows_of_table:
+        print("  ".join(texts))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _copy(output_dir: Path, own_disk: bool) -> None:
     first = processes().is_main_process
     digests = _digests(checkpoints) if first or own_disk else {}
     wanted, *_ = gathered(digests)
-    lacks = own_disk and _weights(digests) != _weights(wanted)
+    lacks = own_disk and _of_all(digests) != _of_all(wanted)
     if not any(gathered(lacks)):
         return
     if lacks:
@@ -147,5 +147,6 @@ def _digests(checkpoints: Path) -> dict[str, str]:
     return {str(path.relative_to(checkpoints)): sha256(path) for path in files if path.is_file()}
 
 
-def _weights(digests: Mapping[str, str]) -> dict[str, str]:
+def _of_all(digests: Mapping[str, str]) -> dict[str, str]:
+    """Of the files that are the same on all machines."""
     return {name: each for name, each in digests.items() if Path(name).name not in OF_A_MACHINE}
