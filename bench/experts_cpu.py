@@ -60,11 +60,10 @@ def main() -> None:
             parametrised, name, Bnb4bitParametrization(state), unsafe=True
         )
         _register_parametrization_hooks(parametrised, name)
+    dequantised = storage.expert_weights(ours, torch.float32)
+    for name in storage.PROJECTIONS:
         getattr(stock, name).data = torch.stack(
-            [
-                storage.expert_weights(ours, torch.float32)(name, e).clone()
-                for e in range(args.experts)
-            ]
+            [dequantised(name, expert).clone() for expert in range(args.experts)]
         )
 
     print(f"{args.tokens} tokens, {args.experts} experts of {args.hidden} x {args.inner}, fp32")
