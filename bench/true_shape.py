@@ -176,10 +176,10 @@ def device_rates() -> tuple[float, float]:
     """TFLOP/s of an 8192-cubed bf16 product of random matrices, and TB/s of a 2 GiB device copy,
     read and write."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source = torch.randint(0, 255, (2**31,), device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(source)
+    data = torch.randint(0, 255, (2**31,), device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(data)
     return 2 * 8192**3 / seconds(lambda: a @ b) / 1e12, 2 * 2**31 / seconds(
-        lambda: target.copy_(source)
+        lambda: target.copy_(data)
     ) / 1e12
 
 
