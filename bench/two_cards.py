@@ -272,11 +272,22 @@ def t4(work: Work) -> None:
 
 def adapters(work: Work) -> None:
     """Three adapters beside one: seconds of answering, and of all else that more of them take."""
+    for part in ("_adapters3", "_adapters1"):
+        subprocess.run(command(work.args, part), check=True)
+    (answering3, other3), (answering1, other1) = (
+        json.loads((work.folder / f"adapters{count}.json").read_text()) for count in (3, 1)
+    )
+    print(
+        f"three take {answering3 / answering1:.2f} times one's answering and "
+        f"{other3 - other1:.0f} s more of all else"
+    )
+
+
+def three_adapters(work: Work) -> None:
     from safetensors.torch import load_file, save_file
 
     from prompt_recovery.adapter_files import WEIGHTS, read_header
 
-    work.t4s()
     folders = [work.adapter]
     for number in (1, 2):
         folder = work.folder / f"adapter-{number}"
@@ -285,24 +296,36 @@ def adapters(work: Work) -> None:
         rolled = {name: tensor.roll(number, 0) for name, tensor in tensors.items()}
         save_file(rolled, folder / WEIGHTS, read_header(work.adapter))
         folders.append(folder)
-    took: dict[int, tuple[float, float]] = {}
+    answer_with(work, folders)
+
+
+def one_adapter(work: Work) -> None:
+    answer_with(work, [work.adapter])
+
+
+def answer_with(work: Work, folders: list[Path]) -> None:
+    work.t4s()
     meters: list[Any] = []
     keep_meters(meters)
-    for count, combine in ((1, "first"), (3, "join")):
-        meters.clear()
-        to = f"adapters{count}.csv"
-        for name in (to, f"{to}.journal"):
-            (work.folder / name).unlink(missing_ok=True)
-        chosen = [str(folder) for folder in folders[:count]]
-        start = time.monotonic()
-        report = work.submission("test200.csv", to, adapter_dir=chosen, combine=combine)["report"]
-        answering = sum(meter.wall for meter in meters)
-        took[count] = answering, time.monotonic() - start - answering
-        print(report.groupby(["adapters", "source"]).size().to_string())
-        print(f"{count} adapters: {answering:.0f} s of answering, {took[count][1]:.0f} s of else")
+    count = len(folders)
+    to = f"adapters{count}.csv"
+    for path in work.folder.glob(f"{to}*"):
+        path.unlink()
+    start = time.monotonic()
+    report = work.submission(
+        "test200.csv",
+        to,
+        adapter_dir=[str(folder) for folder in folders],
+        combine="join" if count > 1 else "first",
+    )["report"]
+    answering = sum(meter.wall for meter in meters)
+    other = time.monotonic() - start - answering
+    (work.folder / f"adapters{count}.json").write_text(json.dumps([answering, other]))
+    print(report.groupby(["adapters", "source"]).size().to_string())
     print(
-        f"three take {took[3][0] / took[1][0]:.2f} times one's answering and "
-        f"{took[3][1] - took[1][1]:.0f} s more of else; {work.peak()}"
+        f"{count} adapters: {answering:.0f} s of answering, {other:.0f} s of all else; "
+        f"{work.peak()}",
+        flush=True,
     )
 
 
@@ -864,6 +887,8 @@ PARTS = {
     "alike": alike,
     "ddp": ddp,
     "dense": dense,
+    "_adapters3": three_adapters,
+    "_adapters1": one_adapter,
     "_dense_write": dense_write,
     "_dense_t4": dense_t4,
     "_dense24": dense24,

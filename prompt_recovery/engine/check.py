@@ -28,13 +28,9 @@ def check_kernels(model: nn.Module) -> None:
         dtype = next(model.parameters()).dtype
         try:
             errors = [_experts_error(experts, dtype)]
-            linear = next(
-                (each for each in _four_bit_layers(model) if each.weight.device == device), None
-            )
-            if linear is not None:
-                errors.append(_linear_error(linear, dtype))
-            if dispatch.card(device).lowered:
-                errors.append(_attention_error(model.config, dtype, device))
+            # a decode step in fp32 has plain torch's matrices and attention
+            if dtype.itemsize == 2:
+                errors += _step_errors(model, dtype, device)
         # a compiler's or a driver's; plain torch goes on, and says why
         except Exception as problem:
             dispatch.refuse(
@@ -48,6 +44,17 @@ def check_kernels(model: nn.Module) -> None:
 
 
 _checked: set[torch.device] = set()
+
+
+def _step_errors(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[float]:
+    """Of what a decode step computes beside the experts on this device."""
+    errors = []
+    linear = next((each for each in _four_bit_layers(model) if each.weight.device == device), None)
+    if linear is not None:
+        errors.append(_linear_error(linear, dtype))
+    if dispatch.card(device).lowered:
+        errors.append(_attention_error(model.config, dtype, device))
+    return errors
 
 
 @torch.no_grad()
