@@ -4,7 +4,8 @@ stands behind its figures.
 python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at most 9 minutes
     prepare   a 4-bit folder of the true shape, an adapter, 1,306 rows (60 s)
     t4        the submission's script: rows answered, peak a card, seconds, tokens a second
-    adapters  200 rows by one adapter and by three: answering, swapping, peak (not run yet)
+    adapters  200 rows by one adapter and by three: answering, swapping, peak
+    merged    the same on the first card as it is, where adapters are merged (not run yet)
     equal     200 rows on the two cards and on one: the same plan, and one card's own
     speed     prefill with both cards at work and a stage at a time; decode steps
     kill      200 rows, killed half-way and run again: what was answered before stays
@@ -14,7 +15,7 @@ python bench/two_cards.py WORK TOKENIZER PART...     parts run in turn, each at 
     alike     20 steps on one card in fp16 as a T4 makes them, in bf16 and in fp32: losses, adapters
     ddp       steps of 8 x 512 tokens a card, by one process and, with accelerate launch, by two
     dense     Mistral-7B's shape on the first card, like a T4 and with 22.9 GiB in bf16: steps, 50
-              rows by the submission's script (not run yet)
+              rows by the submission's script
 --one runs both stages on the first card, without a ballast, to debug.
 
 A ballast process leaves 14.7 GiB a card and samples how much is free. Patched, after Triton has
@@ -272,8 +273,16 @@ def t4(work: Work) -> None:
 
 def adapters(work: Work) -> None:
     """Three adapters beside one: seconds of answering, and of all else that more of them take."""
-    for part in ("_adapters3", "_adapters1"):
-        subprocess.run(command(work.args, part), check=True)
+    three_beside_one(work, "_t4", dict(os.environ))
+
+
+def merged(work: Work) -> None:
+    three_beside_one(work, "", {**os.environ, "CUDA_VISIBLE_DEVICES": "0"})
+
+
+def three_beside_one(work: Work, cards: str, environment: dict[str, str]) -> None:
+    for part in (f"_adapters3{cards}", f"_adapters1{cards}"):
+        subprocess.run(command(work.args, part), check=True, env=environment)
     (answering3, other3), (answering1, other1) = (
         json.loads((work.folder / f"adapters{count}.json").read_text()) for count in (3, 1)
     )
@@ -283,7 +292,17 @@ def adapters(work: Work) -> None:
     )
 
 
-def three_adapters(work: Work) -> None:
+def adapters3_t4(work: Work) -> None:
+    work.t4s()
+    adapters3(work)
+
+
+def adapters1_t4(work: Work) -> None:
+    work.t4s()
+    adapters1(work)
+
+
+def adapters3(work: Work) -> None:
     from safetensors.torch import load_file, save_file
 
     from prompt_recovery.adapter_files import WEIGHTS, read_header
@@ -299,12 +318,11 @@ def three_adapters(work: Work) -> None:
     answer_with(work, folders)
 
 
-def one_adapter(work: Work) -> None:
+def adapters1(work: Work) -> None:
     answer_with(work, [work.adapter])
 
 
 def answer_with(work: Work, folders: list[Path]) -> None:
-    work.t4s()
     meters: list[Any] = []
     keep_meters(meters)
     count = len(folders)
@@ -878,6 +896,7 @@ PARTS = {
     "prepare": prepare,
     "t4": t4,
     "adapters": adapters,
+    "merged": merged,
     "equal": equal,
     "speed": speed,
     "kill": kill,
@@ -887,8 +906,10 @@ PARTS = {
     "alike": alike,
     "ddp": ddp,
     "dense": dense,
-    "_adapters3": three_adapters,
-    "_adapters1": one_adapter,
+    "_adapters3_t4": adapters3_t4,
+    "_adapters1_t4": adapters1_t4,
+    "_adapters3": adapters3,
+    "_adapters1": adapters1,
     "_dense_write": dense_write,
     "_dense_t4": dense_t4,
     "_dense24": dense24,
