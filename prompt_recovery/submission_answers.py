@@ -45,6 +45,7 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
     for member in job.members:
         member.ending = ""
     failed: list[Exception] = []
+    plans: dict[int, Any] = {}
     try:
         with tqdm(
             total=len(job.test) * len(job.members),
@@ -56,7 +57,7 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
                 if time.monotonic() + _slowest(job, member) >= job.deadline:
                     break
                 try:
-                    with _on(job, member, model) as prepared:
+                    with _on(job, member, model, plans) as prepared:
                         _answer_slices(job, member, prepared, tokenizer, bar)
                         _answer_again(job, member, prepared, tokenizer, bar)
                 except SubmissionError:
@@ -72,8 +73,10 @@ def answer(job: Job, model: Any, tokenizer: Any) -> None:
 
 
 @contextmanager
-def _on(job: Job, member: Member, model: Any) -> Iterator[Any]:
-    """The base as it answers, with the member's adapter on it."""
+def _on(job: Job, member: Member, model: Any, plans: dict[int, Any]) -> Iterator[Any]:
+    """The base as it answers, with the member's adapter on it, by the first plan for so many
+    parameters: of what the card holds since then, such as captured steps, that plan has counted
+    its share, and the batches are those of the adapter alone."""
     gc.collect()  # what the adapter before left in cycles holds memory
     with ExitStack() as stack:
         if member.adapter_dir is not None and not isinstance(model, PeftModel):
@@ -81,7 +84,10 @@ def _on(job: Job, member: Member, model: Any) -> Iterator[Any]:
             model = stack.enter_context(put_on(model, *place))
             if len(job.members) > 1:
                 job.say(f"answering with {member.name}")
-        yield stack.enter_context(ready(model))
+        size = sum(parameter.numel() for parameter in model.parameters())
+        prepared = stack.enter_context(ready(model, plans.get(size)))
+        plans.setdefault(size, prepared.planned)
+        yield prepared
 
 
 def _drop_strangers(job: Job, model: Any, tokenizer: Any) -> None:

@@ -83,11 +83,13 @@ def check_attention(model: Any, longest: int) -> None:
 
 
 class Ready(NamedTuple):
-    """A model as it answers: its parts and its plan."""
+    """A model as it answers: its parts and its plan, and the plan before an adapter that can't be
+    merged changed it."""
 
     model: Any
     parts: list[Part]
     plan: AnswerPlan
+    planned: AnswerPlan
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,7 +107,7 @@ def ready(model: Any, plan: AnswerPlan | None = None) -> Iterator[Ready]:
     """
     model.eval()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    plan = plan or plan_of(model)
+    plan = planned = plan or plan_of(model)
     with ExitStack() as stack:
         if plan.merged:
             try:
@@ -115,7 +117,7 @@ def ready(model: Any, plan: AnswerPlan | None = None) -> Iterator[Ready]:
                 plan = plan._replace(merged=False)
         parts = stack.enter_context(in_parts(base, plan.layers))
         knows_rows = stack.enter_context(fast_layers(base))
-        yield Ready(base, [part._replace(knows_rows=knows_rows) for part in parts], plan)
+        yield Ready(base, [part._replace(knows_rows=knows_rows) for part in parts], plan, planned)
 
 
 def plan_of(model: Any) -> AnswerPlan:

@@ -173,6 +173,23 @@ def test_an_adapter_that_can_not_be_put_on_costs_the_others_nothing(
 # --- settings -------------------------------------------------------------------------------------
 
 
+def test_adapters_of_one_size_answer_in_the_batches_of_the_first(
+    base, folders, tmp_path, monkeypatch
+):
+    left = iter((700, 350))  # the card holds more once the first adapter has answered
+
+    planned = generation.plan_of
+    monkeypatch.setattr(
+        generation, "plan_of", lambda model: planned(model)._replace(cache_tokens=next(left))
+    )
+    chosen = [folders["plain"], folders["third"]]
+    job = prepared(rows(9), tmp_path / "s.csv", **OPTIONS | dict(adapter_dir=chosen))
+    submission.answer(job, base, tiny_tokenizer())
+    batches = [[meter.batches for meter in member.meters.values()] for member in job.members]
+    assert batches[0] == batches[1] and batches[0][0] > 1
+    assert next(left) == 350
+
+
 def test_several_adapters_whose_answers_nothing_combines_are_refused(folders, tmp_path):
     chosen = [folders["plain"], folders["json"]]
     with pytest.raises(SettingError, match="Set answers_per_row"):
