@@ -131,7 +131,7 @@ def profile(fast: Any, rows: int, name: str) -> None:
     with torch.inference_mode(), torch.profiler.profile(activities=activities) as record:
         for _ in range(4):
             stage.cache.at(slice(0, rows), stage.column)
-            stage.step(rows, decoder._choose)
+            stage.step(rows, decoder.choose)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     events = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)
@@ -170,13 +170,13 @@ def greedy_steps(fast: Any) -> list[Step]:
             graphs=False,
         )
         kept: list[torch.Tensor] = []
-        choose = decoder._choose
+        choose = decoder.choose
 
         def keep(logits: torch.Tensor, rows: int, choose=choose, kept=kept) -> None:
             kept.append(logits.clone())
             choose(logits, rows)
 
-        decoder._choose = keep  # type: ignore[method-assign]
+        decoder.choose = keep  # type: ignore[method-assign]
         answer = decoder.answer([prompt], [[None]])[0][0][0]
         text, places = prompt + answer[:-1], slice(len(prompt) - 1, len(prompt) + STEPS - 1)
         hidden: list[torch.Tensor] = []

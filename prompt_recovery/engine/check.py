@@ -11,7 +11,7 @@ from torch import nn
 
 from prompt_recovery.engine.forward import experts_forward
 from prompt_recovery.engine.kernels import dispatch
-from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, uses_triton
+from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on
 from prompt_recovery.engine.memory import kv_shape
 from prompt_recovery.engine.storage import dequantise, four_bit_experts, linear_pieces, workspace
 
@@ -22,9 +22,8 @@ def check_kernels(model: nn.Module) -> None:
     computes there from then on, which is printed."""
     for experts in four_bit_experts(model):
         device = experts.gate_up_proj_packed.device
-        if device in _checked or not uses_triton(device):
+        if not dispatch.to_check(device):
             continue
-        _checked.add(device)
         dtype = next(model.parameters()).dtype
         try:
             errors = [_experts_error(experts, dtype)]
@@ -41,9 +40,6 @@ def check_kernels(model: nn.Module) -> None:
         wrong = [error for error in errors if not error <= limit]  # NaN too
         if wrong:
             dispatch.refuse(device, f"off by {wrong[0]:.1e}, at most {limit:.1e}")
-
-
-_checked: set[torch.device] = set()
 
 
 def _step_errors(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[float]:

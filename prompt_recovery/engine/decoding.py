@@ -155,7 +155,7 @@ class Decoder:
         self.done[:rows] = self.bad[:rows] = False
         self.done[rows:] = True
         with on(self.device):
-            self._choose(logits, rows)
+            self.choose(logits, rows)
         return self._decode(rows, count, per_prompt, finished)
 
     def _prefill(self, rests: list[list[int]], width: int, columns: int) -> torch.Tensor:
@@ -191,7 +191,7 @@ class Decoder:
             [y for y, (_, columns) in zip(found, pieces, strict=True) if columns.stop == width]
         )
 
-    def _choose(self, logits: torch.Tensor, rows: int) -> None:
+    def choose(self, logits: torch.Tensor, rows: int) -> None:
         """Write the next token of each row, and move on. logits: fp32 [rows, vocabulary]."""
         done = self.done[:rows]
         # one that is not finite would be chosen, or, drawn from, the vocabulary's last; a row that
@@ -220,7 +220,7 @@ class Decoder:
         for stage in self.stages:
             if y is not stage.x:
                 hand_over(y[:rows], stage.x[:rows])
-            stage.replay(rows, self.sampled, self._choose)
+            stage.replay(rows, self.sampled, self.choose)
             y = stage.y
 
     def _decode(

@@ -67,7 +67,7 @@ def meta_pieces(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def lookup_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """bitsandbytes' tables on the device: [256] of the absmax levels, [16] of NF4; fp32."""
     with torch.inference_mode(False):
         code = bnb_functional.create_dynamic_map().to(device=device, dtype=torch.float32)
@@ -79,7 +79,7 @@ def by_formula(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
     """NF4 values [N] of packed bytes [N / 2] in any shape, scale fp32 [N / 64]. For CPUs, where
     bitsandbytes 0.50.2 takes wrong scales if there is AVX512 and a row is no multiple of the block:
     off by 0.12 where weights are up to 1."""
-    nf4 = _tables(packed.device)[1]
+    nf4 = lookup_tables(packed.device)[1]
     nibbles = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), -1)
     return (nf4[nibbles.long()].view(-1, BLOCK) * scale[:, None]).flatten().to(dtype)
 
@@ -94,7 +94,7 @@ def dequantise(
     or, into `out`, those of the experts from `first` on that it has room for."""
     packed, absmax = pieces["packed"], pieces["absmax"]
     nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
-    code, nf4 = _tables(packed.device)
+    code, nf4 = lookup_tables(packed.device)
     kernels = training_kernels(packed.device)
     if out is None:
         out = packed.new_empty((*packed.shape[:2], packed.shape[2] * 2), dtype=dtype)

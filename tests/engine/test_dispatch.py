@@ -1,7 +1,6 @@
 """Which kernels run where: what is asked for, what is refused and said, launch parameters at their
 borders, sm_75."""
 
-import copy
 import os
 import re
 from types import SimpleNamespace
@@ -20,29 +19,28 @@ H100, T4 = Card(90, 227 * KIB), Card(75, 64 * KIB)
 
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch):
-    """Nothing is chosen, failed or checked yet, and the state from before is there again
-    afterwards."""
+    """Nothing is chosen, failed or checked yet, and nothing is left for the tests behind."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    kept = [dispatch._chosen, dispatch._failed, dispatch._cards, check._checked]
-    before = [copy.copy(each) for each in kept]
-    for each in kept:
-        each.clear()
+    dispatch.forget()
     yield
-    for each, old in zip(kept, before, strict=True):
-        each.clear()
-        each.update(old)
+    dispatch.forget()
 
 
 @pytest.fixture
 def gpu():
     """A card that is looked at and never used: no kernel is launched here."""
     pytest.importorskip("triton")
-    dispatch._cards[GPU] = H100
+    dispatch.act_as(GPU, H100)
     return GPU
 
 
 # --- the choice -----------------------------------------------------------------------------------
+
+
+def nothing_is_chosen(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return dispatch.uses_triton(CPU)  # which a choice from before would not be
 
 
 def test_an_unknown_word_is_refused_with_the_words_there_are(monkeypatch):
@@ -51,7 +49,8 @@ def test_an_unknown_word_is_refused_with_the_words_there_are(monkeypatch):
     monkeypatch.setenv("PROMPT_RECOVERY_KERNELS", "Triton")
     with pytest.raises(ValueError, match="'Triton'.*triton, torch.*PROMPT_RECOVERY_KERNELS"):
         choose(CPU)
-    assert not dispatch._chosen
+    monkeypatch.delenv("PROMPT_RECOVERY_KERNELS")
+    assert nothing_is_chosen(monkeypatch)
 
 
 def test_triton_is_refused_on_the_cpu_before_a_weight_is_read(monkeypatch):
@@ -67,7 +66,7 @@ def test_triton_is_refused_on_the_cpu_before_a_weight_is_read(monkeypatch):
         loading.load_base(TINY, four_bit=True)
     with pytest.raises(ValueError, match="'torch' is for 4-bit experts.*None"):
         loading.load_base(TINY, four_bit=False, kernels="torch")
-    assert not dispatch._chosen
+    assert nothing_is_chosen(monkeypatch)
 
 
 def test_the_argument_beats_the_environment(monkeypatch, gpu):
@@ -104,7 +103,7 @@ def test_the_choice_is_said_once_and_again_when_it_changes(monkeypatch, capsys, 
 
 
 def test_an_old_card_computes_by_torch_and_says_why(capsys, gpu):
-    dispatch._cards[gpu] = Card(70, 96 * KIB)
+    dispatch.act_as(gpu, Card(70, 96 * KIB))
     with pytest.raises(ValueError, match="compute capability 7.0 is below 7.5"):
         choose(gpu, "triton")
     assert choose(gpu) == "torch"
@@ -113,13 +112,13 @@ def test_an_old_card_computes_by_torch_and_says_why(capsys, gpu):
 
 
 def test_a_t4_needs_the_lowering(monkeypatch, capsys, gpu):
-    dispatch._cards[gpu] = T4
+    dispatch.act_as(gpu, T4)
     monkeypatch.setattr(sm75, "install", lambda: "no hook")
     assert choose(gpu) == "torch" and "slow (no hook)" in capsys.readouterr().out
     monkeypatch.setattr(sm75, "install", lambda: "")
     assert choose(gpu) == "triton" and "lowered to sm_75" in capsys.readouterr().out
     assert dispatch.launch_options(gpu) == {"arch": "sm80", "num_stages": 1}
-    dispatch._cards[gpu] = H100
+    dispatch.act_as(gpu, H100)
     assert dispatch.launch_options(gpu) == {}
 
 
@@ -156,7 +155,6 @@ def seeming(monkeypatch):
     from prompt_recovery.engine.kernels import experts_decode
 
     model = loading.load_base(TINY, four_bit=True, kernels="torch")
-    dispatch._chosen[CPU] = "triton"
     calls = []
 
     def install(few=None, dequantised=None, matrix=lambda out: out):
@@ -190,7 +188,8 @@ def seeming(monkeypatch):
         monkeypatch.setattr(storage, "training_kernels", kernels)
         return model, calls
 
-    return install
+    with dispatch.using(CPU, "triton"):
+        yield install
 
 
 def test_right_kernels_pass_their_check_which_is_made_once(seeming, capsys):
@@ -199,7 +198,7 @@ def test_right_kernels_pass_their_check_which_is_made_once(seeming, capsys):
     capsys.readouterr()
     check.check_kernels(model)
     assert 5 in calls and "dequantise" in calls
-    assert dispatch.uses_triton(CPU) and CPU not in dispatch._failed
+    assert dispatch.uses_triton(CPU)
     calls.clear()
     check.check_kernels(model)
     assert calls == [] and capsys.readouterr().out == ""
@@ -225,87 +224,79 @@ def fails(out):
         (dict(dequantised=fails), r"RuntimeError: ptxas fatal\)"),
     ],
 )
-def test_wrong_kernels_are_refused(seeming, capsys, wrong, why):
+def test_wrong_kernels_are_refused(seeming, capsys, monkeypatch, wrong, why):
     model, calls = seeming(**wrong)
     capsys.readouterr()
     check.check_kernels(model)
     said = capsys.readouterr().out
     assert calls and said.count("\n") == 1 and "triton's failed their check" in said
     assert re.search(why, said), said
-    assert CPU in dispatch._failed and not dispatch.uses_triton(CPU)
+    assert not dispatch.uses_triton(CPU)
     # the model computes, with nothing of what the wrong kernels wrote
     found = model(torch.tensor([[1, 300, 400]])).logits
     expected = loading.load_base(TINY, four_bit=True)(torch.tensor([[1, 300, 400]])).logits
-    assert torch.equal(found, expected) and choose(CPU) == "torch"
+    assert torch.equal(found, expected)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(CPU, "triton") == "torch"
 
 
 @pytest.mark.parametrize(
-    ("error", "why"),
+    ("attend", "why"),
     [
-        (lambda *_: 0.5, r"off by 5\.0e-01"),
-        (lambda *_: float("nan"), "off by nan"),
+        (lambda query: query * 0, r"off by 1\.0e\+00"),
+        (lambda query: query * float("nan"), "off by nan"),
         (fails, r"RuntimeError: ptxas fatal\)"),
     ],
 )
-def test_wrong_attention_is_refused_where_it_is_ours(seeming, capsys, monkeypatch, error, why):
+def test_wrong_attention_is_refused_where_it_is_ours(seeming, capsys, monkeypatch, attend, why):
     model, _ = seeming(lambda out: out, lambda out: out)
-    monkeypatch.setattr(
-        check, "_attention_error", error if error is not fails else lambda *_: fails(None)
-    )
+    from prompt_recovery.engine.kernels import decode_step
+
+    monkeypatch.setattr(decode_step, "attend", lambda query, *_: attend(query))
     check.check_kernels(model)  # on a card that is not lowered
-    assert CPU not in dispatch._failed
-    check._checked.clear()
-    dispatch._cards[CPU] = Card(75, 64 * KIB)
-    capsys.readouterr()
-    check.check_kernels(model)
-    assert CPU in dispatch._failed and re.search(why, capsys.readouterr().out)
+    assert dispatch.uses_triton(CPU)
+    dispatch.forget()
+    dispatch.act_as(CPU, T4)
+    with dispatch.using(CPU, "triton"):
+        capsys.readouterr()
+        check.check_kernels(model)
+        assert not dispatch.uses_triton(CPU) and re.search(why, capsys.readouterr().out)
 
 
 # --- launch parameters ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def decode():
+def project(monkeypatch, blocks):
+    """A product with one matrix, of so many blocks an iteration, and the options of the launches
+    that it makes, which compute nothing."""
     pytest.importorskip("triton")
+    from triton import JITFunction
+
     from prompt_recovery.engine.kernels import experts_decode
 
-    return experts_decode
-
-
-class Launches:
-    """In place of a kernel: what it would be launched with."""
-
-    def __init__(self):
-        self.options = []
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.options.append(options)
-
-
-def project(decode, blocks):
-    empty = torch.empty(0, device="meta")
-    pieces = {piece: empty for piece in storage.PIECES}
-    pieces["packed"] = torch.empty(2, 64, 256, device="meta")
-    x = torch.empty(1, 512, device="meta", dtype=torch.float16)
-    config = Config(16, 4, blocks, 1)
-    return decode._launch_project(x, pieces, torch.empty(2), empty, 2, None, 8, 1, config)
+    meta, launches = torch.device("meta"), []
+    dispatch.act_as(meta, T4)
+    monkeypatch.setattr(dispatch, "configs", lambda *_: [Config(16, 4, blocks, 1)] * 2)
+    monkeypatch.setattr(JITFunction, "run", lambda *_, **options: launches.append(options))
+    pieces = {piece: torch.empty(0, device=meta) for piece in storage.PIECES}
+    pieces["packed"] = torch.empty(1, 64, 256, device=meta)
+    x = torch.empty(1, 512, device=meta, dtype=torch.float16)
+    return launches, lambda: experts_decode.linear(x, pieces)
 
 
 @pytest.mark.parametrize("blocks", [8, 3, 0])
-def test_blocks_that_are_no_word_are_refused_by_name(decode, monkeypatch, blocks):
-    monkeypatch.setattr(decode, "_project", Launches())
+def test_blocks_that_are_no_word_are_refused_by_name(monkeypatch, blocks):
+    launches, multiply = project(monkeypatch, blocks)
     with pytest.raises(ValueError, match=rf"Config\.blocks is {blocks}; .*1, 2 or 4"):
-        project(decode, blocks)
-    assert decode._project.options == []
+        multiply()
+    assert launches == []
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_blocks_that_are_a_word_are_launched(decode, monkeypatch, blocks):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(decode, "_tables", lambda device, dtype: (None, None))
-    monkeypatch.setattr(decode, "_project", Launches())
-    project(decode, blocks)
-    assert [options["BLOCKS"] for options in decode._project.options] == [blocks]
+def test_blocks_that_are_a_word_are_launched(monkeypatch, blocks):
+    launches, multiply = project(monkeypatch, blocks)
+    multiply()
+    assert launches[0]["BLOCKS"] == blocks
 
 
 @pytest.mark.parametrize("shared", [227, 163, 99])

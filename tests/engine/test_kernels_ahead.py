@@ -134,7 +134,7 @@ def pretend(monkeypatch, tmp_path):
 
     def become(card: Card, lower: bool = True) -> dict[str, Compiled]:
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(card.capability))
-        monkeypatch.setitem(dispatch._cards, META, card)
+        dispatch.act_as(META, card)
         if card.lowered and lower:
             assert sm75.install() == ""
         return compiled
@@ -142,9 +142,9 @@ def pretend(monkeypatch, tmp_path):
     with knobs.runtime.scope(), knobs.cache.scope():
         knobs.runtime.add_stages_inspection_hook = None  # an earlier test's would lower, too
         knobs.cache.dir = str(tmp_path)
-        monkeypatch.setattr(experts_decode, "_fitting", {})
         monkeypatch.setattr(JITFunction, "run", run)
         yield become
+        dispatch.forget()
     for function in functions:
         for capability in CARDS:
             function.device_caches.pop(f"no sm_{capability}", None)

@@ -57,8 +57,21 @@ class Config(NamedTuple):
 
 
 _chosen: dict[torch.device, str] = {}
+_checked: set[torch.device] = set()
 _failed: set[torch.device] = set()  # whose check failed
 _cards: dict[torch.device, Card] = {}
+
+
+def forget() -> None:
+    """Forget choices, checks and cards of all devices, as a new process knows none."""
+    for known in (_chosen, _checked, _failed, _cards):
+        known.clear()
+
+
+def act_as(device: torch.device, card: Card) -> None:
+    """Choose kernels and launch parameters on a device as on this card: an H100 can run what a T4
+    would, and a device that isn't there can be compiled for."""
+    _cards[device] = card
 
 
 def interpreted() -> bool:
@@ -103,6 +116,14 @@ def choose(device: torch.device, kernels: str | None = None) -> str:
     elif device.type == "cuda":
         print(f"kernels on {device}: torch, which is right and slow ({why or 'as asked for'})")
     return _chosen[device]
+
+
+def to_check(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device and nobody has asked this before."""
+    if device in _checked or not uses_triton(device):
+        return False
+    _checked.add(device)
+    return True
 
 
 def refuse(device: torch.device, why: str) -> None:

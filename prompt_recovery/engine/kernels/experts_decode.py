@@ -58,7 +58,7 @@ _SHARED_LEVEL = tl.constexpr(
 
 
 def _nf4_values() -> torch.Tensor:
-    return storage._tables(torch.device("cpu"))[1]
+    return storage.lookup_tables(torch.device("cpu"))[1]
 
 
 def pair_table(dtype: torch.dtype) -> torch.Tensor:
@@ -72,7 +72,7 @@ def pair_table(dtype: torch.dtype) -> torch.Tensor:
 @functools.cache
 def _tables(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
-        return pair_table(dtype).to(device), storage._tables(device)[0]
+        return pair_table(dtype).to(device), storage.lookup_tables(device)[0]
 
 
 @triton.jit(do_not_specialize=["rows", "m"])
@@ -383,14 +383,13 @@ def _stages(
 ) -> int:
     """The stages asked for, or one where a small shape's shared memory can't be launched with
     them."""
-    if dispatch.interpreted() or dispatch.card(device).lowered:
+    card = dispatch.card(device)
+    if dispatch.interpreted() or card.lowered:
         return 1  # nothing is pipelined there
-    key = (device, dtype, stages, *options.values())
+    key = (card, dtype, stages, *options.values())
     if key not in _fitting:
         kernel = _project.warmup(*arguments, grid=grid, **options | {"num_stages": stages})
-        _fitting[key] = (
-            stages if dispatch.fits(dispatch.card(device), kernel.metadata.shared) else 1
-        )
+        _fitting[key] = stages if dispatch.fits(card, kernel.metadata.shared) else 1
     return _fitting[key]
 
 
