@@ -5,6 +5,7 @@ The program itself (`kaggle`) is imported and run by each child as `python -m ka
 what it imports from others (requests, bleach, kagglesdk, ...) comes from the parent.
 """
 
+import gc
 import io
 import os
 import runpy
@@ -14,6 +15,8 @@ import threading
 from typing import Any
 
 import bleach  # noqa: F401
+import dateutil.relativedelta  # noqa: F401
+import dotenv  # noqa: F401
 import google.protobuf.field_mask_pb2  # noqa: F401
 import kagglesdk.kaggle_client  # noqa: F401
 import requests  # noqa: F401
@@ -52,6 +55,7 @@ class Popen:
 def _become(arguments: list[str], env: dict[str, str], out: int, err: int) -> None:
     """In the child: run the program and end."""
     code = 70
+    gc.disable()  # it would copy the parent's memory, which takes as long as the program itself
     try:
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -60,6 +64,7 @@ def _become(arguments: list[str], env: dict[str, str], out: int, err: int) -> No
         os.closerange(3, 1024)  # the stand-in's sockets among them
         os.environ.clear()
         os.environ.update(env)
+        os.environ["LANGUAGE"] = "C"  # argparse looks for translations of each of its 400 words
         tempfile.tempdir = None
         if "PYTHONPATH" in env:  # another version of the program, with its own kagglesdk
             sys.path[:0] = env["PYTHONPATH"].split(os.pathsep)
