@@ -104,7 +104,8 @@ def check_together(recipe: Recipe, rows: pd.DataFrame) -> None:
     or the rows of a step can't be shared out.
     """
     state = processes()
-    _rows_a_process(recipe)
+    # they all meet first: one that ended before would be lost to those that were on their way
+    everywhere(lambda: _rows_a_process(recipe))
     if state.num_processes > 1:
         check_same(
             **recipe.values("adapter", "run", "answers"), pad=recipe.pad,

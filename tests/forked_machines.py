@@ -1,5 +1,6 @@
 """Forks of a test that train as machines of one group."""
 
+import gc
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ def start(act, limit, names):
     for number, name in enumerate(names):
         process = os.fork()
         if process == 0:
+            gc.freeze()  # else a collection copies what the parent holds
             signal.alarm(120)  # ends it
             os.environ |= dict(
                 RANK=str(number), WORLD_SIZE=str(len(names)), LOCAL_RANK="0",

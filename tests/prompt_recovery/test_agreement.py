@@ -1,6 +1,7 @@
 """Processes that train as one: what they must share is compared before the first step, one on each
 disk writes, a disk without the checkpoint gets it, and a lost process is named."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -62,7 +63,10 @@ def test_what_differs_is_refused_by_machine_and_setting_before_the_base_is_loade
                 found.append("")
             except TrainingError as error:
                 found.append(str(error))
-        agreement._versions = lambda: dict(torch=f"2.1{number}")
+        version = importlib.metadata.version
+        importlib.metadata.version = lambda name: (
+            f"2.1{number}" if name == "torch" else version(name)
+        )
         try:
             training.check_together(Recipe(**shared), rows)
         except TrainingError as error:
@@ -98,16 +102,26 @@ def test_one_process_writes_on_each_disk_and_another_run_s_folder_is_refused_eve
     assert not [*tmp_path.rglob(run_lock.LOCK)]
 
     def taken(number):
-        run_lock._held.clear()  # the parent's
         with run_lock.claimed(tmp_path / ["one", "two"][number]):
             pass
 
-    run_lock.claim(tmp_path / "two")  # as a worker does whose launcher was killed
+    claimed, tells = os.pipe()
+    worker = os.fork()
+    if worker == 0:  # whose launcher was killed
+        try:
+            run_lock.claim(tmp_path / "two")
+            os.write(tells, b".")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(tells)
     try:
+        assert os.read(claimed, 1) == b"."
         for said in machines(taken):
-            assert f"{tmp_path}/two belongs to a run of process {os.getpid()}" in said
+            assert f"{tmp_path}/two belongs to a run of process {worker}" in said
     finally:
-        run_lock.release(tmp_path / "two")
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 def checkpoint(folder, step, text="", processes=2):
