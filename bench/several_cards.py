@@ -39,7 +39,7 @@ def train(base, work: Path, four_bit: bool) -> None:
         dict(input_ids=ids + [2], labels=[-100] * len(ids) + [2])
         for ids in random_prompts([60] * 24)
     ]
-    training._plan = lambda *_: TrainingPlan(ROWS, ACCUMULATION)
+    training.plan_of = lambda *_: TrainingPlan(ROWS, ACCUMULATION)
     recipe = Recipe(output_dir=str(work / f"train-{four_bit}"), max_steps=STEPS)
     training.train(lora, Tokenizer(), rows, [], recipe)  # type: ignore[arg-type]
     right = seen == [ROWS] * ACCUMULATION * STEPS

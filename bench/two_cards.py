@@ -816,7 +816,7 @@ def alike_steps(work: Work, kind: str, one_expert: bool, dtype: torch.dtype | No
 
     base = load_base(work.nf4, dtype)
     scale_like_real(base)
-    training._plan = lambda *_: TrainingPlan(4, 1, work.args.layers, one_expert=one_expert)
+    training.plan_of = lambda *_: TrainingPlan(4, 1, work.args.layers, one_expert=one_expert)
     for rate in RATES[kind]:
         lora = adapter.add_lora(base, base=base_id(work.nf4), dropout=0.0)
         recipe = dict(batch_size=4, gradient_accumulation=1, max_steps=40, learning_rate=rate)

@@ -61,7 +61,7 @@ class Publish:
             raise UploadError(
                 f"{self.work} can't be made ({error}): give another --work."
             ) from error
-        with _lock(self.work / f"{str(self.remote.handle).replace('/', '_')}.lock"):
+        with locked(self.work / f"{str(self.remote.handle).replace('/', '_')}.lock"):
             key = hashlib.sha256(
                 f"{self.remote.handle} {self.content.sha256}".encode()
             ).hexdigest()[:16]
@@ -245,7 +245,7 @@ class Publish:
         """Append the versions that versions.csv lacks, with the notes."""
         handle, now = str(self.remote.handle), datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            with _lock(self.versions_csv):
+            with locked(self.versions_csv):
                 rows = versions.read(self.versions_csv)
                 known = {(row["handle"], row["version"]) for row in rows}
                 about = dict.fromkeys(COLUMNS, "") | self.details
@@ -296,7 +296,7 @@ def _forget_sessions(temp: Path, reply: cli.Reply) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the file, made where it is missing; a second publish to the same handle waits here."""
     while True:
         with path.open("a") as file:

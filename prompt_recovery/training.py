@@ -170,7 +170,7 @@ def _train(
     if last and (log := finished(last, model, recipe, course.steps)) is not None:
         return log
     model.config.use_cache = False
-    plan = _plan(model, train_examples, recipe, bf16)
+    plan = plan_of(model, train_examples, recipe, bf16)
     apply_plan(model, plan)
     state.print(plan)
     arguments = _arguments(recipe, course, plan, len(eval_examples) > 0, score is not None, bf16)
@@ -296,9 +296,11 @@ def _rows_a_process(recipe: Recipe) -> int:
     return rows
 
 
-def _plan(
+def plan_of(
     model: PeftModel, examples: Sequence[Example], recipe: Recipe, bf16: bool
 ) -> TrainingPlan:
+    """The plan of a run: on a GPU by its memory, the same in all processes; else, and where the
+    recipe says what is checkpointed, batch_size rows at a time. Raises as `train` does."""
     rows = _rows_a_process(recipe)
     if torch.cuda.is_available() and recipe.activation_checkpointing is None:
         longest = max(len(example["input_ids"]) for example in examples)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -279,11 +280,12 @@ def sources(tmp_path, monkeypatch):
     for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     monkeypatch.setattr(wheels, "ROOT", folder)
-    real = wheels._pip
     proxies = {name: OUTSIDE.get(name, "") for name in ("http_proxy", "https_proxy", "HOME")}
-    monkeypatch.setattr(
-        wheels, "_pip", lambda *words, env=None: real(*words, env=proxies | (env or {}))
-    )
+
+    def run(command, *, env, **options):
+        return subprocess.run(command, env=env | proxies, **options)
+
+    monkeypatch.setattr(wheels, "subprocess", SimpleNamespace(run=run))
     return folder
 
 

@@ -12,10 +12,8 @@ from tiny_models import (
     Ids,
     Text,
     answers,
-    closes,
     random_model,
     random_prompts,
-    read,
     run,
     stock,
     with_lora,
@@ -287,19 +285,30 @@ def test_answers_stop_where_their_object_closes(small, monkeypatch):
     assert {answer.stopped for answer in first(answers(small, braces, prompts, 30))} == {"length"}
 
 
-def test_json_answers_are_cut_at_the_closing_brace(tok):
+def test_json_answers_are_cut_at_the_closing_brace(lora, tok, monkeypatch):
     text = '{"prompt": "say {this}"}'
     ids = tok(text, add_special_tokens=False)["input_ids"]
     more = tok(text + " and more", add_special_tokens=False)["input_ids"]
 
-    def cut(tokens, stop):
-        return read(tok, generation._answer(tokens, False, 2, stop))
+    choose = decoding.Decoder.choose
+
+    def cut(tokens, stop_at_object):
+        """The answer where the model writes these."""
+
+        def told(decoder, logits, rows):
+            only = torch.zeros_like(logits)
+            only[:, tokens[decoder.number]] = 1
+            choose(decoder, only, rows)
+
+        monkeypatch.setattr(decoding.Decoder, "choose", told)
+        ((found,),) = answers(lora, tok, [[1]], len(tokens), stop_at_object=stop_at_object)
+        return found
 
     for tokens in (ids, more, [*ids, 2], [*more, 2]):
-        assert cut(tokens, closes(tok)) == (text, len(ids), "stop")
-    assert cut([*ids, 2], None) == (text, len(ids) + 1, "eos")
-    assert cut(ids, None) == (text, len(ids), "length")
-    assert cut([2], closes(tok)) == ("", 1, "eos")
+        assert cut(tokens, True) == (text, len(ids), "stop")
+    assert cut([*ids, 2], False) == (text, len(ids) + 1, "eos")
+    assert cut(ids, False) == (text, len(ids), "length")
+    assert cut([2], True) == ("", 1, "eos")
 
 
 # --- batches, memory and time ---------------------------------------------------------------------

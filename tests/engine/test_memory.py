@@ -467,7 +467,7 @@ def test_a_run_goes_on_with_another_plan(undisturbed, tmp_path, monkeypatch):
 
     with pytest.raises(Killed):
         run(tmp_path, break_it=break_it, evaluations=4)
-    monkeypatch.setattr(training, "_plan", lambda *args: TrainingPlan(2, 4, checkpointed=3))
+    monkeypatch.setattr(training, "plan_of", lambda *args: TrainingPlan(2, 4, checkpointed=3))
     same(run(tmp_path, resume=True, evaluations=4), undisturbed)
 
 

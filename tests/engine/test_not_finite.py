@@ -243,14 +243,12 @@ def test_the_submission_says_why_and_holds_the_fallback(broken, tmp_path, capsys
     assert again.equals(report)
 
 
-def test_rows_without_an_answer_raise_nothing(broken, tmp_path, monkeypatch):
-    """The estimate of the time left, too, when no token at all was written."""
-    plain, raised = submission_answers._answer_slice, []
-    monkeypatch.setattr(
-        submission_answers, "_answer_slice", lambda *args: raised.append(plain(*args)) or raised[-1]
-    )
-    report = answer_test(*broken, rows(3), tmp_path / "s.csv", **OPTIONS, slice_rows=1)
-    assert set(report["how"]) == {"logits not finite"} and raised == [None] * 3
+def test_rows_without_an_answer_raise_nothing(broken, tmp_path):
+    """Nor does the estimate of the time left when no token at all was written: after so many rows
+    that raise, the others would be given up."""
+    test = rows(submission_answers.GIVE_UP + 1)
+    report = answer_test(*broken, test, tmp_path / "s.csv", **OPTIONS, slice_rows=1)
+    assert set(report["how"]) == {"logits not finite"}
 
 
 def test_only_the_rows_that_break_keep_the_fallback(tmp_path, capsys):

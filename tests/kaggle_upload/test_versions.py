@@ -123,7 +123,7 @@ def test_many_writers_lose_no_line(tmp_path):
     path = tmp_path / "versions.csv"
 
     def add(number):
-        with publish._lock(path):
+        with publish.locked(path):
             found = versions.read(path)
             versions.write(path, [*found, {"handle": "h", "version": str(number), "sha256": "x"}])
 

@@ -1,8 +1,11 @@
 """Several answers into one: order, uniqueness, the scorer's length, agreement, the threshold."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import NASTY
+from sentencepiece import SentencePieceProcessor
 
 from prompt_recovery import combine as c
 from prompt_recovery import metric
@@ -11,7 +14,7 @@ MEAN = "Please improve this text while keeping its meaning."
 
 
 def test_tokens_are_the_scorer_s():
-    pieces = c._pieces()
+    pieces = SentencePieceProcessor(model_file=str(Path(c.__file__).with_name("t5_pieces.model")))
     # by the tokenizer.json of T5 (sha256 fe2ebbbb...), which gives the same ids for all rows of
     # demo/ too: LOG.md
     known = {

@@ -140,8 +140,8 @@ def test_a_process_that_was_launched_with_others_never_trains_alone(monkeypatch)
 def test_rows_that_cannot_be_shared_out_are_refused(monkeypatch):
     monkeypatch.setattr(training, "processes", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(training.TrainingError, match="8 x gradient_accumulation 2.*3 processes"):
-        training._plan(None, [], Recipe(), False)
-    assert training._plan(None, [], Recipe(gradient_accumulation=3), False)[:2] == (8, 1)
+        training.plan_of(None, [], Recipe(), False)
+    assert training.plan_of(None, [], Recipe(gradient_accumulation=3), False)[:2] == (8, 1)
 
 
 def test_rows_without_labels_stand_last_and_once():

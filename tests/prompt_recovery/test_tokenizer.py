@@ -144,9 +144,12 @@ def test_pads_and_sides(tiny):
 
 def test_cut_middle_keeps_both_ends(tiny):
     tok = load_tokenizer(tiny)
-    cut = tokenizer._cut_middle(tok, "alpha " + "x y z " * 200 + "omega", 40)
-    assert cut.startswith("alpha") and cut.endswith("omega") and tokenizer.CUT in cut
-    assert len(encode_text(tok, cut)) <= 44
+    long = {"original_text": "alpha " + "x y z " * 200 + "omega", "rewritten_text": "b"}
+    whole = tok.decode(encode_row(tok, long, max_tokens=10_000)[0])
+    ids, _ = encode_row(tok, long, max_tokens=160)
+    before, after = tok.decode(ids).split(tokenizer.CUT)
+    assert whole.startswith(before) and whole.endswith(after) and 150 < len(ids) <= 160
+    assert before.count("x y") > 2 < after.count("x y") and "alpha" in before and "omega" in after
 
 
 # --- files as other programs leave them ---------------------------------------------------------
