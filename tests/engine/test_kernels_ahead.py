@@ -243,7 +243,8 @@ def test_every_kernel_compiles_and_fits(pretend, capability):
     for tokens in (1, 9, 64):
         attention_matrices(tokens, dtype)
     many_rows(dtype)
-    for rows in (1, 2, 8, 16, 24, 32, 64):
+    # attention is ours only where kernels are lowered (engine/layers.py)
+    for rows in (1, 2, 8, 16, 24, 32, 64) if card.lowered else (1, 64):
         decode_attention(dtype, rows)
     compiled = [*launches.values()]
     projections = [each for each in compiled if each.name == "_project"]
