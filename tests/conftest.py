@@ -51,6 +51,20 @@ pytest.register_assert_rewrite(
 )
 
 
+# files that take a core 30 s and more, the longest first
+SLOW = """
+test_notebooks test_kaggle_upload test_submission_faults test_training test_submission
+test_adapters_of_others test_kernels_ahead test_kaggle_upload_rest test_kernels test_demo_ensemble
+test_distributed test_end_in_time test_kaggle_sessions test_comparison test_several_adapters
+test_recipe test_kaggle_notebook
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """The slow files begin: one at the end would run alone, while the other worker waits."""
+    items.sort(key=lambda item: (*SLOW, item.path.stem).index(item.path.stem))
+
+
 def pytest_collection_finish():
     """What was imported stays: with it a collection takes 0.3 s, and a fork's would copy it all."""
     gc.collect()
