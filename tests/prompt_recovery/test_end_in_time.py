@@ -64,10 +64,17 @@ def go(folder, allowed=NEVER, scores=None, **options):
     return log, lora_state(lora)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return go(tmp_path_factory.mktemp("whole"), allowed=None)
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 7])
-def test_a_run_that_ended_in_time_goes_on_as_if_it_had_not(tmp_path, step, ends_after, capsys):
+def test_a_run_that_ended_in_time_goes_on_as_if_it_had_not(
+    tmp_path, undisturbed, step, ends_after, capsys
+):
     """Evaluations are due at steps 4 and 8."""
-    whole, expected = go(tmp_path / "whole", allowed=None)
+    whole, expected = undisturbed
     ends_after(step)
     log, _ = go(tmp_path / "parts")
     said = log.attrs["ended"]
@@ -84,8 +91,8 @@ def test_a_run_that_ended_in_time_goes_on_as_if_it_had_not(tmp_path, step, ends_
     )
 
 
-def test_several_sessions_make_one_run(tmp_path, ends_after):
-    _, expected = go(tmp_path / "whole", allowed=None)
+def test_several_sessions_make_one_run(tmp_path, undisturbed, ends_after):
+    _, expected = undisturbed
     for session in range(2):
         ends_after(3)
         log, _ = go(tmp_path / "parts", resume=session > 0)
