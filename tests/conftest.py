@@ -5,9 +5,12 @@ import base64
 import gc
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,6 +148,19 @@ def answer_test(model, tokenizer, test, path, **options):
     if model is not None:
         submission.answer(job, model, tokenizer)
     return submission.report(job)
+
+
+@contextmanager
+def full_disk(room):
+    """Inside the block no file can grow beyond so many bytes: a write then fails as on a full
+    disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pandas as pd
 import papermill
 import pytest
 import torch
-from conftest import NASTY, ROOT, TINY, answer_test, prepared
+from conftest import NASTY, ROOT, TINY, answer_test, full_disk, prepared
 from safetensors.torch import load_file, save_file
 from tiny_submission import FALLBACK, OPTIONS, make_adapter, read, rows
 
@@ -605,37 +605,23 @@ def test_a_broken_device_is_given_up(faulty, tmp_path):
     submission_file.check_submission(rows(60), tmp_path / "s.csv")
 
 
-def test_a_full_disk_leaves_the_last_whole_file(loaded, tmp_path):
-    """In a process whose files may not grow beyond some bytes: a write then fails as on a full
-    disk."""
+def test_a_full_disk_leaves_the_last_whole_file(loaded, tmp_path, capsys):
     test = rows(40, words=3)
     out = tmp_path / "s.csv"
-    program = """
-import json, os, resource, sys
-import pandas as pd
-sys.path.insert(0, "tests")
-from conftest import answer_test
-from prompt_recovery import inputs
-base, table, out, options = json.loads(sys.argv[1])
-test = pd.read_csv(table, dtype=str)
-answer_test(None, None, test, out, **options)
-room = os.stat(out).st_size + 50
-resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-answer_test(*inputs.load(base, None), test, out, **options)
-"""
-    test.to_csv(tmp_path / "test.csv", index=False)
     calm = answer_test(*loaded, test, tmp_path / "calm.csv", **OPTIONS)
-    options = OPTIONS | dict(batch_tokens=400, write_seconds=0, model_dir=str(TINY))
-    passed = json.dumps([str(TINY), str(tmp_path / "test.csv"), str(out), options])
-    done = subprocess.run(
-        [sys.executable, "-c", program, passed], cwd=ROOT, capture_output=True, text=True
-    )
+    options = OPTIONS | dict(batch_tokens=400, write_seconds=0)
+    answer_test(None, None, test, out, **options)
+    capsys.readouterr()
     # the file is whole, and not what was found: that is said last
-    assert done.returncode == 1 and "SubmissionError" in done.stderr.splitlines()[-1]
-    assert "does not hold what was found for" in done.stderr.splitlines()[-1]
-    assert "40 by the model" not in done.stdout
-    assert f"{out} can't be written" in done.stdout and "Free some space" in done.stdout
-    assert re.search(r"journal can't be written", done.stdout)
+    with (
+        pytest.raises(SubmissionError, match="does not hold what was found for"),
+        full_disk(out.stat().st_size + 50),
+    ):
+        answer_test(*loaded, test, out, **options)
+    said = capsys.readouterr().out
+    assert "40 by the model" not in said
+    assert f"{out} can't be written" in said and "Free some space" in said
+    assert re.search(r"journal can't be written", said)
     submission_file.check_submission(test, out)
     assert not list(tmp_path.glob("*.partial"))
     # there is room again: the rows of the journal, cut off as it is, and the others

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from conftest import NASTY, ROOT, TINY
+from conftest import NASTY, ROOT, TINY, full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import FAST, OPTIONS, SHORT, build, demo_rows, lora_state
@@ -441,34 +441,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_says_what_is_kept(t
     assert lora.config.use_cache and not lora.training
 
 
-FULL = f"""
-import resource, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from tiny_training import FAST, SHORT, build, demo_rows
-from prompt_recovery import training
-from prompt_recovery.examples import make_examples
-from prompt_recovery.recipe import Recipe
-tok, lora = build()
-examples = make_examples(tok, demo_rows(4), **SHORT)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-# no file may grow beyond, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-options = FAST | dict(max_steps=2, evaluations=2)
-training.train(lora, tok, examples, [], Recipe(output_dir=sys.argv[1], **options))
-"""
-
-
 # the adapter does not fit; the optimiser's state does not
 @pytest.mark.parametrize("room", [60_000, 150_000])
 def test_a_full_disk_is_said_with_path_and_room(tmp_path, room):
-    command = [sys.executable, "-c", FULL, str(tmp_path), str(room)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 1
-    said = done.stderr
-    assert (
-        "TrainingError: The checkpoint of step 1 could not be written to "
-        f"{tmp_path / 'checkpoints'} (" in said
+    tok, lora = build()
+    examples = make_examples(tok, demo_rows(4), **SHORT)
+    recipe = Recipe(output_dir=tmp_path, **FAST | dict(max_steps=2, evaluations=2))
+    with pytest.raises(TrainingError) as raised, full_disk(room):
+        training.train(lora, tok, examples, [], recipe)
+    said = str(raised.value)
+    assert said.startswith(
+        f"The checkpoint of step 1 could not be written to {tmp_path / 'checkpoints'} ("
     )
     assert "MiB free there)" in said and "no checkpoint is there yet" in said
     assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))  # nothing half-written is left
