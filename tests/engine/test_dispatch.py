@@ -265,6 +265,17 @@ def test_wrong_attention_is_refused_where_it_is_ours(seeming, capsys, monkeypatc
         assert not dispatch.uses_triton(CPU) and re.search(why, capsys.readouterr().out)
 
 
+def test_of_an_fp32_base_no_kernel_of_a_decode_step_is_checked(seeming, monkeypatch):
+    """It computes by none of them, and their products in fp32 failed."""
+    model, calls = seeming(fails, lambda out: out, fails)
+    from prompt_recovery.engine.kernels import decode_step
+
+    monkeypatch.setattr(decode_step, "attend", fails)
+    dispatch.act_as(CPU, T4)
+    check.check_kernels(torch.nn.Module.float(model))
+    assert set(calls) == {"dequantise"} and dispatch.uses_triton(CPU)
+
+
 # --- launch parameters ----------------------------------------------------------------------------
 
 
