@@ -1,6 +1,7 @@
-# make demo [ROWS=path.csv] · make demo-ensemble · make demo-llm [CURVES="--curves rows rank outputs"] · make test · make lint · make notebooks.
+# make demo [ROWS=path.csv] · make demo-ensemble
+# make demo-llm [CURVES="--curves rows rank outputs"] · make test · make lint · make notebooks.
 # Each sets itself up in .venv.
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 BIN := .venv/bin
 ROWS ?= demo/rows.csv
 export HF_HUB_OFFLINE := 1
@@ -27,7 +28,8 @@ notebooks: .venv/ready
 
 # torch goes first and alone: as another package's dependency it would come in another version
 .venv/ready: requirements.txt requirements-dev.txt pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % v)'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
+	  "Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % v)'
 	$(PYTHON) -m venv --clear .venv
 	@echo "installing into .venv (about 2 minutes) ..."
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"

@@ -180,10 +180,11 @@ def greedy_steps(fast: Any) -> list[Step]:
         answer = decoder.answer([prompt], [[None]])[0][0][0]
         text, places = prompt + answer[:-1], slice(len(prompt) - 1, len(prompt) + STEPS - 1)
         hidden: list[torch.Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _m, _i, out: hidden.append(out[0, places].float()))  # noqa: B023
-            for layer in fast.model.get_decoder().layers
-        ]
+
+        def keep(_module, _inputs, out, hidden=hidden, places=places):
+            hidden.append(out[0, places].float())
+
+        hooks = [layer.register_forward_hook(keep) for layer in fast.model.get_decoder().layers]
         # padded to the way of many rows
         ids = torch.tensor([text + [5] * max(0, 400 - len(text))], device=fast.model.device)
         logits = fast.model(input_ids=ids, use_cache=False).logits[0, places].float()

@@ -313,7 +313,9 @@ def show_samples(
         document = draw(rng)
         ids = [BOS, *tokenizer.encode(f"[INST] {document.user} [/INST]", add_special_tokens=False)]
         start = torch.tensor([ids], device=device)
-        out = model.generate(start, max_new_tokens=120, do_sample=False, pad_token_id=EOS)  # type: ignore[misc]
+        out = model.generate(  # type: ignore[misc]
+            start, max_new_tokens=120, do_sample=False, pad_token_id=EOS
+        )
         answer = tokenizer.decode(out[0, len(ids) :])
         print(
             f"--- {document.kind}: {document.user}\n>>> {answer}\n(wanted: {document.answer})",

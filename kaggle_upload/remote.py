@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from kaggle_upload import cli
 from kaggle_upload.handles import Page, UploadError, Variation
@@ -118,6 +119,10 @@ def _files(*command: str, timeout: float) -> dict[str, int]:
     return {str(row["name"]): int(row["size"] or 0) for row in rows or ()}
 
 
+def _sha256(file: Any) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _download(command: tuple[str, ...], timeout: float, work: Path) -> dict[str, str]:
     """Download an archive beside the staging folder and hash what it holds, without unpacking
     it."""
@@ -132,13 +137,12 @@ def _download(command: tuple[str, ...], timeout: float, work: Path) -> dict[str,
                 with zipfile.ZipFile(archives[0]) as archive:
                     for name in archive.namelist():
                         with archive.open(name) as file:
-                            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+                            hashes[name] = _sha256(file)
             else:
                 with tarfile.open(archives[0], "r|*") as tar:
                     for member in tar:
                         if extracted := tar.extractfile(member):
-                            digest = hashlib.file_digest(extracted, "sha256")  # type: ignore[arg-type]
-                            hashes[member.name.removeprefix("./")] = digest.hexdigest()
+                            hashes[member.name.removeprefix("./")] = _sha256(extracted)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
             raise UploadError(
                 f"The download of {command[-1]} is broken: {error}. Run the same command again."

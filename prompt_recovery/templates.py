@@ -162,7 +162,8 @@ def read_back(answer: str, style: str) -> str | None:
 # What label writers put before the reason and before the prompt, bold or not.
 _KEY_WORDS = r"\w*prompt|\w*instruction|task|request|query|question|command|answer|output"
 _LEAD = re.compile(
-    r"\s*(?:\*\*)?(?:(?:\(1\)|1[.):])(?:\*\*)?(?=\s|$)|(?:reason(?:ing)?|explanation|analysis)(?:\*\*)?\s*:(?:\*\*)?)\s*",
+    r"\s*(?:\*\*)?(?:(?:\(1\)|1[.):])(?:\*\*)?(?=\s|$)"
+    r"|(?:reason(?:ing)?|explanation|analysis)(?:\*\*)?\s*:(?:\*\*)?)\s*",
     re.IGNORECASE,
 )
 _LABEL = re.compile(

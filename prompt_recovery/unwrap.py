@@ -54,13 +54,15 @@ _WORDS = (
 _LABEL = re.compile(
     rf"""^[\s\#>*_"'\u201c`]*
     (?:(?:sure(?:\s+thing)?|certainly|of\s+course|okay|ok|absolutely)[,.!:]*\s+)?
-    (?:(?:here(?:['\u2019]s|\s+is)|this\s+is|i\s+(?:think|believe|guess)(?:\s+that)?|it\s+seems\s+that)\s+)?
+    (?:(?:here(?:['\u2019]s|\s+is)|this\s+is|i\s+(?:think|believe|guess)(?:\s+that)?
+       |it\s+seems\s+that)\s+)?
     (?:the\s+|my\s+|a\s+|one\s+)?
     (?:{_WORDS}[\s_\\-]+){{0,3}}
     (?:prompt|instruction|answer)s?
-    (?:\s+(?:that\s+)?(?:the\s+|an?\s+)?(?:given|used|llm|model|was|were|is|has|had|been|to|for|by)\b){{0,6}}
-    (?:\s+(?:was|is|would\s+be|might\s+be|might\s+have\s+been|could\s+be|could\s+have\s+been|may\s+be|may\s+have\s+been|
-    likely|probably))*
+    (?:\s+(?:that\s+)?(?:the\s+|an?\s+)?
+       (?:given|used|llm|model|was|were|is|has|had|been|to|for|by)\b){{0,6}}
+    (?:\s+(?:was|is|(?:would|might|could|may)\s+be|(?:might|could|may)\s+have\s+been|
+       likely|probably))*
     [*_"'\u201d`]*\s*(?:[:=]+(?=[\s*_"'\u201c`])|\n)[\s>]*""",
     re.IGNORECASE | re.VERBOSE,
 )

@@ -39,7 +39,7 @@ LAUNCH = [
 
 
 def script(folder, **parameters):
-    """The train notebook as README says to make a script of it: papermill puts the parameters in,
+    """The train notebook as ARCHITECTURE makes a script of it: papermill puts the parameters in,
     jupytext writes .py."""
     folder.mkdir()
     papermill.execute_notebook(
