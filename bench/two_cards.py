@@ -711,7 +711,7 @@ def train_on(
     taken: list[Taken] = []
     losses: list[torch.Tensor] = []
     began: list[float] = []
-    plain_step, plain_end = training.RowTrainer.training_step, training.WatchScale.on_step_end
+    plain_step, plain_end = training.RowTrainer.training_step, training.WatchGradients.on_step_end
 
     def step(self: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         began.append(time.monotonic())
@@ -729,7 +729,7 @@ def train_on(
         if sum(not each.skipped for each in taken) == applied:
             control.should_training_stop = True
 
-    training.RowTrainer.training_step, training.WatchScale.on_step_end = step, end  # type: ignore
+    training.RowTrainer.training_step, training.WatchGradients.on_step_end = step, end  # type: ignore
     try:
         log = training.train(
             lora,
@@ -740,7 +740,7 @@ def train_on(
         )
     finally:
         training.RowTrainer.training_step = plain_step  # type: ignore[method-assign]
-        training.WatchScale.on_step_end = plain_end  # type: ignore[method-assign]
+        training.WatchGradients.on_step_end = plain_end  # type: ignore[method-assign]
     if os.environ.get("RANK", "0") == "0":
         print(log.to_string())
     return taken

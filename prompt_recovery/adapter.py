@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -41,6 +42,7 @@ from prompt_recovery.adapter_files import (
     read_header,
 )
 from prompt_recovery.base import base_digest, base_fingerprint, load_config
+from prompt_recovery.files import room_said
 from prompt_recovery.recipe import Format, Recipe
 
 
@@ -136,7 +138,7 @@ def save_adapter(model: PeftModel, adapter_dir: str | Path, format: Format | Non
     No embeddings or lm_head even if the vocabulary was resized (peft would add 1 GB that the base
     then refuses), fp32, no local path. The weights' header carries a fingerprint of the base, which
     `load_adapter` compares, and the format that the adapter was trained for, which `check_adapter`
-    gives back.
+    gives back. The same weights give the same bytes.
     Raises AdapterError where a tensor is not finite; what stood in adapter_dir then stays.
     """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -145,24 +147,38 @@ def save_adapter(model: PeftModel, adapter_dir: str | Path, format: Format | Non
     folder = Path(adapter_dir)
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    config = model.peft_config["default"]
-    was_training, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(str(staging))
-    config.inference_mode = was_training
+    config = copy(model.peft_config["default"])
+    config.inference_mode = True
+    if not isinstance(config.target_modules, str):  # a set has another order in each process
+        config.target_modules = sorted(config.target_modules or [])
     base = model.get_base_model()
     witnesses = {
         FINGERPRINT: json.dumps(base_fingerprint(base)),
         MODEL_TYPE: base.config.model_type,
     }
-    save_file(
-        tensors,
-        staging / WEIGHTS,
-        metadata={"format": "pt"} | witnesses | (asdict(format) if format else {}),
-    )
+    metadata = {"format": "pt"} | witnesses | (asdict(format) if format else {})
+    try:
+        with room_said(folder):
+            staging.mkdir(parents=True)
+            config.save_pretrained(str(staging))
+            (staging / WEIGHTS).write_bytes(_in_order(save(tensors, metadata)))
+    except OSError:  # what is half-written takes room
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
     return folder
+
+
+def _in_order(weights: bytes) -> bytes:
+    """A safetensors file with its metadata sorted. The library shuffles it, so that the sha256 of
+    equal adapters would differ."""
+    end = 8 + int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + weights[end:]
 
 
 def check_adapter(

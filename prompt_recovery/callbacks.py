@@ -48,11 +48,15 @@ class KeepTwo(TrainerCallback):
             rotate(args.output_dir, state.best_global_step)
 
 
-class WatchScale(TrainerCallback):
-    """fp16's loss scaler after each step; the last one has a line of the log, for its count."""
+class WatchGradients(TrainerCallback):
+    """Gradients before each step, and fp16's loss scaler behind it; the last step has a line of the
+    log, for the scaler's count."""
 
     def __init__(self, trainer: RowTrainer) -> None:
         self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_gradients()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_scale()

@@ -16,6 +16,7 @@ import pandas as pd
 from prompt_recovery.cleaning import strip_lead_in
 from prompt_recovery.refusals import is_refusal
 from prompt_recovery.tables import DataError, read_table
+from prompt_recovery.unwrap import is_prompt
 
 ROW_COLUMNS = ("original_text", "rewritten_text", "rewrite_prompt")
 TEST_COLUMNS = ("id", "original_text", "rewritten_text")
@@ -174,7 +175,8 @@ def clean_rows(
 
     account has one line per dropped or changed row: id, origin, reason, action ('dropped' |
     'changed').
-    Reasons: "blank <column>", "<column> is 'nan'" (or another of MISSING), "identical original and
+    Reasons: "blank <column>", "<column> is 'nan'" (or another of MISSING),
+    "rewrite_prompt is 'N/A', which says nothing" (see unwrap.is_prompt), "identical original and
     rewritten", "refusal", "exact duplicate" (the first one stays), and with strip_lead_ins
     "lead-in stripped" (changed). The tables given are not altered.
     """
@@ -198,6 +200,8 @@ def clean_rows(
             reason = f"blank {blank[0]}"
         elif unsaid:
             reason = f"{unsaid[0]} is {texts[ROW_COLUMNS.index(unsaid[0])]!r}"
+        elif not is_prompt(texts[2]):  # an answer like it would be read as none
+            reason = f"rewrite_prompt is {texts[2][:20]!r}, which says nothing"
         elif texts[0] == texts[1]:
             reason = "identical original and rewritten"
         elif is_refusal(rewritten):

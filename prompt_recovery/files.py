@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +15,32 @@ import pandas as pd
 
 
 @contextmanager
+def room_said(path: Path) -> Iterator[None]:
+    """A full disk is said with the path and the room there: the system's own error has neither."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        folder = next(each for each in path.absolute().parents if each.exists())
+        free = shutil.disk_usage(folder).free / 2**20
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: {path} could not be written, {free:,.0f} MiB free there. Make "
+            "room, or give another place",
+        ) from error
+
+
+@contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, moved there at the end. Several processes may write the
     same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with room_said(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -48,11 +48,15 @@ def _check_checkpoints(checkpoints: Path, now: Mapping[str, Any]) -> None:
     if last is None:
         return
     remedy = "Give that back, or take another output_dir, or resume=False to start again."
-    if not note.is_file():
+    try:
+        then = json.loads(note.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        then = None
+    if not isinstance(then, dict):
         raise RunFolderError(
-            f"resume=True, but {checkpoints} does not say with which settings it was made. {remedy}"
+            f"resume=True, but {note} does not say with which settings the checkpoints were made. "
+            f"{remedy}"
         )
-    then = json.loads(note.read_text())
     differences = [
         f"{name} was {str(then.get(name))[:80]}, now {str(now.get(name))[:80]}"
         for name in sorted(then.keys() | now.keys())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from prompt_recovery.engine import everywhere
@@ -123,13 +125,25 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
     return state if "global_step" in state else None
 
 
+def _whole(path: Path) -> bool:
+    """Whether a checkpoint's file is there to its end: a broken copy or a power cut leaves less."""
+    if path.suffix != ".safetensors":
+        return path.is_file() and zipfile.is_zipfile(path)
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def _lacking(checkpoint: Path) -> list[str]:
-    """Files that a checkpoint needs and does not have: also the random state of each process."""
+    """Files that a checkpoint needs and does not have whole: also the random state of each
+    process."""
     state = _state(checkpoint)
     count = made_by(state or {})
     random = ["rng_state.pth"] if count == 1 else [f"rng_state_{n}.pth" for n in range(count or 0)]
     needed = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", *random]
-    lacking = [name for name in needed if not (checkpoint / name).is_file()]
+    lacking = [name for name in needed if not _whole(checkpoint / name)]
     return lacking if state else ["trainer_state.json", *lacking]
 
 
@@ -161,8 +175,12 @@ def remove_broken(checkpoints: str | Path) -> None:
             if _removable(folder):
                 shutil.rmtree(folder)
         elif lacking := _lacking(folder):
-            folder.rename(folder.with_name(f"incomplete-{folder.name}"))
-            print(f"{folder} lacks {', '.join(lacking)}: now it is incomplete-{folder.name}")
+            name, number = f"incomplete-{folder.name}", 1
+            while folder.with_name(name).exists():
+                number += 1
+                name = f"incomplete-{folder.name}-{number}"
+            folder.rename(folder.with_name(name))
+            print(f"{folder} lacks {', '.join(lacking)}, or the end of it: now it is {name}")
 
 
 def rotate(checkpoints: str | Path, best: int | None) -> None:

@@ -15,11 +15,12 @@ from typing import IO, Any, NamedTuple
 
 from prompt_recovery.engine import everywhere, gathered, processes
 from prompt_recovery.examples import TrainingError
+from prompt_recovery.files import room_said
 
 LOCK = "run.lock"
 BEAT = 60  # seconds between two touches of the lock file
-# A lock of another host counts as stale when it was not touched for so long; of this one, the
-# kernel knows.
+# A lock of another host, or on a drive without locks, counts as stale when it was not touched for
+# so long; of this host, the kernel knows.
 STALE = 5 * BEAT
 
 
@@ -62,13 +63,14 @@ def _lock(path: Path) -> dict[str, Any] | None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("a+")
+        file, locked = path.open("a+"), True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
                 return _owner(file)
         except OSError as error:  # a network drive without locks
+            locked = False
             print(
                 f"{path.parent} can't be locked ({error}): see to it that no second run writes "
                 "there."
@@ -78,19 +80,21 @@ def _lock(path: Path) -> dict[str, Any] | None:
         file.close()  # removed by its owner in between
     owner = _owner(file)
     if owner:
-        if owner.get("host") != socket.gethostname() and time.time() - path.stat().st_mtime < STALE:
+        known_dead = locked and owner.get("host") == socket.gethostname()
+        if not known_dead and time.time() - path.stat().st_mtime < STALE:
             file.close()
             return owner
         print(
             f"took over the lock that process {owner.get('process')} on {owner.get('host')} left "
             f"in {path.parent}"
         )
-    file.truncate(0)
     mine = dict(
         process=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S")
     )
-    file.write(json.dumps(mine) + "\n")
-    file.flush()
+    with room_said(path):
+        file.truncate(0)
+        file.write(json.dumps(mine) + "\n")
+        file.flush()
     done = threading.Event()
     threading.Thread(target=_beat, args=(path, done), daemon=True).start()
     _held[path] = _Held(file, mine, done)

@@ -36,6 +36,7 @@ class Settings:
         wrong = []
         for each in fields(self):
             value = getattr(self, each.name)
+            value = value.tolist() if hasattr(value, "tolist") else value  # of numpy, of pandas
             try:
                 object.__setattr__(self, each.name, each.metadata["read"](value))
             except (ValueError, TypeError, OverflowError) as rule:
@@ -176,10 +177,10 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def optional(read: Reader, none: str = "") -> Reader:
-    """None (or ""), or what read gives. none: what None stands for."""
+    """None, or what read gives. none: what None stands for. YAML and shells write it as a text."""
 
     def read_or_none(value: Any) -> Any:
-        if value is None or value == "":
+        if value is None or str(value).lower() in ("", "none", "null", "~"):
             return None
         try:
             return read(value)

@@ -124,11 +124,21 @@ def read_or_split(
     made_with = f"eval_fraction={eval_fraction} seed={seed}"
     path = None if path is None else Path(path)
     if again and path and path.is_file():
-        kept = read_csv(path)
+        try:
+            kept = read_csv(path)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}): remove it to split anew.") from error
         if list(kept.columns) != list(SPLIT_COLUMNS):
             raise DataError(
                 f"{path} has the columns {list(kept.columns)}, not {list(SPLIT_COLUMNS)}: remove "
                 "it."
+            )
+        sides = kept.groupby("group")["split"].agg(set)
+        wrong = sides[~sides.isin([{"train"}, {"held_out"}])]
+        if len(wrong):
+            raise DataError(
+                f"{path}: group {wrong.index[0]!r} has the split {sorted(wrong.iloc[0])}. Give all "
+                f"rows of a group either train or held_out, or remove {path.name} to split anew."
             )
         for name in ("id", "rewrite_prompt"):
             if kept[name].to_list() != rows[name].to_list():
@@ -143,10 +153,8 @@ def read_or_split(
                 f"those settings back, or take another output_dir, or remove {path.name} to split "
                 "anew."
             )
-        groups, held_out = (
-            kept["group"].astype(int).to_list(),
-            kept["split"].eq("held_out").to_numpy(),
-        )
+        groups = kept["group"].factorize()[0].tolist()
+        held_out = kept["split"].eq("held_out").to_numpy()
         print(f"the split is that of {path}")
     else:
         started = time.monotonic()

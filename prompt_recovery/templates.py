@@ -159,22 +159,28 @@ def read_back(answer: str, style: str) -> str | None:
     return parse_answer(answer, style).prompt
 
 
-# What label writers put before the reason and before the prompt, bold or not.
+# What label writers put before the reason and before the prompt, bold, as a heading or in tags.
 _KEY_WORDS = r"\w*prompt|\w*instruction|task|request|query|question|command|answer|output"
+_REASON_WORDS = r"\w*reason(?:s|ing)?|\w*explanation|\w*analysis|rationale|thoughts?|think(?:ing)?"
 _LEAD = re.compile(
-    r"\s*(?:\*\*)?(?:(?:\(1\)|1[.):])(?:\*\*)?(?=\s|$)"
-    r"|(?:reason(?:ing)?|explanation|analysis)(?:\*\*)?\s*:(?:\*\*)?)\s*",
+    r"\s*(?:(?:\#{1,6}[ \t]*)?(?:\*\*)?"
+    r"(?:(?:(?:step[ \t]*)?(?:\(1\)|1[.):])|a[.)]|[-*\u2022]|\u2460)(?:\*\*)?(?=\s|$)"
+    rf"|(?:{_REASON_WORDS})(?:\*\*)?\s*[:\uff1a](?:\*\*)?)"
+    rf"|\#{{1,6}}[ \t]*(?:{_REASON_WORDS})[ \t]*(?=\n)|<(?:{_REASON_WORDS})>)\s*",
     re.IGNORECASE,
 )
 _LABEL = re.compile(
-    r"(?:^|\n)[ \t]*(?:\*\*)?(?:\(2\)|2[.):])(?:\*\*)?(?=\s|\{|$)"
-    rf"|(?:^|\n)[ \t]*(?:\*\*)?(?:the[ \t]+)?(?:(?:rewrite|original)[ \t])?"
-    rf"(?:{_KEY_WORDS}|json)(?:\*\*)?[ \t]*[:=]"
-    rf"""|```|\{{\s*["'\u201c]?(?:{_KEY_WORDS})["'\u201d]?\s*:""",
+    r"(?:^|\n)[ \t]*(?:\*\*)?(?:step[ \t]*)?(?:\(2\)|2[.):]|\u2461)(?:\*\*)?(?=\s|\{|$)"
+    rf"|(?:^|\n)[ \t]*(?:\#+[ \t]*)?(?:\*\*)?(?:the[ \t]+)?(?:(?:rewrite|original)[ \t])?"
+    rf"(?:{_KEY_WORDS}|json)(?:\*\*)?[ \t]*[:=\uff1a]"
+    rf"|(?:^|\n)[ \t]*\#+[ \t]*(?:\w+[ \t]+){{0,2}}(?:{_KEY_WORDS}|json)[ \t]*(?=\n)"
+    rf"""|<(?:{_KEY_WORDS})>|```|\{{\s*["'\u201c]?(?:{_KEY_WORDS})["'\u201d]?\s*:""",
     re.IGNORECASE,
 )
 _BEFORE_LABEL = re.compile(
-    rf"(?:\s|\*\*|```\w*|\(?2[.):]|(?:{_KEY_WORDS}|json)\s*:)+$", re.IGNORECASE
+    r"(?:\s|\*\*|```\w*|->|</?\w+>|\n\s*(?:[-*\u2022]|b[.)]|step)"
+    rf"|\(?2[.):]|(?:{_KEY_WORDS}|json)\s*:)+$",
+    re.IGNORECASE,
 )
 
 
@@ -189,10 +195,23 @@ def _split_response(response: str) -> tuple[str, str]:
     return response[:cut], response[cut:]
 
 
+def _reason_in_object(response: str) -> str:
+    """The reason of a label that is one JSON object, with a key for the reason and one for the
+    prompt; "" for another label."""
+    start = re.match(r"\s*(?:```\w*\s*)?(?=\{)", response)
+    try:
+        value = json.JSONDecoder(strict=False).raw_decode(response, start.end())[0] if start else {}
+    except (ValueError, RecursionError):
+        return ""
+    texts = [text for key, text in value.items() if re.fullmatch(_REASON_WORDS, key, re.IGNORECASE)]
+    return " ".join(text for text in texts if isinstance(text, str))
+
+
 def prompt_of(response: str) -> str | None:
     """The prompt that the JSON of a labelled response names under any usual key; None where it has
     none."""
-    for match in re.finditer(r"\{(?=\s*\")", _split_response(response)[1]):
+    rest = _split_response(response)[1]
+    for match in re.finditer(r"\{(?=\s*\")", rest):
         try:
             value, _ = json.JSONDecoder(strict=False).raw_decode(match.string, match.start())
         except (ValueError, RecursionError):
@@ -204,7 +223,7 @@ def prompt_of(response: str) -> str | None:
                 and re.fullmatch(_KEY_WORDS, key, re.IGNORECASE)
             ):
                 return text.strip()
-    return None
+    return scan_key(rest)[0] if "{" in rest else None
 
 
 def reason_of(response: str, prompt: str = "") -> str:
@@ -213,7 +232,7 @@ def reason_of(response: str, prompt: str = "") -> str:
     Sentences that hold the prompt itself are left out, if it is long enough to be more than a word
     of the language. Raises TemplateError if nothing is left, or if the reason is a refusal.
     """
-    reason, _ = _split_response(response)
+    reason = _reason_in_object(response) or _split_response(response)[0]
     while lead := _LEAD.match(reason):
         reason = reason[lead.end() :]
     reason = _BEFORE_LABEL.sub("", reason).strip()
@@ -226,10 +245,9 @@ def reason_of(response: str, prompt: str = "") -> str:
         and (len(wording) >= 10 or not wording.isascii() and len(wording) >= 4)
     ):
         sentences = re.split(r"(?<=[.!?\u3002])\s*(?=\s|[^\x00-\x7f])|\n", reason)
-        reason = " ".join(
-            each.strip() for each in sentences if wording not in normalise(each)
-        ).strip()
-    if not reason or wording and len(wording) >= 10 and wording in normalise(reason):
+        reason = " ".join(each.strip() for each in sentences if wording not in normalise(each))
+        reason = _BEFORE_LABEL.sub("", reason).strip()
+    if not is_prompt(reason) or wording and len(wording) >= 10 and wording in normalise(reason):
         raise TemplateError(
             f"response={response[:80]!r} holds no reason before its prompt, and style "
             "'reason_json' teaches one. Fill the response column, drop the row, or use style "

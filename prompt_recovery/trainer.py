@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch.nn.utils import get_total_norm
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -134,6 +135,13 @@ class RowTrainer(Trainer):
             loss = self.accelerator.reduce(loss)
         if not torch.isfinite(loss):
             self._stop(f"The loss of step {self.state.global_step + 1} is {loss.item()}")
+
+    def check_gradients(self) -> None:
+        """Raises TrainingError where a gradient of the step is not finite though its loss is:
+        before the weights are changed by it. In fp16 the loss scaler leaves such a step out."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.accelerator.scaler is None and not get_total_norm(grads).isfinite():
+            self._stop(f"The gradients of step {self.state.global_step + 1} are not finite")
 
     def check_scale(self) -> None:
         """Count a step that fp16's loss scaler left out, since a gradient was not finite; it halves

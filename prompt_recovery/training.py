@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, Trainin
 from prompt_recovery.adapter import training_key
 from prompt_recovery.agreement import check_same, describe
 from prompt_recovery.base import base_digest
-from prompt_recovery.callbacks import EndInTime, KeepTwo, OrderOfEpoch, WatchScale, WriteLog
+from prompt_recovery.callbacks import EndInTime, KeepTwo, OrderOfEpoch, WatchGradients, WriteLog
 from prompt_recovery.data import rows_hash
 from prompt_recovery.engine import (
     TrainingPlan,
@@ -87,7 +87,7 @@ def train(
     Returns the log (see `training_log`), also written to output_dir/training_log.csv. Its
     attrs["ended"] says which step is kept and why training ended.
     Raises TrainingError where the rows of a step can't be shared out evenly, processes differ in
-    what they must share, or a loss is not finite; ProcessLost where another process is;
+    what they must share, or a loss or gradient is not finite; ProcessLost where another process is;
     RunFolderError where another run has output_dir, or its checkpoints belong to other rows or
     settings; TooLittleMemory where one row does not fit.
     """
@@ -178,7 +178,7 @@ def _train(
     arguments.save_on_each_node = writes and not state.is_main_process
     trainer = _trainer(model, tokenizer, train_examples, eval_examples, recipe, course, arguments)
     trainer.score = score
-    trainer.add_callback(WatchScale(trainer))
+    trainer.add_callback(WatchGradients(trainer))
     if allowed is not None:
         trainer.add_callback(EndInTime(trainer, allowed))
     try:

@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
+from tiny_models import with_lora
 
 from prompt_recovery import adapter
-from prompt_recovery.adapter_files import CONFIG, WEIGHTS, AdapterError
+from prompt_recovery.adapter_files import CONFIG, WEIGHTS, AdapterError, digests
 from prompt_recovery.base import base_fingerprint
 from prompt_recovery.engine import loading
 from prompt_recovery.recipe import Format
@@ -28,6 +29,20 @@ def saved(tmp_path_factory):
     ids = torch.tensor([[1, 300, 400, 500]])
     with torch.inference_mode():
         return folder, ids, lora.eval()(ids).logits
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path):
+    """Else a run that was killed and went on has another sha256 than its evaluation."""
+    lora = with_lora(loading.load_base(TINY))
+    found = set()
+    for n in range(4):
+        folder = adapter.save_adapter(lora, tmp_path / str(n), Format(style="json"))
+        found.add(digests(folder))
+    assert len(found) == 1
+    targets = json.loads((folder / CONFIG).read_text())["target_modules"]
+    assert targets == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert adapter.check_adapter(folder, TINY)["style"] == "json"
+    assert lora.peft_config["default"].inference_mode is False
 
 
 @pytest.fixture

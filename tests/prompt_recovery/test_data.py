@@ -280,6 +280,14 @@ def test_account_says_what_was_dropped_and_why():
     assert "dropped 1: refusal (t.csv:7)" in report and "changed 2: lead-in stripped" in report
 
 
+@pytest.mark.parametrize("prompt", ["N/A", "NaN", "null", "none", "-", "?", "[]", '""', "\u200b"])
+def test_a_prompt_that_says_nothing_is_not_taught(prompt):
+    """An answer like it is read as no prompt."""
+    clean, account = clean_rows(table([("a", "b", prompt), ("a", "b", "p")]))
+    assert clean["rewrite_prompt"].to_list() == ["p"]
+    assert account["reason"].to_list() == [f"rewrite_prompt is {prompt!r}, which says nothing"]
+
+
 def test_nothing_left_is_an_empty_table_not_a_crash():
     clean, account = clean_rows(table([("", "b", "p")]))
     assert len(clean) == 0 and list(clean.columns) == list(table([]).columns)

@@ -1,6 +1,7 @@
 """A run's folder: one owner, nothing of an earlier run taken for this one's, no file of a user's
 removed."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 from tiny_training import FAST, SHORT, build, demo_rows, lora_state
 
@@ -82,6 +84,50 @@ def test_another_host_s_lock_counts_while_it_is_touched(tmp_path, monkeypatch):
         time.sleep(0.02)
     assert lock.stat().st_mtime > 1
     run_lock.release(tmp_path)
+
+
+def test_on_a_drive_without_locks_a_touched_lock_counts_and_an_old_one_does_not(
+    tmp_path, monkeypatch, capsys
+):
+    """There the second run took over the first one's lock, being on the same host."""
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", unsupported)
+    lock = tmp_path / run_lock.LOCK
+    lock.write_text(json.dumps(dict(process=1, host=socket.gethostname(), since="2026-11-26")))
+    with pytest.raises(TrainingError, match="belongs to a run of process 1"):
+        run_lock.claim(tmp_path)
+    os.utime(lock, (time.time() - run_lock.STALE - 1,) * 2)
+    run_lock.claim(tmp_path)
+    assert "took over the lock that process 1 on" in capsys.readouterr().out
+    run_lock.release(tmp_path)
+
+
+def test_a_checkpoint_cut_short_or_without_settings_is_named_and_the_one_before_goes_on(
+    tmp_path, capsys
+):
+    tok, lora = build()
+    examples = make_examples(tok, demo_rows(6), **SHORT)
+    options = dict(max_steps=4, evaluations=4, patience=9, learning_rate=1e-3)
+    run(tmp_path, tok, lora, examples, **options)
+    whole, checkpoints = lora_state(lora), tmp_path / "checkpoints"
+    for name in ("optimizer.pt", "rng_state.pth", "adapter_model.safetensors"):
+        path = checkpoints / "checkpoint-4" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        _, lora = build()
+        run(tmp_path, tok, lora, examples, resume=True, **options)
+        said = capsys.readouterr().out
+        assert f"checkpoint-4 lacks {name}, or the end of it" in said
+        assert "going on from" in said and "checkpoint-3" in said
+        assert all(torch.equal(value, whole[key]) for key, value in lora_state(lora).items())
+    # three times, each beside those before
+    assert len(list(checkpoints.glob("incomplete-checkpoint-4*"))) == 3
+    for text in ("", "[]"):
+        (checkpoints / "settings.json").write_text(text)
+        with pytest.raises(TrainingError, match="settings.json does not say with which settings"):
+            run(tmp_path, tok, lora, examples, resume=True, **options)
 
 
 def test_what_an_earlier_run_left_is_moved_aside_and_goes_on_there(tmp_path, capsys):

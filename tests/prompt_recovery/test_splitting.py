@@ -329,6 +329,26 @@ def test_the_split_is_kept_and_read_back_without_the_encoder(tmp_path, encoder, 
     pd.testing.assert_frame_equal(read_or_split(rows, path, 0.3, 1, encoder)[0], first[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text.replace("held_out", "test"), r"has the split \['test'\].*train or held"),
+        (lambda text: text.replace("train", "held_out", 1), "group '0' has the split .*held_out"),
+        (lambda text: "", "is damaged .*remove it"),
+        (lambda text: text + '"', "is damaged .*remove it"),
+    ],
+)
+def test_a_split_edited_by_hand_is_read_as_it_says_or_refused(tmp_path, change, said):
+    rows, path = (
+        rows_of([f"Say it as a {who}" for who in WHO for _ in range(3)]),
+        tmp_path / "s.csv",
+    )
+    read_or_split(rows, path, 0.3, 1)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(DataError, match=said):
+        read_or_split(rows, path, 0.3, 1, again=True)
+
+
 def test_a_part_of_the_held_out_rows_is_held_back_for_the_report(capsys):
     prompts = [f"Say it in {word}" for word in WHO + CHINESE for _ in range(4)]
     rows = rows_of(prompts).assign(group=prompt_groups(prompts))

@@ -284,6 +284,19 @@ LABELS = [
     '1. {reason} The prompt was "Make it formal."\n2. {"prompt": "Make it formal."}',
     '1. Make it formal.\n{reason}\n2. {"prompt": "Make it formal."}',
     '{reason}\n\nJSON:\n{"query": "Make it formal."}',
+    '{"reason": "{reason}", "prompt": "Make it formal."}',
+    '```json\n{"rewrite_prompt": "Make it formal.",\n"reasoning": "{reason}"}\n```',
+    "### Reason\n{reason}\n\n### Final Prompt\nMake it formal.",
+    '## Reasoning\n{reason}\n\n## Answer\n```json\n{"prompt": "Make it formal."}\n```',
+    '<think>{reason}</think>\n{"prompt": "Make it formal."}',
+    "<think>\n{reason}\n</think>\n\nMake it formal.",
+    "<reason>{reason}</reason>\n<prompt>Make it formal.</prompt>",
+    'Step 1: {reason}\nStep 2: {"prompt": "Make it formal."}',
+    '- {reason}\n- {"prompt": "Make it formal."}',
+    'a) {reason}\nb) {"prompt": "Make it formal."}',
+    '\u2460 {reason}\n\u2461 {"prompt": "Make it formal."}',
+    "Rationale\uff1a{reason}\nPrompt\uff1aMake it formal.",
+    '{reason} -> {"prompt": "Make it formal."}',
 ]
 
 
@@ -318,6 +331,8 @@ def test_a_reason_with_braces_is_kept_or_cut_and_read_back(response, reason):
         '1. I cannot help with this request.\n2. {"prompt": "Make it formal."}',
         '{"prompt": "Make it formal."} because the tone changed',
         "2. Make it formal.",
+        '1. N/A\n2. {"prompt": "Make it formal."}',
+        '{"reason": "-", "prompt": "Make it formal."}',
     ],
 )
 def test_a_response_whose_reason_is_the_prompt_or_a_refusal_is_refused_by_name(response):
@@ -328,4 +343,5 @@ def test_a_response_whose_reason_is_the_prompt_or_a_refusal_is_refused_by_name(r
 def test_the_prompt_that_a_response_names():
     assert prompt_of('1. Why.\n2. {"instruction": "Make it formal."}') == "Make it formal."
     assert prompt_of('Why {"a": "b"}.\n```json\n{"text_prompt": " A "}\n```') == "A"
+    assert prompt_of("1. Why.\n2. {'prompt': 'Make it formal.'}") == "Make it formal."
     assert prompt_of('1. Why.\n2. {"prompt": null}') is None and prompt_of("Only a reason") is None

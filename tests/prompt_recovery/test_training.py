@@ -441,6 +441,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once_and_says_what_is_kept(t
     assert lora.config.use_cache and not lora.training
 
 
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_changes_the_weights(tmp_path, at):
+    """With a finite loss and no held-out rows, the checkpoint of a NaN step was kept, and at the
+    last step the run ended well."""
+    tok, lora = build()
+    examples = make_examples(tok, demo_rows(8), **SHORT)
+    weight = next(p for name, p in lora.named_parameters() if "lora_B" in name)
+    seen = []
+
+    def damage(grad):
+        seen.append(1)
+        return grad * float("nan") if len(seen) == at else grad
+
+    weight.register_hook(damage)
+    recipe = Recipe(output_dir=tmp_path, **FAST | dict(batch_size=2, max_steps=4, evaluations=4))
+    with pytest.raises(
+        TrainingError, match=rf"gradients of step {at} .*checkpoint-{at - 1} is kept"
+    ):
+        training.train(lora, tok, examples, [], recipe)
+    assert all(torch.isfinite(tensor).all() for tensor in lora_state(lora).values())
+
+
+# neither the lock nor the settings fit, nor the adapter
+@pytest.mark.parametrize(
+    ("room", "name"), [(10, "run.lock"), (400, "checkpoints/settings.json"), (60_000, "adapter")]
+)
+def test_a_full_disk_is_said_wherever_a_run_writes(tmp_path, room, name):
+    """The system's own error has neither the path nor the room there."""
+    tok, lora = build()
+    examples = make_examples(tok, demo_rows(4), **SHORT)
+    with pytest.raises(
+        OSError, match=f"{tmp_path / name} could not be .*MiB free there. Make room"
+    ):
+        with full_disk(room):
+            if name == "adapter":
+                adapter.save_adapter(lora, tmp_path / name)
+            training.train(lora, tok, examples, [], Recipe(output_dir=tmp_path, **FAST))
+    assert name != "adapter" or not list(tmp_path.iterdir())
+
+
 # the adapter does not fit; the optimiser's state does not
 @pytest.mark.parametrize("room", [60_000, 150_000])
 def test_a_full_disk_is_said_with_path_and_room(tmp_path, room):
