@@ -86,6 +86,13 @@ def push(
 ) -> int:
     """Push the notebook and compare what Kaggle then holds with what was sent; the version number.
 
+    Args:
+        handle: the notebook's page on Kaggle.
+        path: the .ipynb.
+        metadata: of `stage.notebook_metadata`.
+        timeout: seconds of a call of the kaggle program.
+        train: it is a training's notebook.
+
     Raises UploadError as `check` does, before Kaggle is asked, where the run of a notebook whose
     output it needs has not ended well, and where it was not saved, or was saved without a source,
     public, or with internet.
@@ -141,6 +148,11 @@ def push(
 
 def submit(notebook: Page, competition: str, file: str, message: str, timeout: float) -> None:
     """Hand in a finished version of a notebook; prints the remaining submissions before.
+
+    Args:
+        notebook: with its version.
+        competition, file, message: its slug, the output that is handed in, what is listed with it.
+        timeout: seconds of a call of the kaggle program.
 
     Raises UploadError where none remain, the version's run has not ended well, a newer version
     hides its state, or no new submission is listed afterwards.

@@ -59,7 +59,15 @@ class RemoteModel:
     def create_version(
         self, folder: Path, notes: str, first: bool, timeout: float, temp: Path
     ) -> cli.Reply:
-        """Send the folder as the first or next version, with `temp` as the program's TMPDIR."""
+        """Send the folder as the first or next version.
+
+        Args:
+            folder: the files, and the metadata that the program reads.
+            notes: of the version; Kaggle takes none for a first one.
+            first: there is no version yet.
+            timeout: seconds, transfers included.
+            temp: the program's TMPDIR.
+        """
         command = ["models", "variations", *([] if first else ["versions"]), "create"]
         command += ["-p", str(folder)] if first else [str(self.handle), "-p", str(folder)]
         # in one word: notes may begin with a dash. The first version takes none
@@ -68,7 +76,7 @@ class RemoteModel:
 
 
 class RemoteDataset:
-    """A dataset; methods as above."""
+    """A dataset. Its methods are those of `RemoteModel`."""
 
     def __init__(self, handle: Page, timeout: float):
         self.handle, self.timeout = handle, timeout

@@ -195,10 +195,17 @@ def notebook_metadata(
     competitions: Sequence[str] = (),
     notebooks: Sequence[Page] = (),
 ) -> dict:
-    """The notebook template with the handle and its sources (of notebooks the output), internet
-    off, private. Raises
-    UploadError for a short title or one that does not turn into the slug (Kaggle would put the
-    notebook at another address)."""
+    """The notebook template with the handle and its sources, internet off, private.
+
+    Args:
+        handle: the notebook's page.
+        code_file: the .ipynb's name in the folder that is sent.
+        models, datasets, competitions: that are attached as inputs.
+        notebooks: of which the output is attached.
+
+    Raises UploadError for a short title or one that does not turn into the slug: Kaggle would put
+    the notebook at another address.
+    """
     data = _template("kernel-metadata.json")
     title = _title(data, handle.slug)
     if (

@@ -126,6 +126,18 @@ def print_plan(
     per_hour: float | None,
     training: Sequence[float] | None,
 ) -> None:
+    """Print what `plan` says.
+
+    Args:
+        model_dir: a base model's folder; config.json is enough, without a test_csv.
+        cards: GiB that each card leaves to a process.
+        test_csv: rows to answer; None: as many and as long as the competition's.
+        per_hour: what the machine costs; None: no price is printed.
+        training: rows, tokens of each, and epochs of a training on T4s; None: none is reckoned.
+
+    Raises ValueError for cards or a training that can't be, FileNotFoundError for no config,
+    TooLittleMemory for a model that does not fit.
+    """
     from prompt_recovery.engine import on_h100s, on_t4s, plan
 
     if not all(math.isfinite(card) for card in cards):

@@ -82,7 +82,11 @@ def add_lora(
     """A fresh trainable LoRA on the model, its weights in fp32 whatever the base's dtype (fp16
     GradScaler needs that).
 
-    base: the base's public id, which goes into the adapter's config instead of a local path.
+    Args:
+        base: the base's public id, which goes into the adapter's config instead of a local path.
+        r, alpha, dropout: rank, scale times rank, and the share of inputs that training drops.
+        target_modules: ends of the names of the layers that get one; see `check_target_modules`.
+        seed: of the first weights. torch's own generator is set to it.
     """
     torch.manual_seed(seed)
     config = LoraConfig(

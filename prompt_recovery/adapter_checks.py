@@ -178,7 +178,16 @@ def check_names(
     four_bit: bool,
 ) -> dict[str, torch.Tensor]:
     """The tensors by the names of this transformers, if they are what peft would save for this
-    config on this base. Raises AdapterError."""
+    config on this base.
+
+    Args:
+        tensors, config: the adapter's, as its files have them.
+        model_dir: the base's folder; no weights are read.
+        folder: the adapter's, for the message.
+        four_bit: whether the base will be loaded in 4 bits.
+
+    Raises AdapterError for names that are missing or extra, and for shapes of another base.
+    """
     plain = copy.deepcopy(config)
     plain.init_lora_weights = True
     with torch.device("meta"):  # takes no memory
@@ -268,6 +277,7 @@ def check_beginning(
     The tensors tell whether the adapter still is a difference from the changed weights: then it is
     near to what it began with (a base that was changed and saved, or a tool that took the
     difference out, leaves nothing of that). peft changes a 16-bit base in the same way again.
+    tensors, config, model_dir, folder, four_bit: as `check_names` has them.
     Raises AdapterError for what can't be begun again.
     """
     way = str(config.init_lora_weights)

@@ -56,8 +56,12 @@ def answer_prompts(
     """Yield (position in prompts, its recovered prompts) as batches finish.
 
     Args:
+        model, tokenizer: as `generate` takes the one, and the one that made the prompts.
         prompts: token ids, of `encode_rows`.
+        style: by which answers are parsed.
+        sampling: how many answers a prompt gets, and how they are drawn.
         stop_at_object: end an answer where its JSON object closes; None: unless the style is plain.
+        meter: counts tokens and seconds; None: one of its own.
         description: the progress bar's, which also shows the rate; None shows no bar.
         options: passed to `generate`.
     """
@@ -112,7 +116,15 @@ def answer_rows(
 ) -> Iterator[tuple[int, list[Recovered]]]:
     """`answer_prompts` of a table: yield (row position, its recovered prompts).
 
-    max_tokens: limit of prompt and answer together, so prompts get max_tokens - max_new_tokens.
+    Args:
+        model, tokenizer, options: of `answer_prompts`.
+        rows: with original_text and rewritten_text.
+        format: how a row is put to the model and how it answers.
+        max_tokens: limit of prompt and answer together: prompts get max_tokens - max_new_tokens.
+        max_new_tokens: limit of an answer.
+        examples: rows with their prompts, which stand before each row as earlier turns.
+
+    Raises TokenizerError for a row that does not fit.
     """
     max_prompt_tokens = max_tokens - max_new_tokens
     prompts = encode_rows(

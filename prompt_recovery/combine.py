@@ -78,13 +78,17 @@ def combine(
 ) -> str:
     """One answer, never blank, from the answers to a row, the greedy one first.
 
-    strategy: "first" takes the first answer, "agree" the one that agrees most with the others (of
-    equals the earlier), "join" all of different wording, most agreed first, as long as they fit.
-    mean_prompt goes behind them and has precedence over all but the leading answer. threshold: if
-    the mean of the answers' agreements lies below it (see pick_threshold), mean_prompt alone is the
-    answer.
-    count: tokens of a text; another scorer's, if it is not sentence-t5. A leading answer that is
-    too long loses its end.
+    Args:
+        answers: texts; one that is too long for the limit loses its end where it leads.
+        strategy: "first" takes the first answer, "agree" the one that agrees most with the others
+            (of equals the earlier), "join" all of different wording, most agreed first, as long as
+            they fit.
+        mean_prompt: goes behind them, and has precedence over all but the leading answer.
+        encoder: of `metric.load_encoder`, by which answers agree; without one, by their wording.
+        threshold: if the mean of the answers' agreements lies below it (see pick_threshold),
+            mean_prompt alone is the answer.
+        count, limit: tokens of a text, and how many the scorer reads.
+
     Raises ValueError for an unknown strategy, no answer that is not blank and no mean_prompt,
     "agree" or threshold without an encoder, threshold without a mean_prompt, a limit that holds
     nothing.

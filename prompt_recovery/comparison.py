@@ -41,8 +41,16 @@ def read_split(
     prompt groups; the column file names the file. A cell takes its part of train with `rows_of`, so
     no cell trains on a prompt that is held out.
 
-    The split is read from output_dir/split.csv where an earlier run left it; see
-    `splitting.read_or_split`. Raises SeveralProcesses where this process was launched with others.
+    Args:
+        cells: of `comparison_grid.make_cells`.
+        train_csv: one file of rows or several.
+        eval_fraction, seed: the part of the rows that is held out, and what draws it.
+        output_dir: the split is kept there as split.csv, and read back where an earlier run left
+            it; None: it is not kept.
+        encoder: tells prompts that are one task; None: their words alone do.
+
+    Raises DataError as `splitting.read_or_split` does, and SeveralProcesses where this process was
+    launched with others.
     """
     refuse_several(
         "A comparison",
@@ -98,7 +106,8 @@ def check_cells(
     model_dir: str | Path,
 ) -> None:
     """Raises ComparisonError naming the cells that can't be trained on their rows, or can't answer,
-    before one is run."""
+    before one is run. train_rows, eval_rows: of `read_split`. model_dir: the base's folder, of
+    which the tokenizer is; no weights are read."""
     wrong = []
     for number, cell in enumerate(cells):
         if isinstance(cell, Joined):
@@ -174,6 +183,14 @@ def run_cell(
     training, and training that was killed goes on. base is left as it was.
 
     few-shot examples stand before rows that are answered; training sees none.
+
+    Args:
+        base, tokenizer: of the folder model_dir; base has no adapter on it.
+        train_rows, eval_rows: of `read_split`.
+        output_dir: keeps adapters and answers, each under a key of what it depends on.
+        fallback_prompt: stands where an answer holds no prompt.
+
+    Raises ComparisonError for a base with an adapter, and where too few rows are left.
     """
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ComparisonError(

@@ -47,7 +47,14 @@ def result_table(
     best, and the gain over it with its paired interval: gain_over_best, gain_over_best_low and
     gain_over_best_high.
 
-    answers: tables of run_cells. Raises ComparisonError where one is not about eval_rows.
+    Args:
+        cells: of `comparison_grid.make_cells`.
+        answers: their tables, of `comparison.run_cells`.
+        eval_rows: that they answered.
+        encoder: of `metric.load_encoder`.
+        mean_prompt: None leaves its columns out.
+
+    Raises ComparisonError where one is not about eval_rows.
     """
     varied = [
         name
@@ -73,21 +80,7 @@ def result_table(
         found = table["how"].ne("fallback").groupby(table["id"], sort=False).any().to_numpy()
         line["scs_recovered"] = np.where(found, scores, 0).mean()
         if mean_prompt:
-            both = [
-                combine(each, cell.combine, mean_prompt=mean_prompt, encoder=needed)
-                for each in groups
-            ]
-            with_mean = metric.sharpened_cosine(both, truths, encoder)
-            alone = metric.sharpened_cosine([mean_prompt] * len(truths), truths, encoder)
-            line |= dict(scs_with_mean=with_mean.mean(), scs_mean_alone=alone.mean())
-            if isinstance(cell, Joined) or cell.answers_per_row > 1:
-                agreed = np.array([agreements(each, encoder).mean() for each in groups])
-                threshold = pick_threshold(agreed, with_mean, alone)
-                line["threshold"] = threshold
-                if threshold is not None:
-                    line["scs_with_threshold"] = np.where(
-                        agreed < threshold, alone, with_mean
-                    ).mean()
+            line |= _with_mean_prompt(cell, groups, truths, encoder, mean_prompt)
         line |= dict(
             exact_match=metric.exact_match(given, truths),
             seconds_a_row=table["seconds"].iloc[0] / len(truths),
@@ -104,6 +97,22 @@ def result_table(
             line |= dict(adapters=" + ".join(map(str, cell.adapters)), best=best)
             line |= dict(gain_over_best=gain, gain_over_best_low=low, gain_over_best_high=high)
     return pd.DataFrame(lines)
+
+
+def _with_mean_prompt(
+    cell: Cell | Joined, groups: list[list[str]], truths: list[str], encoder: Any, mean_prompt: str
+) -> dict[str, Any]:
+    needed = encoder if cell.combine != "first" else None
+    both = [combine(each, cell.combine, mean_prompt=mean_prompt, encoder=needed) for each in groups]
+    with_mean = metric.sharpened_cosine(both, truths, encoder)
+    alone = metric.sharpened_cosine([mean_prompt] * len(truths), truths, encoder)
+    line = dict(scs_with_mean=with_mean.mean(), scs_mean_alone=alone.mean())
+    if isinstance(cell, Joined) or cell.answers_per_row > 1:
+        agreed = np.array([agreements(each, encoder).mean() for each in groups])
+        line["threshold"] = threshold = pick_threshold(agreed, with_mean, alone)
+        if threshold is not None:
+            line["scs_with_threshold"] = np.where(agreed < threshold, alone, with_mean).mean()
+    return line
 
 
 def recommend(table: pd.DataFrame) -> str:

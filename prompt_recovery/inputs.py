@@ -46,8 +46,14 @@ def find_inputs(
     adapter_config.json, and test.csv.
 
     Several adapters are taken in the order of their paths, numbers in them by value; a trainer's
-    checkpoints are passed over where there is an adapter beside them. With allow_base there may be
-    none. Raises InputError for no match, or several of what is wanted once, listing them.
+    checkpoints are passed over where there is an adapter beside them.
+
+    Args:
+        model_dir, adapter_dir, test_csv: as given, of adapters one or several; not checked.
+        root: where the others are looked for.
+        allow_base: there may be no adapter.
+
+    Raises InputError for no match, or several of what is wanted once, listing them.
     """
     files = [] if model_dir and adapter_dir and test_csv else files_under(root)
     adapters = [path.parent for path in files if path.name == CONFIG]
@@ -82,8 +88,15 @@ def the_one(
     root: str | Path,
     remedy: str = "",
 ) -> Path:
-    """The path of the setting `name` as given, or else the only match under root. Raises InputError
-    for none or several, listing them."""
+    """A path as given, or else the only match.
+
+    Args:
+        name, given: the setting and its value.
+        matches: what was found under root.
+        what, root, remedy: said in the error: what was looked for, where, and what else helps.
+
+    Raises InputError for no match or several, listing them.
+    """
     if given:
         return Path(given)
     if len(matches) != 1:

@@ -104,6 +104,11 @@ def sharpened_cosine(
 ) -> np.ndarray:
     """SCS of each pair, float64 [n], each in [-1, 1]; every distinct text is encoded once.
 
+    Args:
+        predictions, truths: n texts each, none blank.
+        encoder: of `load_encoder`.
+        batch_size, show_progress_bar: of its `encode`.
+
     Raises ValueError for unequal lengths and for a blank text, naming its position (from 0), and if
     the encoder gives an embedding that is zero or not finite.
     """
@@ -193,6 +198,10 @@ def paired_difference(
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Mean of after - before over the same rows, with its bootstrap interval: (mean, low, high).
+
+    Args:
+        after, before: scores [n] of the same rows in the same order.
+        confidence, samples, seed: of `bootstrap_interval`.
 
     Raises ValueError if the two are not of the same length, or as bootstrap_interval does.
     """

@@ -116,8 +116,13 @@ def read_or_split(
     """`split_rows`, written to a CSV (id, rewrite_prompt, group, split: train or held_out,
     made_with). The two tables have the column group.
 
-    Args: path: the CSV, such as output_dir/split.csv; None: it is not kept. again: where the file
-        stands, the split is read from it, so that it depends on nothing installed.
+    Args:
+        rows: with id and rewrite_prompt.
+        path: the CSV, such as output_dir/split.csv; None: it is not kept.
+        eval_fraction, seed: the part of the rows that is held out, and what draws it.
+        encoder: tells prompts that are one task; None: their words alone do.
+        again: where the file stands, the split is read from it, so that it depends on nothing
+            installed.
 
     Raises DataError where it was then made of other rows, or with another fraction or seed.
     """

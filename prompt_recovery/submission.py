@@ -45,15 +45,21 @@ def prepare(
     same rows, model, adapters and settings finished, and the fallback for the rest. Until `report`
     it is this process's own.
 
-    Args: test: of `data.read_test`. settings: with their paths, of `inputs.complete`.
-        tokenizer: the base's, which encodes each row here, once. encoder: for "agree" and
-        threshold, of `metric.load_encoder`. started: time.monotonic() from which the time budget
-        counts, now if None. What earlier runs took counts too. max_tokens: of a prompt with its
-        answer; None: as the base has them, at most 4096. seed: of the answers that are drawn.
+    Args:
+        test: of `data.read_test`.
+        settings: with their paths, of `inputs.complete`.
+        tokenizer: the base's, which encodes each row here, once.
+        encoder: for "agree" and threshold, of `metric.load_encoder`.
+        started: time.monotonic() from which the time budget counts, now if None. What earlier runs
+            took counts too.
+        max_tokens: of a prompt with its answer; None: as the base has them, at most 4096.
+        seed: of the answers that are drawn.
 
-    Raises: SeveralProcesses: launched with others. SubmissionError: a fallback that says nothing, a
-        mean prompt too long to stand behind any answer, another process that writes the same file,
-        no file. ValueError, TokenizerError: settings that fit no row.
+    Raises:
+        SeveralProcesses: launched with others.
+        SubmissionError: a fallback that says nothing, a mean prompt too long to stand behind any
+            answer, another process that writes the same file, no file.
+        ValueError, TokenizerError: settings that fit no row.
     """
     refuse_several(
         "A submission",
@@ -142,11 +148,14 @@ def _checked_fallback(settings: SubmissionSettings) -> str:
 
 def report(job: Job) -> pd.DataFrame:
     """Check the file as it lies there against the answers, say how many rows are answered by what,
-    and return what came of each, in the order of test: id, answer, source (model or fallback), how
-    (the parser's word, or why it is the fallback), stopped, less (than was asked, such as "1 of 4
-    answers"), lacks (what the settings ask for and the answer is without; see `Job.lacks`), tokens
-    (of all answers to the row), adapters (the names of those whose prompts the answer is made of).
-    Raises SubmissionError for a file that must not be handed in."""
+    and return a table of what came of each row, in the order of test.
+
+    Its columns: id; answer; source, model or fallback; how, the parser's word, or why it is the
+    fallback; stopped, why the answer ended; less, than was asked, such as "1 of 4 answers"; lacks,
+    what the settings ask for and the answer is without (see `Job.lacks`); tokens, of all answers to
+    the row; adapters, the names of those whose prompts the answer is made of.
+    Raises SubmissionError for a file that must not be handed in.
+    """
     try:
         check_submission(job.test, job.settings.submission_csv, job.answers)
     finally:

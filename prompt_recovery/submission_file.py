@@ -171,8 +171,18 @@ def append_journal(
     rows: Sequence[tuple[int, list[Recovered]]],
     seconds: float,
 ) -> None:
-    """Add rows that were answered by this plan under the key of their answers, with the adapter's
-    name and the seconds they took; they are on the disk when it returns. Raises OSError."""
+    """Add rows that were answered; they are on the disk when it returns.
+
+    Args:
+        path: of `journal_path`.
+        key: of what the answers depend on, see `keys.answers_key`.
+        adapter: its name, for people.
+        plan: by which the rows were answered.
+        rows: (position in test.csv, its answers).
+        seconds: that they took.
+
+    Raises OSError.
+    """
     entry = {
         "key": key,
         "adapter": adapter,

@@ -44,16 +44,15 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """`before` stands before the first instruction ('' if none); turns are (user, assistant, or
-    None)."""
+    """before: stands before the first instruction, or "". turns: (user, assistant), of which the
+    last assistant is None."""
 
     before: str
     turns: tuple[tuple[str, str | None], ...]
 
 
 class Parsed(NamedTuple):
-    """A recovered prompt, stripped and never blank, or None (use the fallback), and how it was
-    found."""
+    """A recovered prompt, stripped and never blank, or None; and how it was found."""
 
     prompt: str | None
     parsed_as: str
@@ -82,10 +81,15 @@ def render_conversation(
 ) -> Conversation:
     """The conversation up to the open answer.
 
-    The system text (that of the style if None; none at all if "") stands in the first user message
-    ("user"), before the first instruction ("before"), or as a first exchange ("turn"). Examples are
-    rows with the columns of data.ROW_COLUMNS, and response for reason_json; each becomes an earlier
-    complete turn.
+    Args:
+        original_text, rewritten_text: of the row, as they are.
+        style: how the answer is to be written, one of STYLES.
+        system_placement: where the system text stands: in the first user message ("user"), before
+            the first instruction ("before"), or as a first exchange ("turn").
+        examples: rows with the columns of data.ROW_COLUMNS, and response for reason_json; each
+            becomes an earlier complete turn.
+        system: the system text; None: that of the style; "": none.
+
     Raises TemplateError for an unknown style or placement, or an example that can't be rendered.
     """
     _check_style(style)
@@ -139,7 +143,7 @@ def render_answer(rewrite_prompt: str, style: str, response: str = "") -> str:
     if style == "json":
         return answer
     reason = reason_of(response, prompt)
-    # a brace in the reason may end or spoil the answer where it is read: then what stands before it
+    # a brace in the reason may spoil the answer where it is read: then it ends before the brace
     for kept in (reason, reason.split("{", 1)[0].rstrip()):
         text = f"1. {kept}\n2. {answer}"
         if kept and read_back(text, style) == prompt:

@@ -241,6 +241,15 @@ def encode_row(
     Where they are longer, the middle of the original and of the rewritten text is cut out, in
     proportion to their lengths (a short one keeps an eighth of both texts' tokens); the
     instruction, the examples and the answer are never cut.
+
+    Args:
+        tokenizer: of `load_tokenizer`.
+        row: with original_text and rewritten_text.
+        max_tokens: of all, the answer included.
+        format: by which the row becomes a conversation.
+        examples: rows with their prompts that stand before it, see `render_conversation`.
+        answer: what training teaches; None: the conversation stays open.
+
     Raises TokenizerError where those alone do not fit.
     """
     original, rewritten = str(row["original_text"]), str(row["rewritten_text"])

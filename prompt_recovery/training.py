@@ -68,18 +68,24 @@ def train(
     loss can rise while the answers get better: on the demo it is lowest after 10% of the steps,
     where 30% of the answers are right, and 98% are at the end (LOG.md).
 
-    recipe: `evaluations` says how often eval loss is measured and a checkpoint kept; training stops
-    after `patience` of them without gain, but not in a run of fewer than 20 steps whose evaluations
-    are 10 or more, which stand at single steps. activation_checkpointing None lets a memory plan
-    choose rows at a time and checkpointed layers on a GPU, with gradient accumulation up to
-    batch_size * gradient_accumulation rows a step, and checkpoints nothing on the CPU; True and
-    False take batch_size rows at a time with every layer or none. Out of memory, the run goes on
-    with fewer rows. Under `accelerate launch` the rows of a step are shared out to the processes.
-    With `resume` it goes on from the last whole checkpoint under output_dir/checkpoints, if there
-    is one; else these are moved aside.
-    scored_with: what score() depends on, such as its encoder; a resumed run must share it.
-    allowed: training ends in time for what comes behind it, with a checkpoint from which a run that
-    resumes goes on as if it had not ended. The adapter is then the best one so far.
+    Args:
+        model: of `adapter.add_lora`.
+        tokenizer: by which the examples were made.
+        train_examples, eval_examples: of `examples.usable_examples`; the latter may be none.
+        recipe: `evaluations` says how often eval loss is measured and a checkpoint kept; training
+            stops after `patience` of them without gain, but not in a run of fewer than 20 steps
+            whose evaluations are 10 or more, which stand at single steps. With `resume` it goes on
+            from the last whole checkpoint under output_dir/checkpoints, if there is one; else
+            these are moved aside. With activation_checkpointing None, a memory plan chooses on a
+            GPU how many rows are computed at a time and which layers are checkpointed, and on a
+            CPU none is; True and False take batch_size rows at a time with every layer or none.
+        score: of the answers to held-out rows, by the model as it is when it is called.
+        scored_with: what score() depends on, such as its encoder; a resumed run must share it.
+        allowed: training ends in time for what comes behind it, with a checkpoint from which a run
+            that resumes goes on as if it had not ended. The adapter is then the best one so far.
+
+    Out of memory, the run goes on with fewer rows at a time. Under `accelerate launch` the rows of
+    a step are shared out to the processes.
 
     On a GPU without bf16 the computation is autocast to fp16, the adapter stays in fp32, and a loss
     scaler leaves out steps whose gradients are not finite; they are counted in the log.

@@ -1,7 +1,8 @@
-"""The repository's measures (CONTRIBUTING.md): short lines, functions and files, a short first
-page."""
+"""The repository's measures (CONTRIBUTING.md): short lines, functions and files, explained
+parameters, a first page of one screen."""
 
 import ast
+import re
 import subprocess
 
 from conftest import ROOT
@@ -44,6 +45,20 @@ def test_functions_and_files_are_short():
                 if lines > FUNCTION:
                     long.append(f"{path.relative_to(ROOT)}: {node.name}, {lines} lines")
     assert not long
+
+
+def test_parameters_of_public_functions_with_more_than_four_are_explained():
+    unsaid, seen = [], 0
+    for path in (ROOT / "prompt_recovery").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            names = {each.arg for each in [*node.args.args, *node.args.kwonlyargs]}
+            if len(names) > 4 and not any("jit" in ast.unparse(d) for d in node.decorator_list):
+                seen += 1
+                said = set(re.findall(r"\w+", ast.get_docstring(node) or ""))
+                unsaid += [f"{path.name}: {node.name}, {name}" for name in names - said]
+    assert seen > 25 and not unsaid
 
 
 def test_the_first_page_is_one_screen():

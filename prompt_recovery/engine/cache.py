@@ -58,8 +58,8 @@ class StaticCache:
         return keys, values
 
     def at(self, rows: slice, columns: slice | torch.Tensor) -> None:
-        """Where the next forward writes; it reads everything up to there, or all columns for a
-        tensor of one column."""
+        """Where the next forward writes. A slice of columns: prefill, which reads those up to its
+        end. A tensor of one: a decode step, which reads all."""
         self.rows = rows
         self.column = None if isinstance(columns, slice) else columns
         self.where = columns if isinstance(columns, slice) else slice(None)

@@ -119,10 +119,14 @@ def training_plan(
 ) -> TrainingPlan:
     """The fastest way, by the constants above, to train on `rows` rows a step.
 
-    longest, answer: tokens of the longest example and of the longest answer, the worst case.
-    autocast: None where the computation is in fp32. free: bytes of each card with layers beyond
-    what is allocated now; None: what there is, with what torch holds and does not use, where it is
-    least of all processes. layers: of each card; None: as the model lies.
+    Args:
+        model: with an adapter.
+        longest, answer: tokens of the longest example and of the longest answer, the worst case.
+        rows: of a step, in this process.
+        autocast: None where the computation is in fp32.
+        free: bytes of each card with layers beyond what is allocated now; None: what there is, with
+            what torch holds and does not use, where it is least of all processes.
+        layers: of each card; None: as the model lies.
 
     Raises TooLittleMemory if not even one row with every layer checkpointed fits.
     """

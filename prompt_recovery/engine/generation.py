@@ -169,20 +169,24 @@ def generate(
     """Yield rows as their batches finish, in no order; every position of prompts once, unless the
     deadline comes first.
 
-    Args: model: with an adapter or without; or what `ready` gives, which spares the preparation of
-        each call. prompts: token ids that begin with BOS. eos: the id at which an answer ends.
-        max_new_tokens: of an answer. sampling: how many answers a prompt gets, and how they are
-        drawn. stop: whether the ids of an answer so far are a whole one; must stay true for longer
-        ones. The answer then ends at the first id after which it holds.
+    Args:
+        model: with an adapter or without; or what `ready` gives, which spares the preparation of
+            each call.
+        prompts: token ids that begin with BOS.
+        eos: the id at which an answer ends.
+        max_new_tokens: of an answer.
+        sampling: how many answers a prompt gets, and how they are drawn.
+        stop: whether the ids of an answer so far are a whole one; must stay true for longer ones.
+            The answer then ends at the first id after which it holds.
         batch_tokens: upper limit of answers * (prompt + max_new_tokens) in a batch; None takes what
             memory allows. Out of memory all the same, a batch is halved, then what prefill reads at
             a time; after some that went well, they grow again.
         deadline: time.monotonic() after which no batch may end, judged by the slowest one so far;
-        the rest is not yielded.
+            the rest is not yielded.
         graphs, share_prefix: off only to compare.
         meter: is kept up to date, before the rows that it counts are yielded.
         numbers: by which the prompts' answers are drawn, if they are a part of others; None: their
-        positions.
+            positions.
 
     Raises torch.OutOfMemoryError if a single row does not fit, AttentionError for a model whose
     attention is not the one that runs here.

@@ -104,12 +104,19 @@ def bytes_of(
 ) -> StageBytes:
     """What a stage of so many layers takes on its card.
 
-    last: it has the head. piece: tokens that prefill reads at a time. rows, cache_tokens: of the
-    largest batch; each cache token is keys and values in every layer. merged: the adapter is
-    merged, else it stands beside the weights.
-    grouped: experts by one grouped GEMM, for which a layer's weights are dequantised; else an
-    expert's. triton: its kernels run; torch's SwiGLU has fp32 copies. sampled: some answers are
-    drawn.
+    Args:
+        shape: of the model.
+        layers, weights: of the stage, how many and their bytes.
+        last: it has the head.
+        piece: tokens that prefill reads at a time.
+        rows, cache_tokens: of the largest batch; each cache token is keys and values in every
+            layer.
+        merged: the adapter is merged, else it stands beside the weights.
+        adapter: there is one, of rank 16.
+        grouped: experts by one grouped GEMM, for which a layer's weights are dequantised; else an
+            expert's.
+        triton: its kernels run; torch's SwiGLU has fp32 copies.
+        sampled: some answers are drawn.
     """
     hidden, wide = shape.hidden * shape.wide, shape.wide
     # of q, k, v and o beside the hidden state
@@ -170,10 +177,16 @@ def answer_plan(
     rows: int = MOST_ROWS,
     **options: bool,
 ) -> AnswerPlan:
-    """The fastest plan, by `seconds_a_row`, for stages of so many layers with so many free bytes
-    beside the weights.
-    options: grouped, triton and sampled of `bytes_of`. Where nothing fits, the smallest pieces and
-    no cache tokens."""
+    """The fastest plan, by `seconds_a_row`. Where nothing fits, the smallest pieces and no cache
+    tokens.
+
+    Args:
+        shape: of the model.
+        layers, free: of each stage, and the bytes that are free on its card beside the weights.
+        adapter: there is one.
+        rows: most of a batch.
+        options: grouped, triton and sampled of `bytes_of`.
+    """
     best: tuple[float, AnswerPlan] | None = None
     for merged in (True, False) if adapter else (False,):
         for piece in PIECES:

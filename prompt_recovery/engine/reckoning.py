@@ -90,7 +90,9 @@ def train_on_t4s(
     dequantises all experts (or a dense model's layers) once for a micro-batch.
 
     Args:
+        planned: the model on its cards, of `plan`.
         rows, tokens: trained on in each epoch, and of each of them.
+        epochs: may be a fraction.
         at_a_time: rows of a micro-batch.
         held_out, new_tokens: rows of an evaluation, and tokens of an answer.
     """

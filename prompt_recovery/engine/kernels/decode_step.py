@@ -63,10 +63,13 @@ def rotate_and_store(
     """Rotary embedding of one token a row; its key and value go to `column` of the cache. Gives the
     query [R, heads, D].
 
-    qkv: [R, (heads + 2 * key heads) * D], one after the other; cos, sin: [R, D], both halves alike;
-    keys, values: memory that begins with [rows, key heads, columns, D]; column: int64 [1]; now:
-    int64 [2], columns and rows of the cache. Rows of qkv beyond those of the cache leave nothing
-    there.
+    Args:
+        qkv: [R, (heads + 2 * key_heads) * D] of 16 or 32 bit, one after the other.
+        cos, sin: [R, D], both halves alike.
+        keys, values: memory that begins with [rows, key_heads, columns, D].
+        column: int64 [1].
+        now: int64 [2], columns and rows of the cache. Rows of qkv beyond these leave nothing there.
+        key_heads: heads of keys and values.
     """
     rows, size = cos.shape
     heads = qkv.shape[1] // size - 2 * key_heads
@@ -165,8 +168,13 @@ def attend(
     """Attention of one token a row over the columns of the cache up to `column`, but for `padding`
     columns from `start` on.
 
-    query: [R, heads, D] of 16 bit, D a power of 2 from 16 on; padding: int64 [R, 1]; the others as
-    in `rotate_and_store`.
+    Args:
+        query: [R, heads, D] of 16 bit, D a power of 2 from 16 on.
+        keys, values, column, now, key_heads: of `rotate_and_store`.
+        padding: int64 [R, 1].
+        start: the first of the columns that may be padding, the same for all rows.
+        scale: of query times key before the softmax.
+
     Gives [R, heads, D]. The columns are split among programs where rows are few, and summed in a
     fixed order.
     """

@@ -401,10 +401,14 @@ def few_rows(
     configs: tuple[Config, Config] | None = None,
     rows: int | None = None,
 ) -> torch.Tensor | None:
-    """The experts' output [T, H] for x [T, H] of 16 bit, top_k_index int [T, K] and top_k_weights
-    [T, K] of 16 or 32 bit.
-    experts: module with the NF4 pieces of `storage`. configs, rows of a tile: other ones than
-    dispatch's, to tune them.
+    """The experts' output [T, H], of x's dtype.
+
+    Args:
+        x: [T, H] of 16 bit.
+        top_k_index, top_k_weights: [T, K] int, and of 16 or 32 bit.
+        experts: module with the NF4 pieces of `storage`.
+        configs, rows: launch parameters and rows of a tile, other ones than dispatch's, to tune
+            them.
 
     Can be captured in a CUDA graph. None where the shape does not fit (hidden or expert size no
     multiple of 64).

@@ -61,9 +61,13 @@ def dequantise(
     """Write the weights of the experts from `first` on that `out` has room for, bit for bit what
     bitsandbytes' two dequantisations give.
 
-    packed: [E, rows, columns / 2] uint8; absmax: [E, B] uint8, one a block of 64 weights; nested:
-    [E, ceil(B / 256)] fp32; offset: [E] fp32; code: [256] fp32; table: [16] fp32; out: [N, rows,
-    columns] of 16 or 32 bit.
+    Args:
+        packed: [E, rows, columns / 2] uint8.
+        absmax: [E, B] uint8, one a block of 64 weights.
+        nested, offset: [E, ceil(B / 256)] and [E] fp32, by which absmax is dequantised.
+        code, table: [256] and [16] fp32, values of a byte of absmax and of half a byte of packed.
+        out: [N, rows, columns] of 16 or 32 bit.
+        blocks, warps: of a program; launch parameters.
     """
     experts, per_expert = out.shape[0], absmax.shape[1]
     # no fused multiply-add: bitsandbytes rounds the product before it adds the offset
