@@ -16,7 +16,7 @@ from prompt_recovery.agreement import same_checkpoint
 from prompt_recovery.engine import everywhere, processes
 from prompt_recovery.files import write_csv, write_text
 from prompt_recovery.recipe import Recipe
-from prompt_recovery.run_folder import last_checkpoint, made_by, remove_broken, set_aside
+from prompt_recovery.run_folder import last_checkpoint, made_by, remove_broken, set_aside, whole
 from prompt_recovery.run_lock import RunFolderError
 from prompt_recovery.training_log import ending, training_log
 
@@ -32,7 +32,7 @@ def go_on_from(
     if writes:
         if not recipe.resume:
             set_aside(folder, ("checkpoints", "training_log.csv"))
-        remove_broken(checkpoints)
+        remove_broken(checkpoints, whole)
     now = json.loads(json.dumps(settings, sort_keys=True, default=sorted))
     everywhere(lambda: _check_checkpoints(checkpoints, now) if first else None)
     last = same_checkpoint(folder, writes, every)

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
     return state if "global_step" in state else None
 
 
-def _whole(path: Path) -> bool:
+def whole(path: Path) -> bool:
     """Whether a checkpoint's file is there to its end: a broken copy or a power cut leaves less."""
     if path.suffix != ".safetensors":
         return path.is_file() and zipfile.is_zipfile(path)
@@ -136,14 +136,13 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def _lacking(checkpoint: Path) -> list[str]:
-    """Files that a checkpoint needs and does not have whole: also the random state of each
-    process."""
+def _lacking(checkpoint: Path, there: Callable[[Path], bool] = Path.is_file) -> list[str]:
+    """Files that a checkpoint needs and does not have: also the random state of each process."""
     state = _state(checkpoint)
     count = made_by(state or {})
     random = ["rng_state.pth"] if count == 1 else [f"rng_state_{n}.pth" for n in range(count or 0)]
     needed = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", *random]
-    lacking = [name for name in needed if not _whole(checkpoint / name)]
+    lacking = [name for name in needed if not there(checkpoint / name)]
     return lacking if state else ["trainer_state.json", *lacking]
 
 
@@ -167,14 +166,14 @@ def last_checkpoint(checkpoints: str | Path) -> Path | None:
     )
 
 
-def remove_broken(checkpoints: str | Path) -> None:
+def remove_broken(checkpoints: str | Path, there: Callable[[Path], bool] = Path.is_file) -> None:
     """Remove checkpoints that were being written when the run was killed. One that lost a file
-    since is renamed, and said."""
+    since is renamed, and said. there: whether a file is, such as `whole`."""
     for folder in checkpoint_folders(checkpoints):
         if _state(folder) is None:
             if _removable(folder):
                 shutil.rmtree(folder)
-        elif lacking := _lacking(folder):
+        elif lacking := _lacking(folder, there):
             name, number = f"incomplete-{folder.name}", 1
             while folder.with_name(name).exists():
                 number += 1
