@@ -196,14 +196,15 @@ def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataF
             )
         return held_out, held_out
     share = min(64, len(held_out) // 2) / len(held_out)
-    if held_out["group"].nunique() >= MANY:
+    apart = held_out["group"].nunique() >= MANY
+    if apart:
         wordings = held_out["rewrite_prompt"].map(normalise).to_list()
         chooses = _held_out(held_out["group"].to_list(), wordings, share, seed)
     else:
         chooses = np.random.default_rng(seed).permutation(len(held_out)) < share * len(held_out)
     print(
         f"{chooses.sum()} of the held-out rows choose the checkpoint, {(~chooses).sum()} are for "
-        "the report"
+        f"the report{'' if apart else f', of the same prompts: there are fewer than {MANY} groups'}"
     )
     return held_out[chooses].reset_index(drop=True), held_out[~chooses].reset_index(drop=True)
 

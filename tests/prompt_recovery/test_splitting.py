@@ -355,10 +355,11 @@ def test_a_part_of_the_held_out_rows_is_held_back_for_the_report(capsys):
     chooses, reported = hold_back(rows, 0)
     assert len(chooses) + len(reported) == 120 and 50 <= len(chooses) <= 64
     assert not set(chooses["group"]) & set(reported["group"])
+    assert "of the same prompts" not in capsys.readouterr().out
     few, others = hold_back(rows.head(40), 0)  # too few groups to choose by half of them
     assert len(few) == len(others) == 20 and not set(few["id"]) & set(others["id"])
     assert few["group"].nunique() > 5 and others["group"].nunique() > 5
-    assert "of the held-out rows choose the checkpoint" in capsys.readouterr().out
+    assert "choose the checkpoint, 20 are for the report, of the same" in capsys.readouterr().out
     one = rows_of(["Say it"] * 200).assign(group=0)
     chooses, reported = hold_back(one, 0)
     assert (
