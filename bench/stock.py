@@ -17,7 +17,7 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 class _Probe(torch.autograd.Function):
-    """The best stock-like variant of ../shared/performance.md: dequantise and grouped_mm, no weight
+    """The fastest of the stock-like variants that were tried: dequantise and grouped_mm, no weight
     gradients."""
 
     @staticmethod

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 import tempfile
 from pathlib import Path
 
 from kaggle_upload.handles import UploadError
+from prompt_recovery.files import replaced
 
 COLUMNS = tuple("handle version sha256 base rank style rows_hash scores notes commit time".split())
 NEEDED = COLUMNS[:3]
@@ -76,12 +76,10 @@ def read(path: Path) -> list[dict[str, str]]:
 def write(path: Path, rows: list[dict[str, str]]) -> None:
     """Replace the file by these rows, at once. Raises OSError; the file is then as it was."""
     columns = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def check(path: Path) -> list[dict[str, str]]:

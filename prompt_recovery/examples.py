@@ -21,32 +21,19 @@ class TrainingError(ValueError):
     """Rows or settings that cannot be trained on."""
 
 
-def make_examples(
-    tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, format: Format
-) -> list[Example]:
-    """Rows as `input_ids` and `labels` (lists of equal length, at most max_tokens): labels are the
-    ids where the answer and its EOS stand and -100 elsewhere. Masked by position, so it does not
-    matter which id pads.
-
-    Raises TrainingError naming the rows that have no answer in this style, whose answer does not
-    fit or cannot be read back, or that have no supervised token.
-    """
-    examples, refused = _encode(tokenizer, rows, max_tokens=max_tokens, format=format)
-    if refused:
-        raise _refusal(rows, refused)
-    made = [example for example in examples if example is not None]
-    check_supervised(made, tokenizer.eos_token_id)
-    return made
-
-
 def usable_examples(
     tokenizer: PreTrainedTokenizerFast, rows: pd.DataFrame, *, max_tokens: int, format: Format
 ) -> tuple[pd.DataFrame, dict[str, Example], pd.DataFrame]:
-    """`make_examples` of the rows that have one: (these rows, their examples by id, account).
+    """The rows that can be taught, their examples by id, and an account of the others.
+
+    An example is `input_ids` and `labels`, lists of equal length, at most max_tokens: labels are
+    the ids where the answer and its EOS stand and -100 elsewhere. They are masked by position, so
+    it does not matter which id pads. A row has none where it has no answer in this style, or one
+    that does not fit or can't be read back.
 
     account has the columns of data.ACCOUNT_COLUMNS: a line for each dropped row, with the reason,
     and one for each row whose response names another prompt than rewrite_prompt, which is taught.
-    Raises TrainingError if no row is left.
+    Raises TrainingError if no row is left, naming the first.
     """
     examples, refused = _encode(tokenizer, rows, max_tokens=max_tokens, format=format)
     if not len(rows):

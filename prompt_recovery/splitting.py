@@ -25,23 +25,6 @@ LEAST_TO_HOLD_BACK = 40  # held-out rows, from which a part is held back for the
 SPLIT_COLUMNS = ("id", "rewrite_prompt", "group", "split", "made_with")
 
 
-def split_rows(
-    rows: pd.DataFrame, eval_fraction: float, seed: int, encoder: Any = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split into (train, held out) so that no prompt group stands on both sides; row order is kept.
-
-    Groups are shuffled with the seed and held out while that brings the number of rows nearer to
-    the fraction. A large group is passed over rather than overshooting, those of a fifth of the
-    side or more are the last to go, and half of the groups stay for training (or their share, if
-    that is less), so that no group, however large, pushes the variety to one side. Both sides get
-    at least a tenth of the groups and of the distinct prompts, or 5, as far as the groups allow.
-    eval_fraction 0 holds nothing out. Same rows, fraction, seed and encoder: same split. Raises
-    DataError if eval_fraction is not in [0, 1), or if one side would be empty.
-    """
-    _, held_out = _sides(rows, eval_fraction, seed, encoder)
-    return rows[~held_out].reset_index(drop=True), rows[held_out].reset_index(drop=True)
-
-
 def _sides(
     rows: pd.DataFrame, eval_fraction: float, seed: int, encoder: Any
 ) -> tuple[list[int], np.ndarray]:
@@ -113,18 +96,26 @@ def read_or_split(
     encoder: Any = None,
     again: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`split_rows`, written to a CSV (id, rewrite_prompt, group, split: train or held_out,
-    made_with). The two tables have the column group.
+    """Split into (train, held out) so that no prompt group stands on both sides; row order is kept,
+    and both tables have the column group. The split is written to a CSV: id, rewrite_prompt, group,
+    split (train or held_out), made_with. Same rows, fraction, seed and encoder: same split.
+
+    Groups are shuffled with the seed and held out while that brings the number of rows nearer to
+    the fraction. A large group is passed over rather than overshooting, those of a fifth of the
+    side or more are the last to go, and half of the groups stay for training (or their share, if
+    that is less), so that no group, however large, pushes the variety to one side. Both sides get
+    at least a tenth of the groups and of the distinct prompts, or 5, as far as the groups allow.
 
     Args:
         rows: with id and rewrite_prompt.
         path: the CSV, such as output_dir/split.csv; None: it is not kept.
-        eval_fraction, seed: the part of the rows that is held out, and what draws it.
+        eval_fraction, seed: the part of the rows that is held out, 0 for none, and what draws it.
         encoder: tells prompts that are one task; None: their words alone do.
         again: where the file stands, the split is read from it, so that it depends on nothing
             installed.
 
-    Raises DataError where it was then made of other rows, or with another fraction or seed.
+    Raises DataError where it was then made of other rows, or with another fraction or seed; for an
+    eval_fraction outside [0, 1), and where one side would be empty.
     """
     made_with = f"eval_fraction={eval_fraction} seed={seed}"
     path = None if path is None else Path(path)

@@ -48,7 +48,6 @@ class Member:
     again: set[int] = field(default_factory=set)  # rows in found that are being answered as asked
     reasons: dict[int, str] = field(default_factory=dict)  # of rows that it gave no prompt to
     meters: dict[RowPlan, Meter] = field(default_factory=dict)
-    alone: bool = False  # the base answers without an adapter
     # why rows without a reason of their own have no answer; "" while all may get one
     ending: str = NO_MODEL
 

@@ -6,6 +6,7 @@ from conftest import ROOT, TINY
 
 from prompt_recovery import adapter
 from prompt_recovery.engine import loading
+from prompt_recovery.examples import usable_examples
 from prompt_recovery.recipe import Format
 from prompt_recovery.tokenizer import load_tokenizer
 
@@ -28,3 +29,10 @@ def build(pad="<pad>", dropout=0.0):
 
 def lora_state(lora):
     return {name: p.detach().clone() for name, p in lora.named_parameters() if "lora" in name}
+
+
+def make_examples(tok, rows, **options):
+    """The examples of rows that can all be taught."""
+    kept, by_id, _ = usable_examples(tok, rows, **options)
+    assert len(kept) == len(rows)
+    return list(by_id.values())

@@ -217,8 +217,8 @@ def answer_plan(
     return best[1] if best else AnswerPlan(tuple(layers), False, PIECES[-1], 0)
 
 
-# A decode step's milliseconds by rows, fp16 lowered to sm_75 on an H100 (performance.md): merged,
-# and beside 4-bit weights
+# A decode step's milliseconds by rows, fp16 lowered to sm_75, measured on an H100 (docs/MEASURED.md
+# has later runs): merged, and beside 4-bit weights
 STEPS = {
     True: ((1, 7.4), (16, 15.6), (32, 18.6), (64, 32.2)),
     False: ((1, 9.1), (8, 18.4), (16, 20.7), (24, 23.5), (32, 24.5), (40, 31.5), (64, 38.0)),

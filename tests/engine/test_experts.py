@@ -305,7 +305,7 @@ def test_summary_adds_up(hub, capsys):
 
 
 def test_what_bitsandbytes_alone_leaves_in_16_bit_is_a_hard_error(hub):
-    """facts.md 1: transformers' own 4-bit loading, which does not warn."""
+    """The trap: transformers' own 4-bit loading leaves experts in 16 bit without a word."""
     stock = AutoModelForCausalLM.from_pretrained(
         hub, dtype=torch.bfloat16,
         quantization_config=BitsAndBytesConfig(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_cases import TRUE_SHAPE, Alive
 from tiny_bases import MIXTRAL, OTHERS, write
-from tiny_training import FAST, SHORT, build, demo_rows, lora_state
+from tiny_training import FAST, SHORT, build, demo_rows, lora_state, make_examples
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from prompt_recovery import adapter, trainer, training
@@ -25,7 +25,7 @@ from prompt_recovery.engine import (
 )
 from prompt_recovery.engine.memory import GIB, RESERVED_BYTES, Sizes
 from prompt_recovery.engine.summary import summary
-from prompt_recovery.examples import IGNORED, collate, make_examples
+from prompt_recovery.examples import IGNORED, collate
 from prompt_recovery.recipe import Recipe
 
 # --- placement ------------------------------------------------------------------------------------

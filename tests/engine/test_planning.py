@@ -137,7 +137,7 @@ def test_a_test_set_s_own_lengths_are_reckoned(tmp_path, mistral_dir, true_shape
 
 
 def test_t4s_are_reckoned_in_one_way(true_shape):
-    """Figures of performance.md: 54 ms a card and step, 25.5 GFLOP a token, 15 to 20 minutes for
+    """Figures of docs/MEASURED.md: 54 ms a card and step, 25.5 GFLOP a token, 15 to 20 minutes for
     1,300 rows."""
     planned = plan(true_shape[1], [14.7, 14.7])
     spent = reckoning.on_t4s(planned, [690] * 1300, 64)

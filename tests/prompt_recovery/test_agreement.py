@@ -13,11 +13,11 @@ import pytest
 from conftest import TINY, prepared, table
 from forked_machines import machines
 from safetensors.torch import load_file
-from tiny_training import FAST, SHORT, build, demo_rows
+from tiny_training import FAST, SHORT, build, demo_rows, make_examples
 
 from prompt_recovery import agreement, comparison, run_folder, run_lock, training
 from prompt_recovery.engine import checkpointing, gathered, group
-from prompt_recovery.examples import TrainingError, make_examples
+from prompt_recovery.examples import TrainingError
 from prompt_recovery.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("told")

@@ -4,7 +4,7 @@ answers the same in 16 and in 4 bits, merged and not, recomputed and not."""
 import pytest
 import torch
 from conftest import TINY
-from tiny_training import FAST, SHORT, demo_rows, lora_state
+from tiny_training import FAST, SHORT, demo_rows, lora_state, make_examples
 
 from prompt_recovery import adapter, inputs, training
 from prompt_recovery.engine import (
@@ -18,7 +18,6 @@ from prompt_recovery.engine import (
 )
 from prompt_recovery.engine.memory import GIB
 from prompt_recovery.engine.planning import AnswerPlan
-from prompt_recovery.examples import make_examples
 from prompt_recovery.recipe import Format, Recipe
 from prompt_recovery.tokenizer import load_tokenizer
 

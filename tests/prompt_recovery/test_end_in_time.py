@@ -8,10 +8,9 @@ import pytest
 import torch
 from forked_machines import machines
 from safetensors.torch import load_file
-from tiny_training import FAST, SHORT, build, demo_rows, lora_state
+from tiny_training import FAST, SHORT, build, demo_rows, lora_state, make_examples
 
 from prompt_recovery import callbacks, run_folder, run_lock, training
-from prompt_recovery.examples import make_examples
 from prompt_recovery.recipe import Recipe
 from prompt_recovery.time_budget import REST, SAFETY_FACTOR, TrainingTime, must_end
 

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny_training import FAST, SHORT, build, demo_rows, lora_state
+from tiny_training import FAST, SHORT, build, demo_rows, lora_state, make_examples
 
 from prompt_recovery import training, training_log
-from prompt_recovery.examples import TrainingError, make_examples
+from prompt_recovery.examples import TrainingError
 from prompt_recovery.recipe import Recipe
 
 

@@ -13,10 +13,10 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from tiny_training import FAST, SHORT, build, demo_rows, lora_state
+from tiny_training import FAST, SHORT, build, demo_rows, lora_state, make_examples
 
 from prompt_recovery import run_folder, run_lock, training
-from prompt_recovery.examples import TrainingError, make_examples
+from prompt_recovery.examples import TrainingError
 from prompt_recovery.files import sha256
 from prompt_recovery.recipe import Recipe
 

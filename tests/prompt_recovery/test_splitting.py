@@ -19,7 +19,6 @@ from prompt_recovery.splitting import (
     describe_split,
     hold_back,
     read_or_split,
-    split_rows,
 )
 
 # 1,000 row files are a run of some minutes:
@@ -82,15 +81,17 @@ def test_split_leaks_no_group_and_depends_on_the_seed():
     ]
     prompts = [dice.choice(kinds) + dice.choice(["", ".", "!", " "]) for _ in range(400)]
     rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(prompts)])
-    train, held_out = split_rows(rows, 0.25, seed=3)
+    train, held_out = read_or_split(rows, None, 0.25, seed=3)
     assert sorted([*train["id"], *held_out["id"]]) == sorted(rows["id"])
     assert not set(train["rewrite_prompt"].map(normalise)) & set(
         held_out["rewrite_prompt"].map(normalise)
     )
     assert 0.15 < len(held_out) / 400 < 0.35
-    again = split_rows(rows, 0.25, seed=3)
+    again = read_or_split(rows, None, 0.25, seed=3)
     pd.testing.assert_frame_equal(again[1], held_out)
-    assert len({tuple(split_rows(rows, 0.25, seed=seed)[1]["id"]) for seed in range(8)}) > 1
+    assert (
+        len({tuple(read_or_split(rows, None, 0.25, seed=seed)[1]["id"]) for seed in range(8)}) > 1
+    )
 
 
 def test_split_passes_over_a_group_too_large_for_eval():
@@ -99,13 +100,13 @@ def test_split_passes_over_a_group_too_large_for_eval():
     ]
     rows = table([(f"o{i}", f"r{i}", prompt) for i, prompt in enumerate(prompts)])
     for seed in range(10):
-        train, held_out = split_rows(rows, 0.1, seed)
+        train, held_out = read_or_split(rows, None, 0.1, seed)
         assert len(held_out) == 10 and len(train) == 90
 
 
 def test_split_sides_are_never_empty_unless_asked():
     with pytest.raises(DataError, match="no rows"):
-        split_rows(table([]), 0.1, 0)
+        read_or_split(table([]), None, 0.1, 0)
     rows = table(
         [
             (f"o{i}", f"r{i}", prompt)
@@ -113,14 +114,14 @@ def test_split_sides_are_never_empty_unless_asked():
         ]
     )
     for fraction in (0.01, 0.5, 0.99):
-        assert [len(part) for part in split_rows(rows, fraction, 0)] == [5, 5]
-    train, held_out = split_rows(rows, 0, 0)
-    assert len(train) == 10 and len(held_out) == 0 and list(held_out.columns) == list(rows.columns)
+        assert [len(part) for part in read_or_split(rows, None, fraction, 0)] == [5, 5]
+    train, held_out = read_or_split(rows, None, 0, 0)
+    assert len(train) == 10 and len(held_out) == 0 and [*held_out] == [*rows, "group"]
     with pytest.raises(DataError, match="eval_fraction=0"):
-        split_rows(rows.head(5), 0.2, 0)
+        read_or_split(rows.head(5), None, 0.2, 0)
     for fraction in (1, -0.1, float("nan")):
         with pytest.raises(DataError, match="eval_fraction="):
-            split_rows(rows, fraction, 0)
+            read_or_split(rows, None, fraction, 0)
 
 
 WHO = "pirate poet doctor teacher robot child king chef lawyer farmer".split()
@@ -148,7 +149,7 @@ def test_a_template_with_other_words_is_as_many_tasks_as_words(template, embedde
     prompts = [template.format(word) for word in TEMPLATES[template]]
     groups = prompt_groups(prompts, encoder=encoder if embedded else None)
     assert len(set(groups)) == len(prompts)
-    train, held_out = split_rows(rows_of(prompts * 20), 0.2, 0)
+    train, held_out = read_or_split(rows_of(prompts * 20), None, 0.2, 0)
     assert train["rewrite_prompt"].nunique() >= 5 and held_out["rewrite_prompt"].nunique() >= 2
 
 
@@ -236,7 +237,7 @@ def test_a_hundred_thousand_prompts_are_grouped_within_a_minute(encoder):
 def test_one_prompt_of_nearly_all_rows_leaves_variety_on_both_sides():
     prompts = ["Improve this text."] * 190 + [f"Say it in {word}" for word in WHO]
     for seed in range(10):
-        train, held_out = split_rows(rows_of(prompts), 0.1, seed)
+        train, held_out = read_or_split(rows_of(prompts), None, 0.1, seed)
         assert train["rewrite_prompt"].nunique() >= 6 and held_out["rewrite_prompt"].nunique() >= 4
         assert len(train) > 190
     report = describe_split(*read_or_split(rows_of(prompts), None, 0.1, 0))
@@ -283,9 +284,9 @@ def test_any_row_file_is_split_with_variety_on_both_sides(parts, fraction, seed)
     groups = prompt_groups(prompts)
     if len(set(groups)) < 2:
         with pytest.raises(DataError, match="nearly the same prompt"):
-            split_rows(rows_of(prompts), fraction, seed)
+            read_or_split(rows_of(prompts), None, fraction, seed)
         return
-    train, held_out = split_rows(rows_of(prompts), fraction, seed)
+    train, held_out = read_or_split(rows_of(prompts), None, fraction, seed)
     assert len(train) and len(held_out) and len(train) + len(held_out) == len(prompts)
     group_of = dict(zip(prompts, groups, strict=True))
     sides = [set(side["rewrite_prompt"].map(group_of)) for side in (train, held_out)]
@@ -376,7 +377,7 @@ def test_no_one_group_is_most_of_what_is_held_out_where_smaller_ones_are_enough(
         f"Use {n} words" for n in range(200)
     ]
     for seed in range(10):
-        _, held_out = split_rows(rows_of(prompts), 0.1, seed)
+        _, held_out = read_or_split(rows_of(prompts), None, 0.1, seed)
         assert (
             held_out["rewrite_prompt"].value_counts(normalize=True).iloc[0] < 0.25
             and len(held_out) == 50

@@ -64,8 +64,7 @@ def test_ids_equal_mistral_commons(mistral_dir, system):
 
 
 def test_stock_loading_would_give_other_ids(mistral_dir):
-    """Why AutoTokenizer is not used (facts.md 13): if this fails, the stock class is right and ours
-    can go."""
+    """Why AutoTokenizer is not used: if this fails, the stock class is right and ours can go."""
     stock = LlamaTokenizer(vocab_file=str(mistral_dir / "tokenizer.model"))
     ours = load_tokenizer(mistral_dir)
     assert stock("a  b", add_special_tokens=False)["input_ids"] != encode_text(ours, "a  b")

@@ -13,7 +13,7 @@ import torch
 from conftest import NASTY, ROOT, TINY, full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import FAST, OPTIONS, SHORT, build, demo_rows, lora_state
+from tiny_training import FAST, OPTIONS, SHORT, build, demo_rows, lora_state, make_examples
 
 from prompt_recovery import adapter, answers, run_folder, trainer, training
 from prompt_recovery.engine import loading
@@ -23,7 +23,6 @@ from prompt_recovery.examples import (
     answer_length,
     check_supervised,
     collate,
-    make_examples,
     show_example,
     usable_examples,
 )
@@ -75,6 +74,7 @@ def test_nasty_rows_keep_answer_and_eos():
     tok = load_tokenizer(TINY)
     rows = pd.DataFrame(
         {
+            "id": [str(n) for n in range(len(NASTY))],
             "original_text": NASTY,
             "rewritten_text": NASTY[::-1],
             "rewrite_prompt": [t[:200] for t in NASTY],
@@ -102,7 +102,7 @@ def test_prompts_that_look_like_wrapped_ones_are_taught_as_they_are(prompt, styl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_adapter_is_fp32_on_any_base(dtype):
-    """facts.md 17: fp16's GradScaler refuses gradients of 16-bit weights."""
+    """fp16's GradScaler refuses gradients of 16-bit weights."""
     lora = adapter.add_lora(loading.load_base(TINY, dtype=dtype), base="tiny-mixtral")
     kinds = {("lora_" in name, p.requires_grad, p.dtype) for name, p in lora.named_parameters()}
     assert kinds == {(True, True, torch.float32), (False, False, dtype)}
@@ -133,7 +133,7 @@ def test_pad_token_and_unk_give_the_same_losses_and_adapter(tmp_path):
 
 
 def test_masking_by_id_with_pad_eos_never_stops_and_ours_does():
-    """facts.md 9, both ways in one place: only the pad id and the labels differ."""
+    """Both ways in one place: only the pad id and the labels differ."""
     stopped = {}
     rows = demo_rows(4).assign(rewrite_prompt="Make it rhyme.")
     for way in ("by position", "by id, pad = eos"):
@@ -244,9 +244,8 @@ def test_activation_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_
 RUN = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
-from tiny_training import FAST, SHORT, build, demo_rows
+from tiny_training import FAST, SHORT, build, demo_rows, make_examples
 from prompt_recovery import adapter, training
-from prompt_recovery.examples import make_examples
 from prompt_recovery.recipe import Recipe
 tok, lora = build(dropout=0.1)
 examples = make_examples(tok, demo_rows(20), **SHORT)
@@ -362,17 +361,15 @@ def test_checkpoints_of_other_settings_are_refused_and_removed_without_resume(tm
 
 def test_rows_without_an_answer_in_the_style_are_named():
     tok = load_tokenizer(TINY)
-    rows = demo_rows(3).assign(
-        response=["1. why", "", " "], origin=["a.csv:1", "a.csv:2", "a.csv:3"]
-    )
+    rows = demo_rows(2).assign(response=["", " "], origin=["a.csv:2", "a.csv:3"])
     with pytest.raises(
-        TrainingError, match=r"2 of 3 rows are refused \(a.csv:2, a.csv:3\).*reason_json"
+        TrainingError, match=r"2 of 2 rows are refused \(a.csv:2, a.csv:3\).*reason_json"
     ):
-        make_examples(tok, rows, max_tokens=400, format=Format(style="reason_json"))
+        usable_examples(tok, rows, max_tokens=400, format=Format(style="reason_json"))
     with pytest.raises(
         TrainingError, match=r"1 of 1 rows are refused \(row 1\).*raise max_tokens to"
     ):
-        make_examples(tok, demo_rows(1), max_tokens=20, format=Format())
+        usable_examples(tok, demo_rows(1), max_tokens=20, format=Format())
 
 
 def test_shown_example_marks_the_supervised_part():
