@@ -193,15 +193,9 @@ def bootstrap_interval(
 def paired_difference(
     after: Sequence[float] | np.ndarray,
     before: Sequence[float] | np.ndarray,
-    confidence: float = 0.95,
-    samples: int = 10_000,
-    seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Mean of after - before over the same rows, with its bootstrap interval: (mean, low, high).
-
-    Args:
-        after, before: scores [n] of the same rows in the same order.
-        confidence, samples, seed: of `bootstrap_interval`.
+    """Mean of after - before, scores [n] of the same rows in the same order, with its 95% bootstrap
+    interval: (mean, low, high).
 
     Raises ValueError if the two are not of the same length, or as bootstrap_interval does.
     """
@@ -211,7 +205,7 @@ def paired_difference(
             f"after has shape {later.shape}, before {earlier.shape}: score the same rows both "
             "times."
         )
-    low, high = bootstrap_interval(later - earlier, confidence, samples, seed)
+    low, high = bootstrap_interval(later - earlier)
     return float((later - earlier).mean()), low, high
 
 

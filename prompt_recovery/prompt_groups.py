@@ -17,10 +17,8 @@ from prompt_recovery.data import DataError
 # one task.
 LIGHT = frozenset(
     "a an the this that these it its text texts passage paragraph following given below please "
-    "kindly "
-    "just now so be is are and can could would you me my rewrite write rewritten convert turn make "
-    "put "
-    "change transform in into as to of by with using on like".split()
+    "kindly just now so be is are and can could would you me my rewrite write rewritten convert "
+    "turn make put change transform in into as to of by with using on like".split()
 )
 COURTESY = regex.compile(
     "请你?|一些|一点|一下|下面|以下|这段|この|ください|下さい|주세요|กรุณา|โปรด|ช่วย|หน่อย"
