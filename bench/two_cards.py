@@ -729,7 +729,8 @@ def train_on(
         if sum(not each.skipped for each in taken) == applied:
             control.should_training_stop = True
 
-    training.RowTrainer.training_step, training.WatchGradients.on_step_end = step, end  # type: ignore
+    training.RowTrainer.training_step = step  # type: ignore[method-assign]
+    training.WatchGradients.on_step_end = end  # type: ignore[method-assign]
     try:
         log = training.train(
             lora,

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from prompt_recovery.data import ACCOUNT_COLUMNS, normalise
 from prompt_recovery.recipe import Format
-from prompt_recovery.templates import TemplateError, prompt_of, read_back, render_answer
+from prompt_recovery.responses import TemplateError, prompt_of
+from prompt_recovery.templates import read_back, render_answer
 from prompt_recovery.tokenizer import TokenizerError, encode_row
 
 IGNORED = -100  # torch's cross_entropy leaves this label out

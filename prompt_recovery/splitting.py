@@ -124,31 +124,7 @@ def read_or_split(
             kept = read_csv(path)
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}): remove it to split anew.") from error
-        if list(kept.columns) != list(SPLIT_COLUMNS):
-            raise DataError(
-                f"{path} has the columns {list(kept.columns)}, not {list(SPLIT_COLUMNS)}: remove "
-                "it."
-            )
-        sides = kept.groupby("group")["split"].agg(set)
-        wrong = sides[~sides.isin([{"train"}, {"held_out"}])]
-        if len(wrong):
-            raise DataError(
-                f"{path}: group {wrong.index[0]!r} has the split {sorted(wrong.iloc[0])}. Give all "
-                f"rows of a group either train or held_out, or remove {path.name} to split anew."
-            )
-        for name in ("id", "rewrite_prompt"):
-            if kept[name].to_list() != rows[name].to_list():
-                raise DataError(
-                    f"{path} is the split of other rows: {len(kept)} rows there, {len(rows)} now, "
-                    f"and the column {name} differs. Give those rows back, or take another "
-                    f"output_dir, or remove {path.name} to split anew."
-                )
-        if not kept["made_with"].eq(made_with).all():
-            raise DataError(
-                f"{path} was made with {kept['made_with'].iloc[0]}, now it is {made_with}. Give "
-                f"those settings back, or take another output_dir, or remove {path.name} to split "
-                "anew."
-            )
+        _check_kept(kept, rows, path, made_with)
         groups = kept["group"].factorize()[0].tolist()
         held_out = kept["split"].eq("held_out").to_numpy()
         print(f"the split is that of {path}")
@@ -169,6 +145,34 @@ def read_or_split(
             )
     rows = rows.assign(group=groups)
     return rows[~held_out].reset_index(drop=True), rows[held_out].reset_index(drop=True)
+
+
+def _check_kept(kept: pd.DataFrame, rows: pd.DataFrame, path: Path, made_with: str) -> None:
+    """Raises DataError for a split that is not one of these rows, made with these settings."""
+    if list(kept.columns) != list(SPLIT_COLUMNS):
+        raise DataError(
+            f"{path} has the columns {list(kept.columns)}, not {list(SPLIT_COLUMNS)}: remove it."
+        )
+    sides = kept.groupby("group")["split"].agg(set)
+    wrong = sides[~sides.isin([{"train"}, {"held_out"}])]
+    if len(wrong):
+        raise DataError(
+            f"{path}: group {wrong.index[0]!r} has the split {sorted(wrong.iloc[0])}. Give all "
+            f"rows of a group either train or held_out, or remove {path.name} to split anew."
+        )
+    for name in ("id", "rewrite_prompt"):
+        if kept[name].to_list() != rows[name].to_list():
+            raise DataError(
+                f"{path} is the split of other rows: {len(kept)} rows there, {len(rows)} now, "
+                f"and the column {name} differs. Give those rows back, or take another "
+                f"output_dir, or remove {path.name} to split anew."
+            )
+    if not kept["made_with"].eq(made_with).all():
+        raise DataError(
+            f"{path} was made with {kept['made_with'].iloc[0]}, now it is {made_with}. Give "
+            f"those settings back, or take another output_dir, or remove {path.name} to split "
+            "anew."
+        )
 
 
 def hold_back(held_out: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:

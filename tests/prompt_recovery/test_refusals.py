@@ -672,7 +672,7 @@ def test_marks_and_labels_around_a_refusal_hide_nothing(text):
     ],
 )
 def test_reasons_speak_of_texts_and_prompts_too_and_are_no_refusals(text):
-    """templates.reason_of asks the same rule."""
+    """responses.reason_of asks the same rule."""
     assert not is_refusal(text)
 
 

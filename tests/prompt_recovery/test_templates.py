@@ -8,16 +8,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prompt_recovery.json_answers import json_object_closed
+from prompt_recovery.responses import TemplateError, prompt_of, reason_of
 from prompt_recovery.templates import (
     STYLES,
     SYSTEM_PLACEMENTS,
     Conversation,
     Parsed,
-    TemplateError,
     parse_answer,
-    prompt_of,
     read_back,
-    reason_of,
     render_answer,
     render_conversation,
     render_user,
