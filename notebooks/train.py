@@ -143,6 +143,7 @@ print(*data.describe_account(account), sep="\n")
 
 # %% [markdown]
 # The rest is split by task: if one prompt stood on both sides, the evaluation would measure memory.
+# A column `split` in your rows, `train` or `held_out` in each, is taken as it is instead.
 #
 # "Held out" means: no row to train on has the same prompt in other words, as far as two tests see
 # it. By their words, prompts are one task if they differ only in spelling, order, or words that say

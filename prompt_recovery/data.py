@@ -35,9 +35,10 @@ def read_rows(
 
     Columns, all str and never NA: id, original_text, rewritten_text, rewrite_prompt, response (''
     where the file has none), origin ("file.csv:7" is data row 7, counted from 1 under the header),
-    file (its path). A file without an id column gets ids of its stem and row number; where most ids
-    of a file stand in another one too, each has its file's stem before it. Windows line ends inside
-    a text become "\\n"; nothing else is changed.
+    file (its path); and split, of the file's own, where some file has it ('' in the others). A file
+    without an id column gets ids of its stem and row number; where most ids of a file stand in
+    another one too, each has its file's stem before it. Windows line ends inside a text become
+    "\\n"; nothing else is changed.
 
     Raises DataError for a missing or empty file, missing columns, bad UTF-8, malformed CSV, blank
     or duplicate ids.
@@ -58,14 +59,14 @@ def read_rows(
             table["id"] = _numbered(stem, len(table))
         if "response" not in table:
             table["response"] = ""
-        for name in ("id", "response"):
-            table[name] = table[name].where(~table[name].isin(MISSING), "")
+        kept = [name for name in ("id", "response", "split") if name in table]
+        table[kept] = table[kept].where(~table[kept].isin(MISSING), "")
         table["origin"] = [f"{path.name}:{n}" for n in numbers]
         table["file"] = str(path)
-        parts.append(table[["id", *columns, "response", "origin", "file"]])
+        parts.append(table[["id", *columns, *kept[1:], "origin", "file"]])
     for part in parts:
         _refuse_bad_ids(part)
-    rows = pd.concat(parts, ignore_index=True)
+    rows = pd.concat(parts, ignore_index=True).fillna("")
     collisions = rows["id"].duplicated(keep=False).groupby(rows["file"]).mean()
     if collisions.max() > 0.5:  # public files that count from 0 each; a few equal ids are a mistake
         names = rows["file"].map(
@@ -136,10 +137,12 @@ def _read_csv(path: Path, needed: Sequence[str]) -> pd.DataFrame:
         raise DataError(
             f"{path} has no column {', '.join(missing)}; its columns are {str(header)[:300]}.{hint}"
         )
-    twice = [name for name in (*needed, "id", "response") if header.count(name) > 1]
+    twice = [name for name in (*needed, "id", "response", "split") if header.count(name) > 1]
     if twice:
         raise DataError(f"{path} has the column {twice[0]} more than once: keep one.")
-    wanted = [name for name in dict.fromkeys(("id", *needed, "response")) if name in header]
+    wanted = [
+        name for name in dict.fromkeys(("id", *needed, "response", "split")) if name in header
+    ]
     columns = {name: [record[header.index(name)] for record in records] for name in wanted}
     for name in wanted:
         if name != "id":

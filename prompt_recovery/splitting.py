@@ -22,11 +22,29 @@ LARGEST = 0.5  # share of a side's rows in one group from which a warning is due
 # half of them choose by luck: step 50 scored 0.38 on six, 0.29 on rows of all (LOG.md, 2026-11-27).
 MANY = 20
 LEAST_TO_HOLD_BACK = 40  # held-out rows, from which a part is held back for the report
+SIDES = ("train", "held_out")  # what the rows' own column split may hold
 SPLIT_COLUMNS = ("id", "rewrite_prompt", "group", "split", "made_with")
 
 
+def _given(rows: pd.DataFrame) -> np.ndarray | None:
+    """Whether each row is held out by the rows' own column split, bool [rows]; None without one."""
+    if "split" not in rows or not rows["split"].str.strip().any():
+        return None
+    wrong = rows[~rows["split"].isin(SIDES)]
+    if len(wrong):
+        where = f" in {wrong['origin'].iloc[0]}" if "origin" in wrong else ""
+        raise DataError(
+            f"The column split holds {wrong['split'].iloc[0]!r}{where}: write {' or '.join(SIDES)} "
+            "in every row, or remove the column, and the rows are split here."
+        )
+    held_out = rows["split"].eq("held_out").to_numpy()
+    if held_out.all():
+        raise DataError("The column split holds out every row: none is left to train on.")
+    return held_out
+
+
 def _sides(
-    rows: pd.DataFrame, eval_fraction: float, seed: int, encoder: Any
+    rows: pd.DataFrame, given: np.ndarray | None, eval_fraction: float, seed: int, encoder: Any
 ) -> tuple[list[int], np.ndarray]:
     """Each row's group, and whether it is held out, bool [rows]."""
     if not 0 <= eval_fraction < 1:
@@ -37,6 +55,8 @@ def _sides(
         raise DataError("There are no rows to split: see the account of what was dropped.")
     prompts = rows["rewrite_prompt"].tolist()
     groups = prompt_groups(prompts, encoder=encoder)
+    if given is not None:
+        return groups, given
     if eval_fraction == 0:
         return groups, np.zeros(len(rows), dtype=bool)
     return groups, _held_out(groups, [normalise(prompt) for prompt in prompts], eval_fraction, seed)
@@ -98,7 +118,8 @@ def read_or_split(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split into (train, held out) so that no prompt group stands on both sides; row order is kept,
     and both tables have the column group. The split is written to a CSV: id, rewrite_prompt, group,
-    split (train or held_out), made_with. Same rows, fraction, seed and encoder: same split.
+    split (train or held_out), made_with. Same rows, fraction, seed and encoder: same split. A
+    column split of the rows' own, with train or held_out in each, is taken as it is instead.
 
     Groups are shuffled with the seed and held out while that brings the number of rows nearer to
     the fraction. A large group is passed over rather than overshooting, those of a fifth of the
@@ -117,20 +138,23 @@ def read_or_split(
     Raises DataError where it was then made of other rows, or with another fraction or seed; for an
     eval_fraction outside [0, 1), and where one side would be empty.
     """
+    given = _given(rows)
     made_with = f"eval_fraction={eval_fraction} seed={seed}"
+    if given is not None:
+        made_with = "the column split"
     path = None if path is None else Path(path)
     if again and path and path.is_file():
         try:
             kept = read_csv(path)
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}): remove it to split anew.") from error
-        _check_kept(kept, rows, path, made_with)
+        _check_kept(kept, rows, path, made_with, given)
         groups = kept["group"].factorize()[0].tolist()
         held_out = kept["split"].eq("held_out").to_numpy()
         print(f"the split is that of {path}")
     else:
         started = time.monotonic()
-        groups, held_out = _sides(rows, eval_fraction, seed, encoder)
+        groups, held_out = _sides(rows, given, eval_fraction, seed, encoder)
         if encoder is not None:
             print(
                 "prompts count as one task by their words, or from a cosine of "
@@ -143,19 +167,30 @@ def read_or_split(
                 table.assign(split=np.where(held_out, "held_out", "train"), made_with=made_with),
                 path,
             )
-    rows = rows.assign(group=groups)
+    rows = rows.drop(columns="split", errors="ignore").assign(group=groups)
+    if given is not None:
+        both = len({*rows["group"][held_out]} & {*rows["group"][~held_out]})
+        print(
+            f"the split is the rows' own; {both} of {len(set(groups))} tasks stand on both sides"
+            + (": the score of what is held out is too favourable" if both else "")
+        )
     return rows[~held_out].reset_index(drop=True), rows[held_out].reset_index(drop=True)
 
 
-def _check_kept(kept: pd.DataFrame, rows: pd.DataFrame, path: Path, made_with: str) -> None:
-    """Raises DataError for a split that is not one of these rows, made with these settings."""
+def _check_kept(
+    kept: pd.DataFrame, rows: pd.DataFrame, path: Path, made_with: str, given: np.ndarray | None
+) -> None:
+    """Raises DataError for a split that is not one of these rows, made with these settings.
+
+    given: whether each row is held out by the rows' own column; None: groups stand on one side.
+    """
     if list(kept.columns) != list(SPLIT_COLUMNS):
         raise DataError(
             f"{path} has the columns {list(kept.columns)}, not {list(SPLIT_COLUMNS)}: remove it."
         )
     sides = kept.groupby("group")["split"].agg(set)
     wrong = sides[~sides.isin([{"train"}, {"held_out"}])]
-    if len(wrong):
+    if len(wrong) and given is None:
         raise DataError(
             f"{path}: group {wrong.index[0]!r} has the split {sorted(wrong.iloc[0])}. Give all "
             f"rows of a group either train or held_out, or remove {path.name} to split anew."
@@ -167,6 +202,11 @@ def _check_kept(kept: pd.DataFrame, rows: pd.DataFrame, path: Path, made_with: s
                 f"and the column {name} differs. Give those rows back, or take another "
                 f"output_dir, or remove {path.name} to split anew."
             )
+    if given is not None and not np.array_equal(kept["split"].eq("held_out"), given):
+        raise DataError(
+            f"{path} is another split than that of the rows' own column: remove {path.name}, or "
+            "take another output_dir."
+        )
     if not kept["made_with"].eq(made_with).all():
         raise DataError(
             f"{path} was made with {kept['made_with'].iloc[0]}, now it is {made_with}. Give "

@@ -11,7 +11,7 @@ from conftest import table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_recovery.data import DataError, normalise
+from prompt_recovery.data import DataError, clean_rows, normalise, read_rows
 from prompt_recovery.files import read_csv
 from prompt_recovery.prompt_groups import embedding_threshold, prompt_groups
 from prompt_recovery.splitting import (
@@ -382,3 +382,47 @@ def test_no_one_group_is_most_of_what_is_held_out_where_smaller_ones_are_enough(
             held_out["rewrite_prompt"].value_counts(normalize=True).iloc[0] < 0.25
             and len(held_out) == 50
         )
+
+
+def own_split(tmp_path, *sides):
+    """Rows of two prompts, with a column split where sides are given."""
+    path = tmp_path / "own.csv"
+    pd.DataFrame(
+        {
+            "original_text": [f"text {n}" for n in range(len(sides))],
+            "rewritten_text": [f"rewritten {n}" for n in range(len(sides))],
+            "rewrite_prompt": [
+                ["Make it rhyme.", "Turn it into a letter."][n % 2] for n in range(len(sides))
+            ],
+            "split": sides,
+        }
+    ).to_csv(path, index=False)
+    return clean_rows(read_rows(path))[0]
+
+
+def test_the_rows_own_split_is_taken_as_it_is(tmp_path, capsys):
+    rows = own_split(tmp_path, "train", "held_out", "train", "held_out", "train", "train")
+    file = tmp_path / "split.csv"
+    train, held_out = read_or_split(rows, file, 0.5, 3)
+    assert [list(side["original_text"].str[-1]) for side in (train, held_out)] == [
+        ["0", "2", "4", "5"],
+        ["1", "3"],
+    ]
+    assert "the rows' own; 1 of 2 tasks stand on both sides: the score" in capsys.readouterr().out
+    again = read_or_split(rows, file, 0.1, 7, again=True)
+    pd.testing.assert_frame_equal(again[1], held_out)
+    other = own_split(tmp_path, "held_out", "train", "train", "held_out", "train", "train")
+    with pytest.raises(DataError, match="another split than that of the rows' own column"):
+        read_or_split(other, file, 0.5, 3, again=True)
+
+
+def test_a_split_column_that_can_not_be_taken_is_refused_and_a_blank_one_is_none(tmp_path):
+    for sides, said in (
+        (["train", "test"], r"holds 'test' in own\.csv:2: write train or held_out"),
+        (["train", ""], "holds ''"),
+        (["held_out", "held_out"], "none is left to train on"),
+    ):
+        with pytest.raises(DataError, match=said):
+            read_or_split(own_split(tmp_path, *sides), None, 0.5, 0)
+    train, held_out = read_or_split(own_split(tmp_path, "", ""), None, 0.5, 0)
+    assert len(train) == len(held_out) == 1 and "split" not in train
