@@ -41,8 +41,9 @@ def replaced(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             os.replace(partial, path)
-    finally:
+    except BaseException:  # behind the replacement the name is the next writer's
         partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(text: str, path: Path) -> None:

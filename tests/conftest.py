@@ -217,6 +217,8 @@ def case(tmp_path, capsys, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in case.server.environment(str(tmp_path / "home")).items():
         monkeypatch.setenv(name, value)
+    # whoever has signed in has it; two first calls at once would both make it, and one fails
+    (tmp_path / "home" / ".config" / "kaggle").mkdir(parents=True)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr(cli, "subprocess", kaggle_fork)  # the same program, started faster
