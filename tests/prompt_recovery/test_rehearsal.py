@@ -7,21 +7,14 @@ from dataclasses import replace
 import pandas as pd
 import papermill
 import pytest
+import tiny_submission
 from conftest import ROOT, TINY, answer_test, prepared
 
 from prompt_recovery import data, inputs, metric, rehearsal, submission
 from prompt_recovery.engine import Meter, on_t4s, plan
 from prompt_recovery.tables import DataError
 
-OPTIONS = dict(
-    fallback_prompt="Fall, back",
-    time_budget_hours=1,
-    style="plain",
-    system_placement="user",
-    max_tokens=400,
-    max_new_tokens=8,
-    model_dir=TINY,
-)
+OPTIONS = tiny_submission.OPTIONS | dict(max_new_tokens=8)
 
 
 def rows_file(path, prompts, ids=True, count=6):

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import tiny_submission
 from conftest import ROOT, TINY, answer_test
 from tqdm import tqdm
 
@@ -41,17 +42,8 @@ KILLS = {
     "two adapters": 12,
 }  # of the test, by case
 ROWS = 16
-OPTIONS = dict(
-    fallback_prompt="Fall, back",
-    time_budget_hours=1,
-    style="plain",
-    system_placement="user",
-    max_tokens=300,
-    max_new_tokens=3,
-    model_dir=TINY,
-    batch_tokens=500,
-    slice_rows=6,
-    write_seconds=0,
+OPTIONS = tiny_submission.OPTIONS | dict(
+    max_tokens=300, max_new_tokens=3, batch_tokens=500, slice_rows=6, write_seconds=0
 )
 
 
