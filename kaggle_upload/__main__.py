@@ -16,7 +16,6 @@ from kaggle_upload.contents import adapter_content, base_content
 from kaggle_upload.handles import Page, UploadError, Variation, competition_slug
 from kaggle_upload.publish import Publish, show
 from kaggle_upload.remote import Remote, RemoteDataset, RemoteModel
-from prompt_recovery.inputs import by_number
 
 VERSIONS = stage.HERE / "versions.csv"
 NOTEBOOKS = stage.HERE.parent / "notebooks"
@@ -210,6 +209,8 @@ def _different(models: list[Variation]) -> list[Variation]:
     if len(set(names)) < len(names):
         raise UploadError(f"{', '.join(names)}: give each once.")
     adapters = names[:-1]
+    from prompt_recovery.inputs import by_number  # imports torch
+
     found = sorted(adapters, key=by_number)
     if found != adapters:
         print(

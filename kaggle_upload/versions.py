@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 from kaggle_upload.handles import UploadError
-from prompt_recovery.files import replaced
 
 COLUMNS = tuple("handle version sha256 base rank style rows_hash scores notes commit time".split())
 NEEDED = COLUMNS[:3]
@@ -75,6 +74,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
     """Replace the file by these rows, at once. Raises OSError; the file is then as it was."""
+    from prompt_recovery.files import replaced  # imports pandas
+
     columns = list(dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)]))
     with replaced(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")

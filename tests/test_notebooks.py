@@ -222,3 +222,9 @@ def test_importing_the_package_is_cheap():
         assert "torch" not in modules
         times.append(modules["prompt_recovery"] / 1e6)
     assert min(times) < 0.2
+
+
+def test_the_upload_program_starts_without_torch_and_pandas():
+    command = "import kaggle_upload.__main__, sys; print({'torch', 'pandas'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set()\n", done.stderr
