@@ -46,7 +46,8 @@ class Config(NamedTuple):
     """Launch parameters of the decode kernel's `_project`. A program works on warps * rows_per_warp
     rows of the weights (twice that with a gate), blocks * 64 columns an iteration. split: parts of
     the columns, each summed by a program of its own. registers: the most that a thread may have;
-    None leaves it to the compiler."""
+    None leaves it to the compiler. short: tiles with at most so many rows are computed as ones of
+    so many; None: as full ones."""
 
     rows_per_warp: int
     warps: int
@@ -54,6 +55,7 @@ class Config(NamedTuple):
     stages: int
     split: int = 1
     registers: int | None = None
+    short: int | None = None
 
 
 _chosen: dict[torch.device, str] = {}
@@ -207,36 +209,29 @@ def launch_options(device: torch.device) -> dict[str, Any]:
 
 
 def tile_rows(card: Card, tokens: int) -> int:
-    """Rows of a tile for so many tokens, by what a model's step takes on an H100
-    (docs/MEASURED.md).
-
-    With uniform routing tiles of 8 are as fast up to 24 tokens. Where the router prefers some
-    experts, more of those have over 8 rows, and each tile reads the weights again: 16 tokens take
-    13.3 ms with tiles of 8, 11.8 with 16.
-    """
+    """Most rows of a tile for so many tokens, by what experts take on an H100 (docs/MEASURED.md):
+    each tile of an expert reads its weights again, and a larger one takes more of everything
+    else."""
     if tokens <= 8:
         return 8
-    return 16 if tokens <= 48 or card.lowered else 32
+    return 16 if tokens <= 16 or card.lowered else 32
 
 
 def configs(card: Card, rows: int) -> tuple[Config, Config]:
     """Launch parameters of the gate and up, and of the down projection, by rows of a tile: the
     fastest on an H100 of those that do not spill and have room on the card.
 
-    A T4 has room for one program a multiprocessor, hence 8 warps in each, which cost up to 7% on an
-    H100.
+    A T4 has room for one program a multiprocessor, hence 8 warps in each.
     """
     if card.lowered:
         if rows <= 8:
             return Config(32, 8, 2, 1), Config(16, 8, 2, 1, split=4)
-        return Config(16, 8, 4, 1), Config(16, 8, 4, 1, split=4)
+        return Config(16, 8, 4, 1, short=8), Config(16, 8, 4, 1, split=4, short=8)
     if rows <= 8:
         return Config(32, 4, 2, 4), Config(16, 8, 4, 4, split=4, registers=128)
     if rows <= 16:
         return Config(16, 4, 2, 6), Config(32, 8, 2, 4, split=4, registers=128)
-    # 6 take 113 KiB with the tables, and sm_86, 89 and 120 have 99
-    stages = 6 if card.shared >= 128 * KIB else 5
-    return Config(16, 4, 2, stages), Config(32, 4, 2, stages, split=4)
+    return Config(16, 4, 2, 5, short=16), Config(32, 4, 2, 5, split=4, short=16)
 
 
 def fits(card: Card, dynamic: int) -> bool:

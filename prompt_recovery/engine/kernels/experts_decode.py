@@ -169,47 +169,33 @@ def _scale(levels, i: tl.constexpr, second, offset, table, INTERPRETED: tl.const
     return level * second + offset
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _project(
+@triton.jit
+def _multiply(
     x,
     packed,
     absmax,
     nested,
     offset,
     order,
-    tiles,
+    tile,
+    count,
     routing,
     out,
     pairs,
     table,
     rows,
+    M: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     X_PER_ROW: tl.constexpr,
     GATE: tl.constexpr,
-    M: tl.constexpr,
     ROWS: tl.constexpr,
     WARPS: tl.constexpr,
     BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """GATE: out [rows, N] = silu(x gate) * (x up) * routing weight, with gate and up of packed [E,
-    2N, K / 2] and row r of x at r // X_PER_ROW. Else out fp32 [SPLIT, rows, N] = part of x [rows,
-    K] times packed [E, N, K / 2]."""
-    tile = tiles + tl.program_id(0) * 3
-    count = tl.load(tile + 2)
-    if count == 0:
-        return
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            _FILL,
-            "=r,r,l,l,r",
-            [tl.arange(0, WARPS * 32), pairs.to(tl.int64), table.to(tl.int64), WARPS * 32],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    """What `_project` computes, of a tile of at most M rows."""
     kind: tl.constexpr = x.dtype.element_ty
     PER_ROW: tl.constexpr = K // 64
     STEPS: tl.constexpr = PER_ROW // BLOCKS // SPLIT
@@ -272,6 +258,58 @@ def _project(
     else:
         at += tl.program_id(2).to(tl.int64) * rows * N
     tl.store(out + at, first.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _project(
+    x,
+    packed,
+    absmax,
+    nested,
+    offset,
+    order,
+    tiles,
+    routing,
+    out,
+    pairs,
+    table,
+    rows,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    X_PER_ROW: tl.constexpr,
+    GATE: tl.constexpr,
+    M: tl.constexpr,
+    SHORT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """GATE: out [rows, N] = silu(x gate) * (x up) * routing weight, with gate and up of packed [E,
+    2N, K / 2] and row r of x at r // X_PER_ROW. Else out fp32 [SPLIT, rows, N] = part of x [rows,
+    K] times packed [E, N, K / 2]. Tiles of at most SHORT rows are computed as ones of SHORT, which
+    takes less than as ones of M."""
+    tile = tiles + tl.program_id(0) * 3
+    count = tl.load(tile + 2)
+    if count == 0:
+        return
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            _FILL,
+            "=r,r,l,l,r",
+            [tl.arange(0, WARPS * 32), pairs.to(tl.int64), table.to(tl.int64), WARPS * 32],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    data = (x, packed, absmax, nested, offset, order, tile, count, routing, out, pairs, table, rows)
+    if SHORT == M:
+        _multiply(*data, M, K, N, X_PER_ROW, GATE, ROWS, WARPS, BLOCKS, SPLIT, INTERPRETED)
+    elif count <= SHORT:
+        _multiply(*data, SHORT, K, N, X_PER_ROW, GATE, ROWS, WARPS, BLOCKS, SPLIT, INTERPRETED)
+    else:
+        _multiply(*data, M, K, N, X_PER_ROW, GATE, ROWS, WARPS, BLOCKS, SPLIT, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -357,6 +395,7 @@ def _launch_project(
         "X_PER_ROW": per_row,
         "GATE": gate,
         "M": m,
+        "SHORT": min(config.short or m, m),
         "ROWS": config.rows_per_warp,
         "WARPS": config.warps,
         "BLOCKS": blocks,
