@@ -110,8 +110,6 @@ def look_like_t4() -> None:
     torch.cuda.is_bf16_supported = lambda *a, **k: False
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # torch's own below sm_90, where it takes 32 MiB a stream
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:2:16:8"
 
 
 class Work:

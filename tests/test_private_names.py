@@ -132,11 +132,13 @@ def test_modules_have_their_children_and_tensors_the_number_of_their_changes():
     assert tensor._version > before
 
 
-def test_triton_s_stages_can_be_hooked():
+def test_triton_s_stages_can_be_hooked_and_a_compiled_kernel_launched():
     pytest.importorskip("triton")
     from triton import knobs
     from triton.backends.nvidia.compiler import CUDABackend, CUDAOptions
+    from triton.compiler import CompiledKernel
 
+    assert hasattr(CompiledKernel, "__getitem__")  # launches it on a grid
     assert "add_stages_inspection_hook" in dir(knobs.runtime) and hasattr(CUDAOptions, "arch")
     assert [*inspect.signature(CUDABackend.make_ptx).parameters][1:] == [
         "src",

@@ -63,20 +63,23 @@ class StaticCache:
         self.rows = rows
         self.column = None if isinstance(columns, slice) else columns
         self.where = columns if isinstance(columns, slice) else slice(None)
+        self.start_column = self.where.start or 0
 
     def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that the forward reads, once its own are there."""
         keys, values = self.views[layer_idx - self.before]
-        return keys[self.rows], values[self.rows]
+        seen = self.rows, slice(None), slice(self.where.stop)
+        return keys[seen], values[seen]
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         keys, values = self.layer(layer_idx)
         if self.column is not None:
             keys.index_copy_(2, self.column, key_states)
             values.index_copy_(2, self.column, value_states)
-            return keys, values
-        keys[:, :, self.where] = key_states
-        values[:, :, self.where] = value_states
-        return keys[:, :, : self.where.stop], values[:, :, : self.where.stop]
+        else:
+            keys[:, :, self.where] = key_states
+            values[:, :, self.where] = value_states
+        return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from transformers.integrations import moe
 
 from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, on, training_kernels, uses_triton
 from prompt_recovery.engine.storage import expert_weights, four_bit_experts, projection_weights
-from prompt_recovery.engine.turns import waiting
+from prompt_recovery.engine.turns import pause, waiting
 
 
 def rows_at_once(tokens: int) -> int:
@@ -58,8 +58,8 @@ def route(top_k_index: torch.Tensor, experts: int, dtype: torch.dtype) -> Routin
     """Sort once for the whole layer. top_k_index: [T, top_k] integers in [0, experts)."""
     flat = top_k_index.reshape(-1).to(torch.int32)
     ordered, order = torch.sort(flat, stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
+    places = torch.arange(order.numel(), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, places)
     numbers = torch.arange(experts, device=order.device, dtype=torch.int32)
     ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
     bounds = None
@@ -220,7 +220,10 @@ def experts_forward(
     dtype = (
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
     )
-    with torch.autocast(kind, enabled=False), on(hidden_states.device):
+    exact = (
+        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    )
+    with exact, on(hidden_states.device):
         few = _few_rows(hidden_states.to(dtype), self, top_k_index, top_k_weights)
         if few is not None:
             return few.to(hidden_states.dtype)
@@ -258,16 +261,24 @@ def _one_at_a_time(
     has no room for a layer's. No gradients."""
     assert routing.bounds is not None
     rows, weight = _gather(x, routing), expert_weights(experts, x.dtype)
+    kernels = training_kernels(x.device) if _plain_swiglu(experts) else None
+    weights = top_k_weights.contiguous()
     start, most = 0, rows_at_once(len(x))
     for expert, end in enumerate(routing.bounds):
         for first in range(start, end, most):
-            some = slice(first, min(first + most, end))
-            gate_up = rows[some] @ weight("gate_up_proj", expert).t()
-            inner = _activate(gate_up, experts, top_k_weights, routing.order[some], in_place=True)
-            torch.mm(inner, weight("down_proj", expert).t(), out=rows[some])
+            some = rows[first : min(first + most, end)]
+            gate_up = nn.functional.linear(some, weight("gate_up_proj", expert))
+            if kernels is None:
+                order = routing.order[first : first + len(some)]
+                inner = _activate(gate_up, experts, weights, order, in_place=True)
+            else:  # without what autograd takes a call
+                inner = kernels.swiglu(gate_up, weights, routing.order, True, first)
+            torch.mm(inner, weight("down_proj", expert).t(), out=some)
             del gate_up, inner  # before the next ones are made
         start = end
-    return _combine(rows, routing)
+    out = _combine(rows, routing)
+    pause()  # the card has work for as long as this host took to launch it, or longer
+    return out
 
 
 def keep_gate_up(model: nn.Module, layers: Collection[int]) -> None:

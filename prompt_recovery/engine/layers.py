@@ -1,11 +1,11 @@
-"""Layers of a transformers model as the decoder runs them: attention that copies no keys, and for
-one token a row the small work of a Mixtral layer in a few launches. In force inside `fast_layers`
-only; other models run their own."""
+"""Layers of a transformers model as the decoder runs them: attention that copies no keys, and the
+small work of a Mixtral layer in a few launches. In force inside `fast_layers` only; other models
+run their own."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prompt_recovery.engine.batching import MOST_ROWS
-from prompt_recovery.engine.kernels.dispatch import FEW_TOKENS, card, on, uses_triton
+from prompt_recovery.engine.cache import StaticCache
+from prompt_recovery.engine.kernels.dispatch import card, on, uses_triton
 from prompt_recovery.engine.merging import mergeable
-from prompt_recovery.engine.storage import dequantise, linear_pieces
+from prompt_recovery.engine.storage import dequantiser, linear_pieces
 
 ATTENTION_IMPLEMENTATION = "prompt_recovery_decode"
 
@@ -49,12 +50,11 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
     return out, None
 
 
-def _decode_attention(
+def _cached_attention(
     self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs
 ):
-    """MixtralAttention for one token a row and the decoder's cache: [R, 1, H] -> [R, 1, H]."""
-    at = getattr(past_key_values, "column", None)
-    if hidden_states.shape[1] != 1 or at is None:
+    """MixtralAttention with the decoder's cache: [R, C, H] -> [R, C, H]."""
+    if not isinstance(past_key_values, StaticCache):
         return type(self).forward(
             self,
             hidden_states,
@@ -65,45 +65,39 @@ def _decode_attention(
         )
     from prompt_recovery.engine.kernels import decode_step
 
-    x = hidden_states[:, 0]
-    if self.joined is None:
-        qkv = torch.cat([layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-    else:
-        qkv = nn.functional.linear(x, self.joined)
-    cos, sin = (part.expand(len(x), 1, -1)[:, 0].contiguous() for part in position_embeddings)
-    cache, (keys, values) = past_key_values, past_key_values.memory(self.layer_idx)
+    cache, (rows, width) = past_key_values, hidden_states.shape[:2]
+    x = hidden_states.flatten(0, 1)
+    cos, sin = (part.expand(rows, width, -1).flatten(0, 1) for part in position_embeddings)
+    keys, values = cache.memory(self.layer_idx)
     with on(x.device):
+        q, k, v = self.project(x)
         query = decode_step.rotate_and_store(
-            qkv, cos, sin, keys, values, at, cache.now, cache.heads
-        )
-        if self.knows_rows:
+            q, k, v, cos, sin, keys, values, cache.now, cache.heads,
+            column=cache.column, first_row=cache.rows.start, first_column=cache.start_column,
+            width=width,
+        )  # fmt: skip
+        if self.knows_rows and cache.column is not None:
             out = decode_step.attend(
                 query,
                 keys,
                 values,
                 cache.padding,
-                at,
+                cache.column,
                 cache.now,
                 cache.start,
                 cache.heads,
                 self.scaling,
             )
         else:
+            query = query.view(rows, width, -1, self.head_dim).transpose(1, 2)
             keys, values = cache.layer(self.layer_idx)
-            out, _ = _attention(
-                self, query[:, :, None], keys, values, attention_mask, scaling=self.scaling
-            )
-    return self.o_proj(out.reshape(len(x), 1, -1)), None
+            out, _ = _attention(self, query, keys, values, attention_mask, scaling=self.scaling)
+    return self.o_proj(out.reshape(rows, width, -1)), None
 
 
-def _decode_router(self, hidden_states):
-    """MixtralTopKRouter for few tokens without gradients; the logits, which nobody asks for, are
-    None."""
-    if (
-        torch.is_grad_enabled()
-        or hidden_states.shape[0] > FEW_TOKENS
-        or hidden_states.dtype != self.weight.dtype
-    ):
+def _router(self, hidden_states):
+    """MixtralTopKRouter without gradients; the logits, which nobody asks for, are None."""
+    if torch.is_grad_enabled() or hidden_states.dtype != self.weight.dtype:
         return type(self).forward(self, hidden_states)
     from prompt_recovery.engine.kernels import decode_step
 
@@ -113,17 +107,24 @@ def _decode_router(self, hidden_states):
         )
 
 
-def _four_bit_forward(self, x):
-    """bitsandbytes' Linear4bit in 16 bit without gradients: for the rows of a decode step each
-    weight is read once, for more they are dequantised first."""
-    rows = x.flatten(0, -2)
-    with on(x.device):
-        if len(rows) > MOST_ROWS:
-            y = nn.functional.linear(rows, dequantise(self.pieces, x.dtype)[0])
-        else:
-            from prompt_recovery.engine.kernels import experts_decode
+def _four_bit(x: torch.Tensor, matrices: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """x [T, K] of 16 bit times 4-bit matrices [1, N, K], each transposed, without gradients: for
+    the rows of a decode step each weight is read once, for more they are dequantised first."""
+    if len(x) <= MOST_ROWS:
+        from prompt_recovery.engine.kernels import experts_decode
 
-            y = experts_decode.linear(rows, self.pieces)
+        return [experts_decode.linear(x, pieces) for pieces in matrices]
+    sizes = [pieces["packed"].shape[1] for pieces in matrices]
+    weights = x.new_empty(sum(sizes), x.shape[1])
+    for pieces, weight in zip(matrices, weights.split(sizes), strict=True):
+        dequantiser(pieces, x.dtype, weight[None])(0)
+    return [*nn.functional.linear(x, weights).split(sizes, -1)]
+
+
+def _four_bit_forward(self, x):
+    """bitsandbytes' Linear4bit in 16 bit without gradients."""
+    with on(x.device):
+        (y,) = _four_bit(x.flatten(0, -2), [self.pieces])
     return y.view(*x.shape[:-1], -1)
 
 
@@ -132,7 +133,8 @@ def _lora_forward(self, x, *args, **kwargs):
     some eight."""
     down, up = self.sixteen
     y = self.base_layer(x)
-    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ down, up).view(y.shape)
+    y.view(-1, y.shape[-1]).addmm_(x.flatten(0, -2) @ down, up)
+    return y
 
 
 def _sixteen(layer: LoraLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -158,17 +160,42 @@ def bytes_of_copies(model: Any, device: torch.device) -> int:
     )
 
 
-def _join(attention: nn.Module) -> torch.Tensor | None:
-    """The weights of q, k and v as one matrix, of which theirs become parts; None where they aren't
-    plain matrices."""
+def _projections(attention: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    """`project`, a function of x [T, H] that gives queries, keys and values [T, heads * D], in as
+    few launches as their layers allow, and the LoRAs' 16-bit copies if it has taken them over."""
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
-        return None
+    if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+        return {"project": _one_product(layers)}
+    loras = [_sixteen(layer, dtype) for layer in layers if isinstance(layer, LoraLayer)]
+    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    four_bit = [linear_pieces(base) for base in bases if isinstance(base, bnb.nn.Linear4bit)]
+    matrices = [pieces for pieces in four_bit if pieces is not None]
+    there = [lora for lora in loras if lora is not None]
+    if len(matrices) < len(layers) or len(there) < len(loras):
+        return {"project": lambda x: [layer(x) for layer in layers]}
+    if not there:
+        return {"project": lambda x: _four_bit(x, matrices)}
+    changed = [number for number, layer in enumerate(layers) if isinstance(layer, LoraLayer)]
+    down, ups = torch.cat([each[0] for each in there], 1), [each[1] for each in there]
+
+    def project(x: torch.Tensor) -> list[torch.Tensor]:
+        out = _four_bit(x, matrices)
+        low = (x @ down).split([len(up) for up in ups], -1)
+        for number, part, up in zip(changed, low, ups, strict=True):
+            out[number].addmm_(part, up)
+        return out
+
+    return {"project": project, "sixteen": (down, *ups)}
+
+
+def _one_product(layers: Sequence[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """A function of x that multiplies it with the weights of all these layers at once. They become
+    parts of one matrix."""
     joined = torch.cat([layer.weight.data for layer in layers])
-    parts = joined.split([layer.weight.shape[0] for layer in layers])
-    for layer, part in zip(layers, parts, strict=True):
+    sizes = [layer.weight.shape[0] for layer in layers]
+    for layer, part in zip(layers, joined.split(sizes), strict=True):
         layer.weight.data = part
-    return joined
+    return lambda x: nn.functional.linear(x, joined).split(sizes, -1)
 
 
 @contextmanager
@@ -191,9 +218,10 @@ def fast_layers(model: Any) -> Iterator[bool]:
         triton = all(map(uses_triton, devices)) and dtype.itemsize == 2
         # elsewhere SDPA has kernels for one query a row, beside which ours has not been measured
         lowered = triton and all(card(device).lowered for device in devices)
+        taken: set[nn.Module] = set()  # whose work the attention does
         for module in model.modules():
             kind = type(module).__name__
-            if "forward" in vars(module):
+            if "forward" in vars(module) or module in taken:
                 continue
             if isinstance(module, LoraLayer) and dtype.itemsize == 2:
                 matrices = _sixteen(module, dtype)
@@ -205,9 +233,12 @@ def fast_layers(model: Any) -> Iterator[bool]:
                     change(module, _four_bit_forward, pieces=pieces)
             elif kind == "MixtralAttention" and triton:
                 knows_rows = lowered and module.head_dim in (16, 32, 64, 128, 256)
-                change(module, _decode_attention, joined=_join(module), knows_rows=knows_rows)
+                kept = _projections(module, dtype)
+                change(module, _cached_attention, knows_rows=knows_rows, **kept)
+                if "sixteen" in kept:
+                    taken |= {module.q_proj, module.k_proj, module.v_proj}
             elif kind == "MixtralTopKRouter" and triton:
-                change(module, _decode_router)
+                change(module, _router)
         yield sum(vars(module).get("knows_rows", False) for module in changed) == len(
             model.get_decoder().layers
         )
@@ -215,5 +246,5 @@ def fast_layers(model: Any) -> Iterator[bool]:
         model.config._attn_implementation = before
         for module in changed:
             del module.forward
-            for name in ("joined", "knows_rows", "sixteen", "pieces"):
+            for name in ("project", "knows_rows", "sixteen", "pieces"):
                 vars(module).pop(name, None)

@@ -85,31 +85,51 @@ def by_formula(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
 
 
 def dequantise(
-    pieces: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    out: torch.Tensor | None = None,
-    first: int = 0,
+    pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The weights [E, N, K] in `dtype`, bit for bit bitsandbytes' dequantisation of every expert;
-    or, into `out`, those of the experts from `first` on that it has room for."""
+    """The weights [E, N, K] in `dtype`, bit for bit bitsandbytes' dequantisation of every expert,
+    or of as many as `out` has room for, into that."""
+    with on(pieces["packed"].device):
+        return dequantiser(pieces, dtype, out)(0)
+
+
+def dequantiser(
+    pieces: dict[str, torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
+) -> Callable[[int], torch.Tensor]:
+    """`dequantise` of the experts from a number on, again and again into the same memory, where the
+    pieces' device is the current one."""
     packed, absmax = pieces["packed"], pieces["absmax"]
     nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
-    code, nf4 = lookup_tables(packed.device)
-    kernels = training_kernels(packed.device)
     if out is None:
         out = packed.new_empty((*packed.shape[:2], packed.shape[2] * 2), dtype=dtype)
-    if kernels is not None:
-        with on(packed.device):
-            kernels.dequantise(packed, absmax, nested, offset, code, nf4, out, first)
+    kernels = training_kernels(packed.device)
+    if kernels is None:
+        return functools.partial(_by_torch, packed, absmax, nested, offset, out)
+    write = kernels.dequantiser(packed, absmax, nested, offset, *lookup_tables(packed.device), out)
+
+    def weights(first: int) -> torch.Tensor:
+        write(first)
         return out
-    some = slice(first, first + len(out))
+
+    return weights
+
+
+def _by_torch(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested: torch.Tensor,
+    offset: torch.Tensor,
+    out: torch.Tensor,
+    first: int,
+) -> torch.Tensor:
+    some, code = slice(first, first + len(out)), lookup_tables(packed.device)[0]
     packed, absmax, nested, offset = packed[some], absmax[some], nested[some], offset[some]
     second = nested.repeat_interleave(NESTED_BLOCK, dim=1)[:, : absmax.shape[1]]
     scale = (code[absmax.int()] * second + offset[:, None]).reshape(-1)
     if packed.device.type == "cpu" and out.shape[-1] % BLOCK:
-        return out.copy_(by_formula(packed, scale, dtype).view(out.shape))
+        return out.copy_(by_formula(packed, scale, out.dtype).view(out.shape))
     operator = torch.ops.bitsandbytes.dequantize_4bit
-    arguments = (packed.reshape(-1, 1), scale, BLOCK, "nf4", list(out.shape), dtype)
+    arguments = (packed.reshape(-1, 1), scale, BLOCK, "nf4", list(out.shape), out.dtype)
     if packed.device.type == "cpu":
         return out.copy_(operator(*arguments))
     operator.out(*arguments, out=out)
@@ -188,7 +208,7 @@ def projection_weights(experts: nn.Module, projection: str, dtype: torch.dtype) 
 
 def expert_weights(experts: nn.Module, dtype: torch.dtype) -> Callable[[str, int], torch.Tensor]:
     """A function (projection, expert) -> that expert's weight [N, K] in `dtype`, valid until
-    another one is asked for."""
+    another one is asked for; to be called where the experts' device is the current one."""
     pieces = {
         name: {piece: getattr(experts, f"{name}_{piece}") for piece in PIECES}
         for name in PROJECTIONS
@@ -205,10 +225,12 @@ def expert_weights(experts: nn.Module, dtype: torch.dtype) -> Callable[[str, int
         with torch.inference_mode(False):
             buffer.tensor = torch.empty(max(sizes.values()), dtype=dtype, device=device)
     out = {name: buffer.tensor[: sizes[name]].view(shapes[name]) for name in PROJECTIONS}
+    fill = {name: dequantiser(each, dtype, out[name]) for name, each in pieces.items()}
+    matrices = {name: each[0] for name, each in out.items()}
 
-    @torch.no_grad()
     def weight(projection: str, expert: int) -> torch.Tensor:
-        return dequantise(pieces[projection], dtype, out[projection], expert)[0]
+        fill[projection](expert)
+        return matrices[projection]
 
     return weight
 

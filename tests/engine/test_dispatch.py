@@ -168,15 +168,19 @@ def seeming(monkeypatch):
         def kernels(device):
             if dequantised is None or not dispatch.uses_triton(device):
                 return None
-            return SimpleNamespace(dequantise=dequantise)
+            return SimpleNamespace(dequantiser=dequantiser)
 
-        def dequantise(packed, absmax, nested, offset, code, nf4, out, first):
-            calls.append("dequantise")
+        def dequantiser(packed, absmax, nested, offset, code, nf4, out):
+            pieces = dict(packed=packed, absmax=absmax, nested=nested.view(torch.int32))
+            pieces["offset"] = offset.view(torch.int32)
             with dispatch.using(CPU, "torch"):
-                pieces = dict(packed=packed, absmax=absmax, nested=nested.view(torch.int32))
-                pieces["offset"] = offset.view(torch.int32)
-                storage.dequantise(pieces, out.dtype, out, first)
-            dequantised(out)
+                weights = storage.dequantiser(pieces, out.dtype, out)
+
+            def dequantise(first):
+                calls.append("dequantise")
+                dequantised(weights(first))
+
+            return dequantise
 
         def linear(x, pieces):
             with dispatch.using(CPU, "torch"):

@@ -53,14 +53,25 @@ PLAIN = (
     "combine",
     "swiglu",
     "swiglu in place",
+    "swiglu of the last",
+    "swiglu in place of the last",
     "swiglu backward",
     "swiglu backward of the weights",
 )
-DECODER = [f"step {number} of a decoder" for number in range(4)]
+# target modules of the adapter, and lengths of the prompts: more than 64 tokens together are read
+# by dequantised matrices
+DECODERS = {
+    "a decoder": ((), (12, 3, 7)),
+    "a decoder with an adapter": (("q_proj", "k_proj", "v_proj", "o_proj"), (70, 3, 7)),
+    "a decoder with an adapter of two matrices": (("q_proj", "v_proj"), (12, 3, 7)),
+}
+DECODER = [f"step {number} of {name}" for name in DECODERS for number in range(4)]
 STEP = (
     "rotated query",
     "keys in the cache",
     "values in the cache",
+    "keys of a prompt",
+    "values of a prompt",
     "router",
     "a whole model",
     "a whole model by torch",
@@ -143,7 +154,7 @@ def kernels_differences() -> dict[str, float]:
     for kind in ("float32", "float16"):
         out = torch.full((3, 64, 320), torch.nan, dtype=getattr(torch, kind))
         nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
-        kernels.dequantise(pieces["packed"], pieces["absmax"], nested, offset, code, table, out)
+        kernels.dequantiser(pieces["packed"], pieces["absmax"], nested, offset, code, table, out)(0)
         found[f"dequantise {kind}"] = float(
             not torch.equal(out, storage.dequantise(pieces, getattr(torch, kind)))
         )
@@ -159,10 +170,11 @@ def kernels_differences() -> dict[str, float]:
     weights = torch.rand(tokens, top_k, requires_grad=True)
     gate, up = gate_up.chunk(2, dim=1)
     want = torch.nn.functional.silu(gate) * up * weights.reshape(-1)[order, None]
-    found["swiglu"] = relative(kernels.swiglu(gate_up.detach(), weights.detach(), order), want)
-    found["swiglu in place"] = relative(
-        kernels.swiglu(gate_up.detach().clone(), weights.detach(), order, True), want
-    )
+    for name, in_place in (("swiglu", False), ("swiglu in place", True)):
+        for of, first in (("", 0), (" of the last", 3)):
+            rows = gate_up.detach()[first:].clone()
+            got = kernels.swiglu(rows, weights.detach(), order, in_place, first)
+            found[name + of] = relative(got, want[first:])
     grad = torch.randn_like(want)
     want.backward(grad)
     got = kernels.swiglu_backward(gate_up.detach(), weights.detach(), order, grad)
@@ -181,8 +193,9 @@ def step_differences() -> dict[str, float]:
     keys, values = torch.randn(2, rows, key_heads, columns, size)
     before = keys.clone(), values.clone()
     now = torch.tensor([columns, rows])
+    given = *qkv.split([heads * size, key_heads * size, key_heads * size], -1), cos, sin
     query = decode_step.rotate_and_store(
-        qkv, cos, sin, keys, values, torch.tensor([7]), now, key_heads
+        *given, keys, values, now, key_heads, column=torch.tensor([7])
     )
     parts = qkv.view(rows, -1, size)
     turned = torch.cat([-parts[..., size // 2 :], parts[..., : size // 2]], -1)
@@ -196,10 +209,20 @@ def step_differences() -> dict[str, float]:
     found["values in the cache"] = relative(values, before[1])
     kept = keys.clone(), values.clone()
     decode_step.rotate_and_store(
-        qkv, cos, sin, keys, values, torch.tensor([9]), torch.tensor([columns, 2]), key_heads
+        *given, keys, values, torch.tensor([columns, 2]), key_heads, column=torch.tensor([9])
     )
     changed = torch.stack([a != b for a, b in zip(kept, (keys, values), strict=True)])
     found["a row beyond the batch's"] = float(changed[:, 2].any() or not changed[:, :2, :, 9].all())
+    # the three as tokens of the second row, from a column on
+    kept = keys.clone()
+    decode_step.rotate_and_store(
+        *given, keys, values, now, key_heads, first_row=1, first_column=40, width=3
+    )
+    kept[1, :, 40:43] = want[:, heads : heads + key_heads].transpose(0, 1)
+    found["keys of a prompt"] = relative(keys, kept)
+    found["values of a prompt"] = relative(
+        values[1, :, 40:43], parts[:, heads + key_heads :].transpose(0, 1)
+    )
 
     for name, (rows, place, start, live) in ATTENTION.items():
         columns, size = 320, 32
@@ -253,28 +276,50 @@ def whole_model_differences() -> dict[str, float]:
 def decode_differences() -> dict[str, float]:
     """Steps of three prompts, told what to write: whose attention finds its rows by itself, in a
     step of four rows, against plain torch with a mask."""
+    from prompt_recovery.engine.kernels import dispatch
+
+    cpu = torch.device("cpu")
+    dispatch.act_as(cpu, dispatch.Card(75, 64 * dispatch.KIB))  # where attention is ours
+    found = {}
+    for name, (targets, lengths) in DECODERS.items():
+        logits = decoder_logits(targets, lengths)
+        pairs = zip(logits["triton"], logits["torch"], strict=True)
+        found |= {f"step {number} of {name}": relative(*pair) for number, pair in enumerate(pairs)}
+        found["refused by the check"] = float(not dispatch.uses_triton(cpu))
+    dispatch.forget()
+    return found
+
+
+def decoder_logits(targets: tuple[str, ...], lengths: tuple[int, ...]) -> dict[str, list]:
+    """By kernels, the logits of each step."""
+    from peft import LoraConfig, get_peft_model
+
     from prompt_recovery.engine import load_base
     from prompt_recovery.engine.decoding import Decoder
     from prompt_recovery.engine.generation import ready
     from prompt_recovery.engine.kernels import dispatch
     from prompt_recovery.engine.planning import AnswerPlan
 
-    cpu = torch.device("cpu")
-    dispatch.act_as(cpu, dispatch.Card(75, 64 * dispatch.KIB))  # where attention is ours
     base = load_base(ROOT / "demo" / "tiny-mixtral", torch.float16, four_bit=True, kernels="triton")
-    found = {"refused by the check": float(not dispatch.uses_triton(cpu))}
     base.model.layers = base.model.layers[:2]  # a layer takes seconds
     base.config.num_hidden_layers = 2
-    prompts = [[1, *range(300, 300 + length)] for length in (12, 3, 7)]
+    model = base
+    if targets:
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=[*targets]))
+        torch.manual_seed(0)  # of which no token lies between two experts
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, 0, 0.1)
+    prompts = [[1, *range(300, 300 + length)] for length in lengths]
     logits: dict[str, list[torch.Tensor]] = {}
     shapes = []
     for kernels in dispatch.KERNELS:
         with (
-            dispatch.using(cpu, kernels),
-            ready(base, AnswerPlan((2,), False, 64, 4096)) as prepared,
+            dispatch.using(torch.device("cpu"), kernels),
+            ready(model, AnswerPlan((2,), False, 128, 4096)) as prepared,
         ):
             decoder = Decoder(
-                prepared.parts, [1], rows=3, cache_tokens=4 * 64, max_new_tokens=4, eos=-1, pad=0
+                prepared.parts, [1], rows=3, cache_tokens=4 * 128, max_new_tokens=4, eos=-1, pad=0
             )
             choose, kept = decoder.choose, logits.setdefault(kernels, [])
 
@@ -287,11 +332,7 @@ def decode_differences() -> dict[str, float]:
             decoder.choose = told
             decoder.answer(prompts, [[None]] * 3)
     assert shapes == [3, 4, 4, 4, 3, 3, 3, 3], shapes
-    pairs = list(zip(logits["triton"], logits["torch"], strict=True))
-    dispatch.forget()
-    return found | {
-        f"step {number} of a decoder": relative(*pair) for number, pair in enumerate(pairs)
-    }
+    return logits
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
@@ -33,6 +34,7 @@ from prompt_recovery.engine.kernels import (
     dispatch,
     experts_decode,
     experts_training,
+    launching,
     sm75,
 )
 from prompt_recovery.engine.kernels.dispatch import KIB, Card, Config
@@ -45,7 +47,7 @@ HEADS, KEY_HEADS, HEAD_SIZE = 32, 8, 128
 SHARED = {75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 120: 99 * KIB}
 CARDS = {capability: Card(capability, shared) for capability, shared in SHARED.items()}
 # Functions that kernels call; every other one of these modules is a kernel.
-HELPERS = {"_tile_weights", "_load_levels", "_load_nested", "_scale"}
+HELPERS = {"_multiply", "_tile_weights", "_load_levels", "_load_nested", "_scale"}
 KERNELS = {
     (module.__name__.rsplit(".", 1)[-1], name)
     for module in (decode_step, experts_decode, experts_training)
@@ -143,6 +145,9 @@ def pretend(monkeypatch, tmp_path):
         knobs.runtime.add_stages_inspection_hook = None  # an earlier test's would lower, too
         knobs.cache.dir = str(tmp_path)
         monkeypatch.setattr(JITFunction, "run", run)
+        # what is compiled is not launched the next time either
+        monkeypatch.setattr(CompiledKernel, "__getitem__", lambda *_: lambda *_: None)
+        monkeypatch.setattr(launching, "_compiled", {})
         yield become
         dispatch.forget()
     for function in functions:
@@ -195,7 +200,7 @@ def many_rows(dtype: torch.dtype, tokens: int = 512) -> None:
         packed, absmax, nested, offset = pieces(size, columns).values()
         out = empty(EXPERTS, size, columns, dtype=dtype)
         nested, offset = nested.view(torch.float32), offset.view(torch.float32)
-        experts_training.dequantise(packed, absmax, nested, offset, code, table, out)
+        experts_training.dequantiser(packed, absmax, nested, offset, code, table, out)(0)
     order, weights = empty(rows, dtype=torch.int64), empty(tokens, TOP_K, dtype=torch.float32)
     gate_up = empty(rows, 2 * INNER, dtype=dtype)
     experts_training.gather(empty(tokens, HIDDEN, dtype=dtype), order, TOP_K)
@@ -208,10 +213,15 @@ def many_rows(dtype: torch.dtype, tokens: int = 512) -> None:
 def decode_attention(dtype: torch.dtype, rows: int, columns: int = 1024) -> None:
     """The launches of decode_step: rotary embedding with the cache, attention, and the router."""
     qkv = empty(rows, (HEADS + 2 * KEY_HEADS) * HEAD_SIZE, dtype=dtype)
+    parts = qkv.split([each * HEAD_SIZE for each in (HEADS, KEY_HEADS, KEY_HEADS)], -1)
     angle, column = empty(rows, HEAD_SIZE, dtype=dtype), empty(1, dtype=torch.int64)
     cache = empty(rows * KEY_HEADS * columns * HEAD_SIZE, dtype=dtype)
     now, padding = empty(2, dtype=torch.int64), empty(rows, 1, dtype=torch.int64)
-    query = decode_step.rotate_and_store(qkv, angle, angle, cache, cache, column, now, KEY_HEADS)
+    prompt = dict(first_row=3, first_column=17, width=5)
+    for where in (prompt, dict(column=column)):
+        query = decode_step.rotate_and_store(
+            *parts, angle, angle, cache, cache, now, KEY_HEADS, **where
+        )
     decode_step.attend(query, cache, cache, padding, column, now, 17, KEY_HEADS, HEAD_SIZE**-0.5)
     x, gate = empty(rows, HIDDEN, dtype=dtype), empty(EXPERTS, HIDDEN, dtype=dtype)
     decode_step.choose_experts(x, gate, TOP_K)
@@ -221,7 +231,8 @@ def as_dispatched(card: Card) -> set[tuple]:
     """Rows of a tile, gate and Config of every projection that dispatch can choose on a card."""
     tiles = {dispatch.tile_rows(card, tokens) for tokens in range(1, dispatch.FEW_TOKENS + 1)}
     both = {m: dispatch.configs(card, m) for m in tiles}
-    return {(m, gate, *both[m][0 if gate else 1]) for m in tiles for gate in (True, False)}
+    chosen = {(m, gate): both[m][0 if gate else 1] for m in tiles for gate in (True, False)}
+    return {(*key, *each._replace(short=each.short or key[0])) for key, each in chosen.items()}
 
 
 def none(compiled, wrong) -> None:
@@ -250,7 +261,7 @@ def test_every_kernel_compiles_and_fits(pretend, capability):
     projections = [each for each in compiled if each.name == "_project"]
 
     assert {(each.module, each.name) for each in compiled} == KERNELS
-    names = ("M", "GATE", "ROWS", "WARPS", "BLOCKS", "num_stages", "SPLIT", "maxnreg")
+    names = ("M", "GATE", "ROWS", "WARPS", "BLOCKS", "num_stages", "SPLIT", "maxnreg", "SHORT")
     launched = {tuple(each.arguments[name] for name in names) for each in projections}
     # (one stage in place of more, where those don't fit, is compiled beside them)
     assert asked <= launched
@@ -290,3 +301,31 @@ def test_spilled_registers_are_seen(pretend):
     projections = [each for each in launches.values() if each.name == "_project"]
     assert {each.arguments["GATE"] for each in projections} == {True, False}
     none(projections, lambda each: each.spilled == 0)
+
+
+def test_a_launch_finds_the_kernel_that_triton_would(pretend, monkeypatch):
+    """Compiled for the same alignments, dtypes and whole numbers: by one compiled for others a
+    launch would read and write wrongly."""
+    pretend(CARDS[90])
+    again = []
+    monkeypatch.setattr(
+        CompiledKernel, "__getitem__", lambda kernel, _: lambda *_: again.append(kernel)
+    )
+    kernel, constants = experts_training._gather, {"K": 2, "BLOCK": 64}
+    half, order = torch.zeros(1025, dtype=torch.float16), torch.zeros(9, dtype=torch.int64)
+    others = [  # of which each is compiled otherwise
+        (half[:1024], order[:8], 64),
+        (half[1:], order[:8], 64),
+        (half[:1024], order[1:], 64),
+        (half[:1024].bfloat16(), order[:8], 64),
+        (half[:1024].float(), order[:8], 64),
+        (half[:1024], order[:8], 63),
+        (half[:1024], order[:8], 1),
+    ]
+    kernels = []
+    for x, where, columns in others:
+        arguments = x, where, torch.empty_like(half), columns
+        for _ in range(2):
+            launching.launch(kernel, (8, 1, 1), arguments, constants, num_warps=4)
+        kernels.append(kernel.run(*arguments, **constants, grid=(8,), warmup=True, num_warps=4))
+    assert again == kernels and len({each.hash for each in kernels}) == len(others)

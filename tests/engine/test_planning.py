@@ -200,13 +200,13 @@ def test_the_table_is_what_torch_holds(rows, length, piece, merged, tmp_path, mo
     monkeypatch.setattr(planning, "LONGEST", columns)
     monkeypatch.setattr(planning, "GRAPHS", 0)
     # bitsandbytes' way on a CPU has index tensors of its own
-    dequantise = storage.dequantise
+    by_torch = storage._by_torch
 
     def uncounted(*args, **kwargs):
         with _disable_current_modes():
-            return dequantise(*args, **kwargs)
+            return by_torch(*args, **kwargs)
 
-    monkeypatch.setattr(storage, "dequantise", uncounted)
+    monkeypatch.setattr(storage, "_by_torch", uncounted)
     prompts = random_prompts([length] * rows)
     with Alive() as alive, ready(lora, AnswerPlan((2,), merged, piece, rows * columns)) as prepared:
         alive.peak = alive.now

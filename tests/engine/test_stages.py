@@ -346,3 +346,21 @@ def test_a_thread_that_waits_for_its_card_lets_another_launch():
     assert order == ["first launches", "second launches", "second is done", "first goes on"]
     with turns.waiting():  # without a turn there is nothing to let go
         pass
+
+
+def test_turns_go_round():
+    order = []
+
+    def work(name):
+        with turns.turn():
+            for _ in range(3):
+                order.append(name)
+                turns.pause()
+
+    with ThreadPoolExecutor(3) as pool, turns.turn():
+        for number, name in enumerate("abc"):
+            pool.submit(work, name)
+            while len(turns._line.waiting) <= number:
+                time.sleep(0.001)
+    assert "".join(order) == "abcabcabc"
+    turns.pause()  # without a turn there is nothing to let go

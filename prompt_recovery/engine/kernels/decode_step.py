@@ -1,4 +1,4 @@
-"""Triton kernels for the small work of a decode step: what takes some twenty launches a layer in
+"""Triton kernels for the small work of a layer that answers: what takes some twenty launches in
 transformers takes four.
 
 Rows and columns of the cache are read from the device, so that one captured step serves batches of
@@ -12,71 +12,89 @@ import triton
 import triton.language as tl
 
 from prompt_recovery.engine.kernels.dispatch import card, launch_options
+from prompt_recovery.engine.kernels.launching import launch
 
 # Programs that a launch of attention should have: twice the multiprocessors of an H100, three times
 # those of a T4
 PROGRAMS = 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "first_column", "width"])
 def _rotate_and_store(
-    qkv, cos, sin, column, now, query, keys, values,
+    q, k, v, cos, sin, column, now, query, keys, values,
+    q_stride, k_stride, v_stride, first_row, first_column, width,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     size: tl.constexpr = HALF * 2
     at = tl.arange(0, HALF)
-    source = qkv + (row * (HEADS + 2 * KEY_HEADS) + head) * size
-    low, high = tl.load(source + at), tl.load(source + HALF + at)
-    kind = qkv.dtype.element_ty
-    place, columns = tl.load(column), tl.load(now)
+    row, place, columns = first_row + token // width, first_column + token % width, tl.load(now)
+    if column is not None:
+        place += tl.load(column)
     # rows beyond those of the batch have no cache
     there = (head < HEADS) | (row < tl.load(now + 1))
+    if head < HEADS:
+        source = q + token * q_stride + head * size
+        target = query + (token * HEADS + head) * size
+    elif head < HEADS + KEY_HEADS:
+        source = k + token * k_stride + (head - HEADS) * size
+        target = keys + ((row * KEY_HEADS + head - HEADS) * columns + place) * size
+    else:
+        source = v + token * v_stride + (head - HEADS - KEY_HEADS) * size
+        target = values + ((row * KEY_HEADS + head - HEADS - KEY_HEADS) * columns + place) * size
+    low, high = tl.load(source + at), tl.load(source + HALF + at)
+    kind = q.dtype.element_ty
     if head < HEADS + KEY_HEADS:
         cosine, sine = (
-            tl.load(cos + row * size + at).to(tl.float32),
-            tl.load(sin + row * size + at).to(tl.float32),
+            tl.load(cos + token * size + at).to(tl.float32),
+            tl.load(sin + token * size + at).to(tl.float32),
         )
         left, right = low.to(tl.float32), high.to(tl.float32)
         low, high = (left * cosine - right * sine).to(kind), (right * cosine + left * sine).to(kind)
-    if head < HEADS:
-        target = query + (row * HEADS + head) * size
-    elif head < HEADS + KEY_HEADS:
-        target = keys + ((row * KEY_HEADS + head - HEADS) * columns + place) * size
-    else:
-        target = values + ((row * KEY_HEADS + head - HEADS - KEY_HEADS) * columns + place) * size
     tl.store(target + at, low, mask=(at >= 0) & there)
     tl.store(target + HALF + at, high, mask=(at >= 0) & there)
 
 
 def rotate_and_store(
-    qkv: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    column: torch.Tensor,
     now: torch.Tensor,
     key_heads: int,
+    *,
+    column: torch.Tensor | None = None,
+    first_row: int = 0,
+    first_column: int = 0,
+    width: int = 1,
 ) -> torch.Tensor:
-    """Rotary embedding of one token a row; its key and value go to `column` of the cache. Gives the
-    query [R, heads, D].
+    """Rotary embedding of tokens, `width` of each row; their keys and values go to the cache. Gives
+    the queries [T, heads, D].
 
     Args:
-        qkv: [R, (heads + 2 * key_heads) * D] of 16 or 32 bit, one after the other.
-        cos, sin: [R, D], both halves alike.
+        q, k, v: [T, heads * D] and [T, key_heads * D] of 16 or 32 bit, a row after the other.
+        cos, sin: [T, D], both halves alike.
         keys, values: memory that begins with [rows, key_heads, columns, D].
-        column: int64 [1].
-        now: int64 [2], columns and rows of the cache. Rows of qkv beyond these leave nothing there.
+        now: int64 [2], columns and rows of the cache. Rows beyond these leave nothing there.
         key_heads: heads of keys and values.
+        column: int64 [1] on the device, the first column of the tokens; None: first_column.
+        first_row, first_column: of the cache, where the tokens go.
     """
-    rows, size = cos.shape
-    heads = qkv.shape[1] // size - 2 * key_heads
-    query = qkv.new_empty(rows, heads, size)
-    _rotate_and_store[(rows, heads + 2 * key_heads)](
-        qkv, cos, sin, column, now, query, keys, values,
-        HEADS=heads, KEY_HEADS=key_heads, HALF=size // 2, num_warps=1, **launch_options(qkv.device),
+    tokens, size = cos.shape
+    heads = q.shape[1] // size
+    query = q.new_empty(tokens, heads, size)
+    launch(
+        _rotate_and_store,
+        (tokens, heads + 2 * key_heads, 1),
+        (q, k, v, cos, sin, column, now, query, keys, values,
+         q.stride(0), k.stride(0), v.stride(0)),
+        {"HEADS": heads, "KEY_HEADS": key_heads, "HALF": size // 2},
+        (first_row, first_column, width),
+        num_warps=1,
     )  # fmt: skip
     return query
 
@@ -263,17 +281,16 @@ def choose_experts(
     tokens, experts = x.shape[0], gate.shape[0]
     top_k_weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     top_k_index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
-    _choose_experts[(tokens,)](
-        x,
-        gate,
-        top_k_weights,
-        top_k_index,
-        x.shape[1],
-        EXPERTS=experts,
-        PADDED=triton.next_power_of_2(experts),
-        TOP_K=top_k,
-        BLOCK=2048,
+    launch(
+        _choose_experts,
+        (tokens, 1, 1),
+        (x, gate, top_k_weights, top_k_index, x.shape[1]),
+        {
+            "EXPERTS": experts,
+            "PADDED": 1 << (experts - 1).bit_length(),
+            "TOP_K": top_k,
+            "BLOCK": 2048,
+        },
         num_warps=8,  # one token is one program: long reads, few of them
-        **launch_options(x.device),
     )
     return top_k_weights, top_k_index

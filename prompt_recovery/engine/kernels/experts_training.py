@@ -7,11 +7,19 @@ uses atomics, so results do not vary between runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from prompt_recovery.engine.kernels.dispatch import launch_options
+from prompt_recovery.engine.kernels.launching import launch
+
+
+def _block(columns: int, most: int) -> int:
+    """Columns that a program takes at a time: a power of 2."""
+    # triton.next_power_of_2 and cdiv take 4 us a call, a launch 25
+    return min(most, 1 << (columns - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -23,9 +31,9 @@ def _dequantise(
     code,
     table,
     out,
-    first,
     blocks_per_expert,
     nested_per_expert,
+    first,
     BLOCKS: tl.constexpr,
 ):
     number = tl.program_id(1).to(tl.int64)
@@ -46,7 +54,7 @@ def _dequantise(
     tl.store(out + at, tl.interleave(high, low), mask=inside[:, None])
 
 
-def dequantise(
+def dequantiser(
     packed: torch.Tensor,
     absmax: torch.Tensor,
     nested: torch.Tensor,
@@ -54,12 +62,11 @@ def dequantise(
     code: torch.Tensor,
     table: torch.Tensor,
     out: torch.Tensor,
-    first: int = 0,
     blocks: int = 64,
     warps: int = 4,
-) -> None:
-    """Write the weights of the experts from `first` on that `out` has room for, bit for bit what
-    bitsandbytes' two dequantisations give.
+) -> Callable[[int], None]:
+    """A function that writes the weights of the experts from this number on that `out` has room
+    for, bit for bit what bitsandbytes' two dequantisations give.
 
     Args:
         packed: [E, rows, columns / 2] uint8.
@@ -69,12 +76,18 @@ def dequantise(
         out: [N, rows, columns] of 16 or 32 bit.
         blocks, warps: of a program; launch parameters.
     """
-    experts, per_expert = out.shape[0], absmax.shape[1]
-    # no fused multiply-add: bitsandbytes rounds the product before it adds the offset
-    _dequantise[(triton.cdiv(per_expert, blocks), experts)](
-        packed, absmax, nested, offset, code, table, out, first, per_expert, nested.shape[1],
-        BLOCKS=blocks, num_warps=warps, enable_fp_fusion=False, **launch_options(packed.device),
-    )  # fmt: skip
+    per_expert = absmax.shape[1]
+    arguments = packed, absmax, nested, offset, code, table, out, per_expert, nested.shape[1]
+    grid = (-(-per_expert // blocks), out.shape[0], 1)
+
+    def dequantise(first: int) -> None:
+        # no fused multiply-add: bitsandbytes rounds the product before it adds the offset
+        launch(
+            _dequantise, grid, arguments, {"BLOCKS": blocks}, [first],
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    return dequantise
 
 
 @triton.jit
@@ -92,10 +105,8 @@ def _gather(x, order, out, columns, K: tl.constexpr, BLOCK: tl.constexpr):
 def gather(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
     """Rows of x [T, H] in expert order: row r is x[order[r] // top_k]. Gives [T * top_k, H]."""
     out = x.new_empty(order.numel(), x.shape[1])
-    block = min(4096, triton.next_power_of_2(x.shape[1]))
-    _gather[(order.numel(),)](
-        x, order, out, x.shape[1], K=top_k, BLOCK=block, num_warps=4, **launch_options(x.device)
-    )
+    grid, constants = (order.numel(), 1, 1), {"K": top_k, "BLOCK": _block(x.shape[1], 4096)}
+    launch(_gather, grid, (x, order, out, x.shape[1]), constants, num_warps=4)
     return out
 
 
@@ -115,45 +126,40 @@ def combine(rows: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tens
     """Sum, in fp32, of the top_k rows of each token: rows [T * top_k, H] in expert order -> [T,
     H]."""
     out = rows.new_empty(inverse.numel() // top_k, rows.shape[1])
-    block = min(2048, triton.next_power_of_2(rows.shape[1]))
-    grid = (out.shape[0], triton.cdiv(rows.shape[1], block))
-    _combine[grid](
-        rows,
-        inverse,
-        out,
-        rows.shape[1],
-        K=top_k,
-        BLOCK=block,
-        num_warps=4,
-        **launch_options(rows.device),
-    )
+    block = _block(rows.shape[1], 2048)
+    grid = (out.shape[0], -(-rows.shape[1] // block), 1)
+    arguments, constants = (rows, inverse, out, rows.shape[1]), {"K": top_k, "BLOCK": block}
+    launch(_combine, grid, arguments, constants, num_warps=4)
     return out
 
 
-@triton.jit
-def _swiglu(gate_up, weights, order, out, width, stride, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["first"])
+def _swiglu(gate_up, weights, order, out, width, stride, first, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weights + tl.load(order + row)).to(tl.float32)
+    weight = tl.load(weights + tl.load(order + first + row)).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up * weight
     tl.store(out + row * stride + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 def swiglu(
-    gate_up: torch.Tensor, top_k_weights: torch.Tensor, order: torch.Tensor, in_place: bool = False
+    gate_up: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    order: torch.Tensor,
+    in_place: bool = False,
+    first: int = 0,
 ) -> torch.Tensor:
-    """silu(gate) * up * routing weight: gate_up [R, 2 * I], top_k_weights [T, K], order [R] ->
-    [R, I], in_place over the gates."""
+    """silu(gate) * up * routing weight of the rows in expert order from `first` on: gate_up [R, 2 *
+    I], top_k_weights [T, K], order [T * K] -> [R, I], in_place over the gates."""
     width = gate_up.shape[1] // 2
     out = gate_up[:, :width] if in_place else gate_up.new_empty(gate_up.shape[0], width)
-    block = min(2048, triton.next_power_of_2(width))
-    _swiglu[(gate_up.shape[0], triton.cdiv(width, block))](
-        gate_up, top_k_weights, order, out, width, out.stride(0), BLOCK=block, num_warps=4,
-        **launch_options(gate_up.device),
-    )  # fmt: skip
+    block = _block(width, 2048)
+    grid = (gate_up.shape[0], -(-width // block), 1)
+    arguments = gate_up, top_k_weights, order, out, width, out.stride(0)
+    launch(_swiglu, grid, arguments, {"BLOCK": block}, [first], num_warps=4)
     return out
 
 
@@ -190,9 +196,11 @@ def swiglu_backward(
     [R, I]."""
     width = gate_up.shape[1] // 2
     grad_gate_up, grad_weights = torch.empty_like(gate_up), torch.empty_like(top_k_weights)
-    block = min(2048, triton.next_power_of_2(width))
-    _swiglu_backward[(gate_up.shape[0],)](
-        gate_up, top_k_weights, order, grad, grad_gate_up, grad_weights, width,
-        BLOCK=block, num_warps=8, **launch_options(gate_up.device),
-    )  # fmt: skip
+    launch(
+        _swiglu_backward,
+        (gate_up.shape[0], 1, 1),
+        (gate_up, top_k_weights, order, grad, grad_gate_up, grad_weights, width),
+        {"BLOCK": _block(width, 2048)},
+        num_warps=8,
+    )
     return grad_gate_up, grad_weights
