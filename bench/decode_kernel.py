@@ -1,18 +1,19 @@
-"""Experts of 32 layers at Mixtral-8x7B's true shape by number of tokens, uniform routing, on one
-GPU.
+"""Experts of 32 layers at Mixtral-8x7B's true shape by number of tokens, on one GPU.
 
-python bench/decode_kernel.py [--t4] [--tune SECONDS]
+python bench/decode_kernel.py [--t4] [--preferred] [--tune SECONDS]
 
 Of each number of tokens: the decode kernel at what dispatch chooses (ms in a CUDA graph, share of
 the floor that reading the weights once sets, error against fp32) and the way of many rows. --t4:
-fp16, lowered to sm_75. --tune: other launch parameters and tiles first, each projection's for so
-many seconds. 8 layers are timed and scaled, 5.8 GB.
+fp16, lowered to sm_75. --preferred: routing that prefers some experts, others in each layer; else
+it is uniform. --tune: other launch parameters and tiles first, each projection's for so many
+seconds. 8 layers are timed and scaled, 5.8 GB.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -29,11 +30,12 @@ UP = {  # by rows of a tile
     8: [Config(32, 4, 2, 4), Config(16, 8, 2, 4), Config(32, 8, 2, 3), Config(16, 4, 2, 6)],
     16: [Config(16, 4, 2, 6), Config(16, 8, 2, 4), Config(32, 4, 2, 4), Config(16, 4, 4, 4)],
     32: [
+        Config(16, 4, 2, 5, short=16),
+        Config(16, 4, 2, 5, short=8),
         Config(16, 4, 2, 6),
         Config(16, 8, 2, 4),
         Config(16, 8, 1, 6),
         Config(32, 4, 1, 6),
-        Config(16, 4, 2, 4),
     ],
 }
 DOWN = {
@@ -50,6 +52,7 @@ DOWN = {
         Config(32, 8, 2, 4, 4, 128),
     ],
     32: [
+        Config(32, 4, 2, 5, 4, short=16),
         Config(32, 4, 2, 6, 4),
         Config(16, 8, 2, 6, 4, 128),
         Config(16, 8, 2, 5, 4),
@@ -66,6 +69,7 @@ T4_UP = {
         Config(16, 4, 4, 1),
     ],
     16: [
+        Config(16, 8, 4, 1, short=8),
         Config(16, 8, 2, 1),
         Config(32, 8, 2, 1),
         Config(16, 8, 4, 1),
@@ -81,6 +85,7 @@ T4_DOWN = {
         Config(32, 4, 2, 1, 4),
     ],
     16: [
+        Config(16, 8, 4, 1, 4, short=8),
         Config(16, 8, 4, 1, 4),
         Config(32, 4, 2, 1, 4),
         Config(16, 8, 2, 1, 4),
@@ -106,14 +111,17 @@ def layer(seed: int) -> SimpleNamespace:
     return SimpleNamespace(**made)
 
 
-def inputs(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    tokens: int, dtype: torch.dtype, preferred: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """preferred: seed of the experts that the router prefers; None: it prefers none."""
     generator = torch.Generator("cuda").manual_seed(100 + tokens)
     x = torch.randn(tokens, HIDDEN, device="cuda", generator=generator).to(dtype)
-    top_k_weights, index = (
-        torch.randn(tokens, EXPERTS, device="cuda", generator=generator)
-        .softmax(-1)
-        .topk(TOP_K, dim=-1)
-    )
+    logits = torch.randn(tokens, EXPERTS, device="cuda", generator=generator)
+    if preferred is not None:  # 3.8 experts of a layer for 16 tokens, 4.4 for 64
+        generator.manual_seed(preferred)
+        logits = 0.5 * logits + 1.6 * torch.randn(EXPERTS, device="cuda", generator=generator)
+    top_k_weights, index = logits.softmax(-1).topk(TOP_K, dim=-1)
     return x, index, top_k_weights / top_k_weights.sum(1, keepdim=True)
 
 
@@ -155,7 +163,9 @@ def graph_ms(call) -> float:
 
 
 @torch.no_grad()
-def tune(layers: list[SimpleNamespace], dtype: torch.dtype, seconds: float, lowered: bool) -> None:
+def tune(
+    layers: list[SimpleNamespace], seconds: float, lowered: bool, each_layer: Callable[[int], list]
+) -> None:
     """Each projection's other parameters beside the first, the other projection left as dispatch
     has it."""
     card = dispatch.card(torch.device("cuda", 0))
@@ -193,11 +203,11 @@ def tune(layers: list[SimpleNamespace], dtype: torch.dtype, seconds: float, lowe
                     if time.monotonic() - begun > seconds:
                         texts.append("-")
                         continue
-                    arguments = inputs(count, dtype)
-                    pair = (both[0], both[1])
+                    pairs = [*zip(each_layer(count), layers, strict=True)]
+                    chosen = (both[0], both[1])
                     try:
-                        spent = graph_ms(lambda a=arguments, pair=pair, rows=rows: [
-                            experts_decode.few_rows(*a, each, pair, rows) for each in layers
+                        spent = graph_ms(lambda pairs=pairs, chosen=chosen, rows=rows: [
+                            experts_decode.few_rows(*a, e, chosen, rows) for a, e in pairs
                         ])  # fmt: skip
                         texts.append(f"{spent:.2f}")
                     except Exception as problem:  # parameters that fail are a line
@@ -211,6 +221,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--t4", action="store_true")
+    parser.add_argument("--preferred", action="store_true")
     parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
     rate, bandwidth = device_rates()
@@ -226,15 +237,21 @@ def main() -> None:
         flush=True,
     )
     layers = [layer(seed) for seed in range(LAYERS)]
+
+    def each_layer(tokens: int) -> list:
+        return [inputs(tokens, dtype, seed if args.preferred else None) for seed in range(LAYERS)]
+
     if args.tune:
-        tune(layers, dtype, args.tune, args.t4)
+        tune(layers, args.tune, args.t4, each_layer)
     print("tokens  tile  decode kernel, ms  of the floor  error    many rows, ms", flush=True)
     for tokens in TOKENS:
-        arguments = inputs(tokens, dtype)
+        given = each_layer(tokens)
+        arguments = given[0]
         found = experts_decode.few_rows(*arguments, layers[0])
         true = reference(layers[0], *arguments)
         error = ((found.float() - true).norm() / true.norm()).item()
-        spent = graph_ms(lambda a=arguments: [experts_decode.few_rows(*a, each) for each in layers])
+        pairs = [*zip(given, layers, strict=True)]
+        spent = graph_ms(lambda pairs=pairs: [experts_decode.few_rows(*a, e) for a, e in pairs])
         many, start = float("nan"), 0.0
         if tokens >= 64:
             for each in [layers[0], *layers]:  # the first one compiles
@@ -250,7 +267,7 @@ def main() -> None:
                 vars(each).pop("workspace", None)
             torch.cuda.synchronize()
             many = (time.monotonic() - start) * 1e3 * ALL_LAYERS / LAYERS
-        hit = len(arguments[1].unique())
+        hit = sum(len(index.unique()) for _, index, _ in given) / LAYERS
         floor = hit * 3 * HIDDEN * INNER * NF4_BYTES * ALL_LAYERS / (bandwidth * 1e12) * 1e3
         tile = dispatch.tile_rows(card, tokens)
         print(
