@@ -167,7 +167,7 @@ def _projections(attention: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     if all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
         return {"project": _one_product(layers)}
     loras = [_sixteen(layer, dtype) for layer in layers if isinstance(layer, LoraLayer)]
-    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    bases = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
     four_bit = [linear_pieces(base) for base in bases if isinstance(base, bnb.nn.Linear4bit)]
     matrices = [pieces for pieces in four_bit if pieces is not None]
     there = [lora for lora in loras if lora is not None]
@@ -231,7 +231,7 @@ def fast_layers(model: Any) -> Iterator[bool]:
                 pieces = linear_pieces(module)
                 if pieces is not None:
                     change(module, _four_bit_forward, pieces=pieces)
-            elif kind == "MixtralAttention" and triton:
+            elif kind == "MixtralAttention" and triton and module.head_dim.bit_count() == 1:
                 knows_rows = lowered and module.head_dim in (16, 32, 64, 128, 256)
                 kept = _projections(module, dtype)
                 change(module, _cached_attention, knows_rows=knows_rows, **kept)

@@ -59,12 +59,14 @@ def waiting() -> Iterator[None]:
     """Inside, this thread waits for its card, and the turn is another's."""
     holds = getattr(_here, "holds", False)
     if holds:
+        _here.holds = False
         _line.give()
     try:
         yield
     finally:
         if holds:
             _line.take()
+            _here.holds = True
 
 
 def pause() -> None:

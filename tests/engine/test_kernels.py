@@ -48,6 +48,7 @@ EXACT = (
     "dequantise float16",
     "gather",
     "few rows twice",
+    "router that is not finite",
 )
 PLAIN = (
     "combine",
@@ -249,6 +250,11 @@ def step_differences() -> dict[str, float]:
     odds, chosen = torch.softmax(x @ gate.T, -1).topk(2)
     found["router"] = relative(weights, odds / odds.sum(-1, keepdim=True)) + float(
         not torch.equal(index, chosen)
+    )
+    gate[4] = torch.nan
+    weights, index = decode_step.choose_experts(x, gate, 2)
+    found["router that is not finite"] = float(
+        not weights.isnan().all() or not ((index >= 0) & (index < 6)).all()
     )
     return found
 

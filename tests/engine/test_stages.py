@@ -363,4 +363,8 @@ def test_turns_go_round():
             while len(turns._line.waiting) <= number:
                 time.sleep(0.001)
     assert "".join(order) == "abcabcabc"
+    with turns.turn(), turns.waiting(), turns.waiting():
+        with ThreadPoolExecutor(1) as pool:  # the turn is let go once
+            pool.submit(turns._line.take).result(10)
+            turns._line.give()
     turns.pause()  # without a turn there is nothing to let go

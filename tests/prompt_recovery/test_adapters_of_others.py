@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig
 
@@ -18,6 +18,7 @@ from prompt_recovery.adapter import check_adapter, load_adapter
 from prompt_recovery.adapter_files import CONFIG, WEIGHTS, AdapterError
 from prompt_recovery.base import base_fingerprint, stored_fingerprint
 from prompt_recovery.engine import generate, layers, loading, merging, ready
+from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.planning import AnswerPlan
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -196,6 +197,37 @@ def test_a_plan_leaves_room_for_the_16_bit_copies_of_an_adapter_of_any_rank(tmp_
         taken = sum(tensor.nbytes for pair in copies for tensor in pair)
     assert layers.bytes_of_copies(lora, cpu) == taken > 0
     assert layers.bytes_of_copies(loading.load_base(TINY), cpu) == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=ATTENTION),
+        LoraConfig(target_modules=["q_proj", "v_proj"], **KINDS["rank_pattern"]),
+        LoraConfig(target_modules=["k_proj"], **KINDS["dora"]),
+        LoraConfig(target_modules=["o_proj"]),
+        VeraConfig(target_modules=ATTENTION, r=8),
+    ],
+    ids=["all", "two of different ranks", "dora", "another matrix", "no LoRA"],
+)
+def test_queries_keys_and_values_are_one_product_or_those_of_their_layers(config):
+    """VeRA's matrices had been left out without a word."""
+    lora = get_peft_model(loading.load_base(TINY, torch.float16, True), config)
+    torch.manual_seed(0)
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name or "vera_lambda" in name:
+            torch.nn.init.normal_(weight, 0, 0.1)
+    attention, cpu = lora.get_base_model().model.layers[0].self_attn, torch.device("cpu")
+    x = torch.randn(70, attention.q_proj.in_features).half()
+    with torch.inference_mode():
+        matrices = (attention.q_proj, attention.k_proj, attention.v_proj)
+        expected = [layer(x).float() for layer in matrices]
+        with dispatch.using(cpu, "triton"), layers.fast_layers(lora.get_base_model()):
+            with dispatch.using(cpu, "torch"):
+                found = vars(attention)["project"](x)
+    for got, want in zip(found, expected, strict=True):
+        assert (got.float() - want).norm() / want.norm() < 2e-3
+    assert "project" not in vars(attention)
 
 
 def test_an_adapter_that_can_not_be_put_on_leaves_the_base_as_it_was(made, monkeypatch):

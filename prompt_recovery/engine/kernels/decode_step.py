@@ -260,14 +260,14 @@ def _choose_experts(
     logits = tl.where(expert < EXPERTS, logits, float("-inf"))
     odds = tl.exp(logits - tl.max(logits, 0))
     left = odds
-    chosen = 0.0
+    chosen = tl.sum(odds, 0) * 0.0  # NaN if a logit is, which a maximum leaves out
     for _ in tl.static_range(TOP_K):
         best = tl.argmax(left, 0)
         chosen += tl.max(left, 0)
         left = tl.where(expert == best, -1.0, left)
     left = odds
     for choice in tl.static_range(TOP_K):
-        best = tl.argmax(left, 0)
+        best = tl.minimum(tl.argmax(left, 0), EXPERTS - 1)  # where all are NaN, too
         tl.store(index + row * TOP_K + choice, best.to(tl.int64))
         tl.store(weights + row * TOP_K + choice, tl.max(left, 0) / chosen)
         left = tl.where(expert == best, -1.0, left)
