@@ -262,7 +262,7 @@ def main() -> None:
                     forward._one_at_a_time(arguments[0], each, routing, arguments[2])
                 else:
                     rows = forward._GateUp.apply(arguments[0], each, routing, False)
-                    rows = forward._SwiGlu.apply(rows, arguments[2], routing.order, True)
+                    rows = forward._swiglu(rows, arguments[2], routing.order, True)
                     forward._Down.apply(rows, each, routing)
                 vars(each).pop("workspace", None)
             torch.cuda.synchronize()

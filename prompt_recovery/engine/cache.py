@@ -63,7 +63,6 @@ class StaticCache:
         self.rows = rows
         self.column = None if isinstance(columns, slice) else columns
         self.where = columns if isinstance(columns, slice) else slice(None)
-        self.start_column = self.where.start or 0
 
     def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values that the forward reads, once its own are there."""

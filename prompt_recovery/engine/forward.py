@@ -152,20 +152,31 @@ class _GateUp(torch.autograd.Function):
         return _combine(rows, ctx.routing), None, None, None
 
 
+def _swiglu(
+    gate_up: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    order: torch.Tensor,
+    in_place: bool,
+    first: int = 0,
+) -> torch.Tensor:
+    """Gate and up rows [R, 2I] of the places from `first` on in the order, routing weights [T,
+    top_k] -> silu(gate) * up * weight [R, I]; with Triton in_place, over the gates."""
+    kernels = training_kernels(gate_up.device)
+    if kernels is not None and gate_up.shape[0]:
+        return kernels.swiglu(gate_up, top_k_weights.contiguous(), order, in_place, first)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    weight = top_k_weights.reshape(-1)[order[first : first + len(gate_up)], None].float()
+    return (nn.functional.silu(gate) * up * weight).to(gate_up.dtype)
+
+
 class _SwiGlu(torch.autograd.Function):
-    """Gate and up rows [R, 2I], routing weights [T, top_k] -> silu(gate) * up * weight [R, I]; with
-    Triton in place, over the gates, where no gradient will be asked for."""
+    """`_swiglu` of all rows, with gradients."""
 
     @staticmethod
-    def forward(ctx, gate_up, top_k_weights, order, in_place):
+    def forward(ctx, gate_up, top_k_weights, order):
         ctx.order = order
         ctx.save_for_backward(gate_up, top_k_weights)
-        kernels = training_kernels(gate_up.device)
-        if kernels is not None and gate_up.shape[0]:
-            return kernels.swiglu(gate_up, top_k_weights.contiguous(), order, in_place)
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        weight = top_k_weights.reshape(-1)[order, None].float()
-        return (nn.functional.silu(gate) * up * weight).to(gate_up.dtype)
+        return _swiglu(gate_up, top_k_weights, order, in_place=False)
 
     @staticmethod
     def backward(ctx, grad):
@@ -173,7 +184,7 @@ class _SwiGlu(torch.autograd.Function):
         kernels = training_kernels(gate_up.device)
         if kernels is not None and gate_up.shape[0]:
             weight, grad = top_k_weights.contiguous(), grad.contiguous()
-            return *kernels.swiglu_backward(gate_up, weight, ctx.order, grad), None, None
+            return *kernels.swiglu_backward(gate_up, weight, ctx.order, grad), None
         gate, up = gate_up.float().chunk(2, dim=-1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
@@ -183,7 +194,7 @@ class _SwiGlu(torch.autograd.Function):
         received = received * top_k_weights.reshape(-1)[ctx.order, None].float()
         grad_gate = received * up * (sigmoid + silu * (1 - sigmoid))
         grad_gate_up = torch.cat((grad_gate, received * silu), dim=1).to(gate_up.dtype)
-        return grad_gate_up, grad_weights.view_as(top_k_weights), None, None
+        return grad_gate_up, grad_weights.view_as(top_k_weights), None
 
 
 class _Down(torch.autograd.Function):
@@ -217,12 +228,9 @@ def experts_forward(
     to hidden_states and top_k_weights only.
     """
     kind = hidden_states.device.type
-    dtype = (
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
-    )
-    exact = (
-        torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-    )
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else hidden_states.dtype
+    exact = torch.autocast(kind, enabled=False) if autocast else nullcontext()
     with exact, on(hidden_states.device):
         few = _few_rows(hidden_states.to(dtype), self, top_k_index, top_k_weights)
         if few is not None:
@@ -235,8 +243,7 @@ def experts_forward(
             )
         keep = getattr(self, "keep_gate_up", False) and training
         rows = _GateUp.apply(hidden_states.to(dtype), self, routing, keep)
-        # nothing is kept then
-        rows = _activate(rows, self, top_k_weights, routing.order, in_place=not training)
+        rows = _activate(rows, self, top_k_weights, routing.order)
         return _Down.apply(rows, self, routing).to(hidden_states.dtype)
 
 
@@ -245,13 +252,16 @@ def _activate(
     experts: nn.Module,
     top_k_weights: torch.Tensor,
     order: torch.Tensor,
-    in_place: bool = False,
+    first: int = 0,
 ) -> torch.Tensor:
-    """Gate and up rows [R, 2I] of these flat (token, choice) indices -> [R, I], weighted; in_place
-    over the gates."""
-    if _plain_swiglu(experts):
-        return _SwiGlu.apply(rows, top_k_weights, order, in_place)
-    return (experts._apply_gate(rows) * top_k_weights.reshape(-1)[order, None]).to(rows.dtype)
+    """Gate and up rows [R, 2I] of the places from `first` on in the order (of flat (token, choice)
+    indices) -> [R, I], weighted; without gradients, for which nothing is kept, over the gates."""
+    if not _plain_swiglu(experts):
+        weight = top_k_weights.reshape(-1)[order[first : first + len(rows)], None]
+        return (experts._apply_gate(rows) * weight).to(rows.dtype)
+    if torch.is_grad_enabled():  # of all rows
+        return _SwiGlu.apply(rows, top_k_weights, order)
+    return _swiglu(rows, top_k_weights, order, True, first)
 
 
 def _one_at_a_time(
@@ -261,18 +271,12 @@ def _one_at_a_time(
     has no room for a layer's. No gradients."""
     assert routing.bounds is not None
     rows, weight = _gather(x, routing), expert_weights(experts, x.dtype)
-    kernels = training_kernels(x.device) if _plain_swiglu(experts) else None
-    weights = top_k_weights.contiguous()
     start, most = 0, rows_at_once(len(x))
     for expert, end in enumerate(routing.bounds):
         for first in range(start, end, most):
             some = rows[first : min(first + most, end)]
             gate_up = nn.functional.linear(some, weight("gate_up_proj", expert))
-            if kernels is None:
-                order = routing.order[first : first + len(some)]
-                inner = _activate(gate_up, experts, weights, order, in_place=True)
-            else:  # without what autograd takes a call
-                inner = kernels.swiglu(gate_up, weights, routing.order, True, first)
+            inner = _activate(gate_up, experts, top_k_weights, routing.order, first)
             torch.mm(inner, weight("down_proj", expert).t(), out=some)
             del gate_up, inner  # before the next ones are made
         start = end

@@ -21,7 +21,7 @@ from prompt_recovery.engine.batching import MOST_ROWS
 from prompt_recovery.engine.cache import StaticCache
 from prompt_recovery.engine.kernels.dispatch import card, on, uses_triton
 from prompt_recovery.engine.merging import mergeable
-from prompt_recovery.engine.storage import dequantiser, linear_pieces
+from prompt_recovery.engine.storage import dequantise, linear_pieces
 
 ATTENTION_IMPLEMENTATION = "prompt_recovery_decode"
 
@@ -73,7 +73,7 @@ def _cached_attention(
         q, k, v = self.project(x)
         query = decode_step.rotate_and_store(
             q, k, v, cos, sin, keys, values, cache.now, cache.heads,
-            column=cache.column, first_row=cache.rows.start, first_column=cache.start_column,
+            column=cache.column, first_row=cache.rows.start, first_column=cache.where.start or 0,
             width=width,
         )  # fmt: skip
         if self.knows_rows and cache.column is not None:
@@ -117,7 +117,7 @@ def _four_bit(x: torch.Tensor, matrices: Sequence[dict[str, torch.Tensor]]) -> l
     sizes = [pieces["packed"].shape[1] for pieces in matrices]
     weights = x.new_empty(sum(sizes), x.shape[1])
     for pieces, weight in zip(matrices, weights.split(sizes), strict=True):
-        dequantiser(pieces, x.dtype, weight[None])(0)
+        dequantise(pieces, x.dtype, weight[None])
     return [*nn.functional.linear(x, weights).split(sizes, -1)]
 
 

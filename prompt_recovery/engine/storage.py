@@ -105,10 +105,10 @@ def dequantiser(
     kernels = training_kernels(packed.device)
     if kernels is None:
         return functools.partial(_by_torch, packed, absmax, nested, offset, out)
-    write = kernels.dequantiser(packed, absmax, nested, offset, *lookup_tables(packed.device), out)
+    given = packed, absmax, nested, offset, *lookup_tables(packed.device), out
 
     def weights(first: int) -> torch.Tensor:
-        write(first)
+        kernels.dequantise(*given, first)
         return out
 
     return weights

@@ -168,19 +168,15 @@ def seeming(monkeypatch):
         def kernels(device):
             if dequantised is None or not dispatch.uses_triton(device):
                 return None
-            return SimpleNamespace(dequantiser=dequantiser)
+            return SimpleNamespace(dequantise=dequantise)
 
-        def dequantiser(packed, absmax, nested, offset, code, nf4, out):
-            pieces = dict(packed=packed, absmax=absmax, nested=nested.view(torch.int32))
-            pieces["offset"] = offset.view(torch.int32)
+        def dequantise(packed, absmax, nested, offset, code, nf4, out, first):
+            calls.append("dequantise")
             with dispatch.using(CPU, "torch"):
-                weights = storage.dequantiser(pieces, out.dtype, out)
-
-            def dequantise(first):
-                calls.append("dequantise")
-                dequantised(weights(first))
-
-            return dequantise
+                pieces = dict(packed=packed, absmax=absmax, nested=nested.view(torch.int32))
+                pieces["offset"] = offset.view(torch.int32)
+                storage.dequantiser(pieces, out.dtype, out)(first)
+            dequantised(out)
 
         def linear(x, pieces):
             with dispatch.using(CPU, "torch"):

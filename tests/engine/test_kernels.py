@@ -155,7 +155,7 @@ def kernels_differences() -> dict[str, float]:
     for kind in ("float32", "float16"):
         out = torch.full((3, 64, 320), torch.nan, dtype=getattr(torch, kind))
         nested, offset = pieces["nested"].view(torch.float32), pieces["offset"].view(torch.float32)
-        kernels.dequantiser(pieces["packed"], pieces["absmax"], nested, offset, code, table, out)(0)
+        kernels.dequantise(pieces["packed"], pieces["absmax"], nested, offset, code, table, out)
         found[f"dequantise {kind}"] = float(
             not torch.equal(out, storage.dequantise(pieces, getattr(torch, kind)))
         )

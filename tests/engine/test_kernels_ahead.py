@@ -200,7 +200,7 @@ def many_rows(dtype: torch.dtype, tokens: int = 512) -> None:
         packed, absmax, nested, offset = pieces(size, columns).values()
         out = empty(EXPERTS, size, columns, dtype=dtype)
         nested, offset = nested.view(torch.float32), offset.view(torch.float32)
-        experts_training.dequantiser(packed, absmax, nested, offset, code, table, out)(0)
+        experts_training.dequantise(packed, absmax, nested, offset, code, table, out)
     order, weights = empty(rows, dtype=torch.int64), empty(tokens, TOP_K, dtype=torch.float32)
     gate_up = empty(rows, 2 * INNER, dtype=dtype)
     experts_training.gather(empty(tokens, HIDDEN, dtype=dtype), order, TOP_K)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from prompt_recovery.engine.kernels.dispatch import card, launch_options
-from prompt_recovery.engine.kernels.launching import launch
+from prompt_recovery.engine.kernels.launching import launch, power_of_2
 
 # Programs that a launch of attention should have: twice the multiprocessors of an H100, three times
 # those of a T4
@@ -287,7 +287,7 @@ def choose_experts(
         (x, gate, top_k_weights, top_k_index, x.shape[1]),
         {
             "EXPERTS": experts,
-            "PADDED": 1 << (experts - 1).bit_length(),
+            "PADDED": power_of_2(experts),
             "TOP_K": top_k,
             "BLOCK": 2048,
         },

@@ -7,19 +7,11 @@ uses atomics, so results do not vary between runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 
-from prompt_recovery.engine.kernels.launching import launch
-
-
-def _block(columns: int, most: int) -> int:
-    """Columns that a program takes at a time: a power of 2."""
-    # triton.next_power_of_2 and cdiv take 4 us a call, a launch 25
-    return min(most, 1 << (columns - 1).bit_length())
+from prompt_recovery.engine.kernels.launching import launch, power_of_2
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -54,7 +46,7 @@ def _dequantise(
     tl.store(out + at, tl.interleave(high, low), mask=inside[:, None])
 
 
-def dequantiser(
+def dequantise(
     packed: torch.Tensor,
     absmax: torch.Tensor,
     nested: torch.Tensor,
@@ -62,11 +54,12 @@ def dequantiser(
     code: torch.Tensor,
     table: torch.Tensor,
     out: torch.Tensor,
+    first: int = 0,
     blocks: int = 64,
     warps: int = 4,
-) -> Callable[[int], None]:
-    """A function that writes the weights of the experts from this number on that `out` has room
-    for, bit for bit what bitsandbytes' two dequantisations give.
+) -> None:
+    """Write the weights of the experts from `first` on that `out` has room for, bit for bit what
+    bitsandbytes' two dequantisations give.
 
     Args:
         packed: [E, rows, columns / 2] uint8.
@@ -77,17 +70,16 @@ def dequantiser(
         blocks, warps: of a program; launch parameters.
     """
     per_expert = absmax.shape[1]
-    arguments = packed, absmax, nested, offset, code, table, out, per_expert, nested.shape[1]
-    grid = (-(-per_expert // blocks), out.shape[0], 1)
-
-    def dequantise(first: int) -> None:
-        # no fused multiply-add: bitsandbytes rounds the product before it adds the offset
-        launch(
-            _dequantise, grid, arguments, {"BLOCKS": blocks}, [first],
-            num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
-
-    return dequantise
+    # no fused multiply-add: bitsandbytes rounds the product before it adds the offset
+    launch(
+        _dequantise,
+        (-(-per_expert // blocks), out.shape[0], 1),
+        (packed, absmax, nested, offset, code, table, out, per_expert, nested.shape[1]),
+        {"BLOCKS": blocks},
+        [first],
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
 
 
 @triton.jit
@@ -105,7 +97,10 @@ def _gather(x, order, out, columns, K: tl.constexpr, BLOCK: tl.constexpr):
 def gather(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
     """Rows of x [T, H] in expert order: row r is x[order[r] // top_k]. Gives [T * top_k, H]."""
     out = x.new_empty(order.numel(), x.shape[1])
-    grid, constants = (order.numel(), 1, 1), {"K": top_k, "BLOCK": _block(x.shape[1], 4096)}
+    grid, constants = (
+        (order.numel(), 1, 1),
+        {"K": top_k, "BLOCK": min(4096, power_of_2(x.shape[1]))},
+    )
     launch(_gather, grid, (x, order, out, x.shape[1]), constants, num_warps=4)
     return out
 
@@ -126,7 +121,7 @@ def combine(rows: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tens
     """Sum, in fp32, of the top_k rows of each token: rows [T * top_k, H] in expert order -> [T,
     H]."""
     out = rows.new_empty(inverse.numel() // top_k, rows.shape[1])
-    block = _block(rows.shape[1], 2048)
+    block = min(2048, power_of_2(rows.shape[1]))
     grid = (out.shape[0], -(-rows.shape[1] // block), 1)
     arguments, constants = (rows, inverse, out, rows.shape[1]), {"K": top_k, "BLOCK": block}
     launch(_combine, grid, arguments, constants, num_warps=4)
@@ -156,7 +151,7 @@ def swiglu(
     I], top_k_weights [T, K], order [T * K] -> [R, I], in_place over the gates."""
     width = gate_up.shape[1] // 2
     out = gate_up[:, :width] if in_place else gate_up.new_empty(gate_up.shape[0], width)
-    block = _block(width, 2048)
+    block = min(2048, power_of_2(width))
     grid = (gate_up.shape[0], -(-width // block), 1)
     arguments = gate_up, top_k_weights, order, out, width, out.stride(0)
     launch(_swiglu, grid, arguments, {"BLOCK": block}, [first], num_warps=4)
@@ -200,7 +195,7 @@ def swiglu_backward(
         _swiglu_backward,
         (gate_up.shape[0], 1, 1),
         (gate_up, top_k_weights, order, grad, grad_gate_up, grad_weights, width),
-        {"BLOCK": _block(width, 2048)},
+        {"BLOCK": min(2048, power_of_2(width))},
         num_warps=8,
     )
     return grad_gate_up, grad_weights
