@@ -27,72 +27,30 @@ from prompt_recovery.engine.memory import NF4_BYTES
 EXPERTS, HIDDEN, INNER, TOP_K, LAYERS, ALL_LAYERS = 8, 4096, 14336, 2, 8, 32
 TOKENS = (1, 4, 8, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 320, 384)
 UP = {  # by rows of a tile
-    8: [Config(32, 4, 2, 4), Config(16, 8, 2, 4), Config(32, 8, 2, 3), Config(16, 4, 2, 6)],
-    16: [Config(16, 4, 2, 6), Config(16, 8, 2, 4), Config(32, 4, 2, 4), Config(16, 4, 4, 4)],
+    8: [Config(16, 4, 4, registers=128), Config(16, 8, 4), Config(16, 4, 2), Config(32, 4, 4)],
+    16: [
+        Config(16, 4, 4, short=8),
+        Config(16, 8, 4, short=8),
+        Config(16, 4, 2, short=8),
+        Config(32, 4, 4, short=8),
+        Config(16, 4, 4),
+    ],
     32: [
-        Config(16, 4, 2, 5, short=16),
-        Config(16, 4, 2, 5, short=8),
-        Config(16, 4, 2, 6),
-        Config(16, 8, 2, 4),
-        Config(16, 8, 1, 6),
-        Config(32, 4, 1, 6),
+        Config(16, 4, 4, short=16),
+        Config(16, 4, 4, short=8),
+        Config(16, 8, 4, short=16),
+        Config(16, 4, 2, short=16),
     ],
 }
 DOWN = {
-    8: [
-        Config(16, 8, 4, 4, 4, 128),
-        Config(16, 8, 2, 6, 4, 128),
-        Config(32, 4, 2, 6, 4),
-        Config(16, 8, 4, 4, 2, 128),
-    ],
-    16: [
-        Config(16, 8, 4, 4, 4, 128),
-        Config(16, 8, 2, 6, 4, 128),
-        Config(32, 4, 2, 6, 4),
-        Config(32, 8, 2, 4, 4, 128),
-    ],
-    32: [
-        Config(32, 4, 2, 5, 4, short=16),
-        Config(32, 4, 2, 6, 4),
-        Config(16, 8, 2, 6, 4, 128),
-        Config(16, 8, 2, 5, 4),
-        Config(32, 4, 2, 6, 2),
-        Config(32, 8, 2, 4, 4),
-    ],
+    rows: [
+        Config(*size, 4, split, short=short)
+        for split in (4, 2)
+        for size in ((16, 4), (16, 8), (32, 4))
+    ]
+    for rows, short in ((8, None), (16, 8), (32, 16))
 }
-T4_UP = {
-    8: [
-        Config(32, 4, 2, 1),
-        Config(32, 8, 2, 1),
-        Config(16, 8, 2, 1),
-        Config(16, 4, 2, 1),
-        Config(16, 4, 4, 1),
-    ],
-    16: [
-        Config(16, 8, 4, 1, short=8),
-        Config(16, 8, 2, 1),
-        Config(32, 8, 2, 1),
-        Config(16, 8, 4, 1),
-        Config(16, 4, 2, 1),
-        Config(32, 4, 2, 1),
-    ],
-}
-T4_DOWN = {
-    8: [
-        Config(16, 8, 4, 1, 4),
-        Config(32, 8, 2, 1, 4),
-        Config(16, 8, 2, 1, 4),
-        Config(32, 4, 2, 1, 4),
-    ],
-    16: [
-        Config(16, 8, 4, 1, 4, short=8),
-        Config(16, 8, 4, 1, 4),
-        Config(32, 4, 2, 1, 4),
-        Config(16, 8, 2, 1, 4),
-        Config(32, 4, 4, 1, 4),
-        Config(16, 4, 4, 1, 4),
-    ],
-}
+TUNED = {8: (1, 8, 24), 16: (16, 32, 48, 64), 32: (32, 48, 64, 96, 128, 256)}  # tokens
 
 
 def layer(seed: int) -> SimpleNamespace:
@@ -168,35 +126,19 @@ def tune(
 ) -> None:
     """Each projection's other parameters beside the first, the other projection left as dispatch
     has it."""
-    card = dispatch.card(torch.device("cuda", 0))
-    sizes = (
-        ((8, 1), (8, 8), (8, 16), (8, 24), (16, 32), (16, 48), (16, 64), (16, 128))
-        if lowered
-        else (
-            (8, 1),
-            (8, 16),
-            (8, 24),
-            (16, 16),
-            (16, 32),
-            (16, 48),
-            (32, 48),
-            (32, 64),
-            (32, 96),
-            (32, 128),
-            (32, 256),
-        )
-    )
-    for place, choices in ((0, T4_UP if lowered else UP), (1, T4_DOWN if lowered else DOWN)):
+    for place, choices in ((0, UP), (1, DOWN)):
         begun = time.monotonic()
         for rows, configs in choices.items():
-            tokens = [count for tile, count in sizes if tile == rows]
+            if lowered and rows == 32:
+                continue  # too much shared memory
+            tokens = TUNED[rows]
             print(
                 f"{('up', 'down')[place]}, tiles of {rows}, tokens {tokens}: ms of both "
                 "projections",
                 flush=True,
             )
             for config in configs:
-                both = list(dispatch.configs(card, rows))
+                both = list(dispatch.configs(lowered, rows))
                 both[place] = config
                 texts = []
                 for count in tokens:
@@ -230,10 +172,9 @@ def main() -> None:
     if args.t4:
         imitate_t4()
         dtype = torch.float16
-    card = dispatch.card(torch.device("cuda", 0))
-    name = torch.cuda.get_device_name()
+    name, lowered = torch.cuda.get_device_name(), ", lowered to sm_75" if args.t4 else ""
     print(
-        f"{name}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s; {dtype}, {card}",
+        f"{name}: {rate:.0f} TFLOP/s in bf16, copy {bandwidth:.1f} TB/s; {dtype}{lowered}",
         flush=True,
     )
     layers = [layer(seed) for seed in range(LAYERS)]
@@ -269,7 +210,7 @@ def main() -> None:
             many = (time.monotonic() - start) * 1e3 * ALL_LAYERS / LAYERS
         hit = sum(len(index.unique()) for _, index, _ in given) / LAYERS
         floor = hit * 3 * HIDDEN * INNER * NF4_BYTES * ALL_LAYERS / (bandwidth * 1e12) * 1e3
-        tile = dispatch.tile_rows(card, tokens)
+        tile = dispatch.tile_rows(args.t4, tokens)
         print(
             f"{tokens:6d} {tile:5d} {spent:18.2f} {floor / spent:13.0%}  {error:.1e} {many:15.1f}",
             flush=True,

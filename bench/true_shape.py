@@ -84,7 +84,7 @@ def imitate_t4() -> None:
     first launch."""
     trouble = sm75.install()
     assert not trouble, trouble
-    dispatch.act_as(torch.device("cuda", 0), dispatch.Card(75, 64 * dispatch.KIB))
+    dispatch.act_as(torch.device("cuda", 0), 75)
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -48,7 +48,7 @@ def _step_errors(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     linear = next((each for each in _four_bit_layers(model) if each.weight.device == device), None)
     if linear is not None:
         errors.append(_linear_error(linear, dtype))
-    if dispatch.card(device).lowered:
+    if dispatch.lowered(device):
         errors.append(_attention_error(model.config, dtype, device))
     return errors
 

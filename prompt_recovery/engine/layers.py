@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prompt_recovery.engine.batching import MOST_ROWS
 from prompt_recovery.engine.cache import StaticCache
-from prompt_recovery.engine.kernels.dispatch import card, on, uses_triton
+from prompt_recovery.engine.kernels.dispatch import lowered, on, uses_triton
 from prompt_recovery.engine.merging import mergeable
 from prompt_recovery.engine.storage import dequantise, linear_pieces
 
@@ -217,7 +217,7 @@ def fast_layers(model: Any) -> Iterator[bool]:
         dtype = model.get_input_embeddings().weight.dtype
         triton = all(map(uses_triton, devices)) and dtype.itemsize == 2
         # elsewhere SDPA has kernels for one query a row, beside which ours has not been measured
-        lowered = triton and all(card(device).lowered for device in devices)
+        ours = triton and all(map(lowered, devices))
         taken: set[nn.Module] = set()  # whose work the attention does
         for module in model.modules():
             kind = type(module).__name__
@@ -232,7 +232,7 @@ def fast_layers(model: Any) -> Iterator[bool]:
                 if pieces is not None:
                     change(module, _four_bit_forward, pieces=pieces)
             elif kind == "MixtralAttention" and triton and module.head_dim.bit_count() == 1:
-                knows_rows = lowered and module.head_dim in (16, 32, 64, 128, 256)
+                knows_rows = ours and module.head_dim in (16, 32, 64, 128, 256)
                 kept = _projections(module, dtype)
                 change(module, _cached_attention, knows_rows=knows_rows, **kept)
                 if "sixteen" in kept:

@@ -11,10 +11,10 @@ from conftest import TINY
 
 from prompt_recovery.engine import check, forward, loading, storage
 from prompt_recovery.engine.kernels import dispatch, sm75
-from prompt_recovery.engine.kernels.dispatch import KIB, Card, Config, choose, fits, tile_rows
+from prompt_recovery.engine.kernels.dispatch import Config, choose, tile_rows
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-H100, T4 = Card(90, 227 * KIB), Card(75, 64 * KIB)
+H100, T4 = 90, 75
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_the_choice_is_said_once_and_again_when_it_changes(monkeypatch, capsys, 
 
 
 def test_an_old_card_computes_by_torch_and_says_why(capsys, gpu):
-    dispatch.act_as(gpu, Card(70, 96 * KIB))
+    dispatch.act_as(gpu, 70)
     with pytest.raises(ValueError, match="compute capability 7.0 is below 7.5"):
         choose(gpu, "triton")
     assert choose(gpu) == "torch"
@@ -289,7 +289,7 @@ def project(monkeypatch, blocks):
 
     meta, launches = torch.device("meta"), []
     dispatch.act_as(meta, T4)
-    monkeypatch.setattr(dispatch, "configs", lambda *_: [Config(16, 4, blocks, 1)] * 2)
+    monkeypatch.setattr(dispatch, "configs", lambda *_: [Config(16, 4, blocks)] * 2)
     monkeypatch.setattr(JITFunction, "run", lambda *_, **options: launches.append(options))
     pieces = {piece: torch.empty(0, device=meta) for piece in storage.PIECES}
     pieces["packed"] = torch.empty(1, 64, 256, device=meta)
@@ -312,28 +312,14 @@ def test_blocks_that_are_a_word_are_launched(monkeypatch, blocks):
     assert launches[0]["BLOCKS"] == blocks
 
 
-@pytest.mark.parametrize("shared", [227, 163, 99])
-def test_a_kernel_fits_up_to_what_is_given_unasked_or_where_triton_asks(shared):
-    card, most = Card(80, shared * KIB), (shared - 33) * KIB
-    sizes = [0, 15 * KIB, 15 * KIB + 1, 48 * KIB, 48 * KIB + 1, most, most + 1]
-    assert [fits(card, size) for size in sizes] == [True, True, False, False, True, True, False]
-
-
-def test_on_a_t4_nothing_is_left_to_ask_for():
-    for size in (15 * KIB + 1, 31 * KIB, 31 * KIB + 1, 48 * KIB, 48 * KIB + 1, 64 * KIB):
-        assert not fits(T4, size)
-    assert fits(T4, 15 * KIB)
-
-
 def test_tiles_have_8_16_or_32_rows_and_on_a_lowered_card_never_32():
     counts = range(1, dispatch.FEW_TOKENS + 1)
-    rows = [tile_rows(H100, tokens) for tokens in counts]
-    lowered = [tile_rows(T4, tokens) for tokens in counts]
+    rows = [tile_rows(False, tokens) for tokens in counts]
+    lowered = [tile_rows(True, tokens) for tokens in counts]
     assert set(rows) == {8, 16, 32} and set(lowered) == {8, 16}
     assert rows == sorted(rows) and lowered == sorted(lowered)
-    for card in (H100, T4, Card(80, 163 * KIB), Card(89, 99 * KIB)):
-        for config in (each for m in (8, 16, 32) for each in dispatch.configs(card, m)):
-            assert config.blocks in (1, 2, 4) and (config.stages == 1 or not card.lowered)
+    for chosen in (dispatch.configs(lowered, m) for lowered in (True, False) for m in (8, 16, 32)):
+        assert all(config.blocks in (1, 2, 4) for config in chosen)
 
 
 # --- sm_75 ----------------------------------------------------------------------------------------

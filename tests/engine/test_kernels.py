@@ -114,7 +114,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def few_rows_differences() -> dict[str, float]:
     from prompt_recovery.engine.kernels import experts_decode as decode
 
-    configs = decode.Config(16, 2, 2, 3), decode.Config(16, 4, 4, 3, split=2)
+    configs = decode.Config(16, 2, 2), decode.Config(16, 4, 4, split=2)
     found = {}
     for name, (count, hidden, inner, tokens, top_k, kind, routing) in FEW_ROWS.items():
         experts, dtype = random_experts(count, hidden, inner), getattr(torch, kind)
@@ -285,7 +285,7 @@ def decode_differences() -> dict[str, float]:
     from prompt_recovery.engine.kernels import dispatch
 
     cpu = torch.device("cpu")
-    dispatch.act_as(cpu, dispatch.Card(75, 64 * dispatch.KIB))  # where attention is ours
+    dispatch.act_as(cpu, 75)  # where attention is ours
     found = {}
     for name, (targets, lengths) in DECODERS.items():
         logits = decoder_logits(targets, lengths)
@@ -490,7 +490,7 @@ def test_lookups_in_ptx_give_both_values_of_every_byte(dtype):
         word = int.from_bytes(bytes(range(first, first + 4)), "little")
         for lane in (0, 13, 31):
             looked_up = Ptx(lane, shared, symbols | {"$4": word}, {})
-            looked_up.run(decode._PAIR_OF_BYTE.value)
+            looked_up.run(decode._PAIRS_OF_WORD.value)
             for number in range(4):
                 assert looked_up.registers[f"${number}"] == pairs[first + number]
         for number in range(4):

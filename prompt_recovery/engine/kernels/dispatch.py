@@ -17,29 +17,10 @@ import torch
 KERNELS = ("triton", "torch")
 VARIABLE = "PROMPT_RECOVERY_KERNELS"
 OLDEST = 75
-KIB = 1024
-# Static shared memory of the experts' decode kernel: a table of 256 pairs for each lane, and 256
-# absmax levels
-TABLES = 33 * KIB
-# A program gets this much shared memory unasked. Triton 3.6 asks the driver for more only where its
-# own, dynamic part alone is larger, and then for all that there is.
-UNASKED = 48 * KIB
 # Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on
 # an H100 at 384 tokens: 57 ms in bf16 and 97 lowered to sm_75, where the way of many rows takes
 # 96 and 97 to 138 (docs/MEASURED.md).
 FEW_TOKENS = 384
-
-
-class Card(NamedTuple):
-    """What launch parameters depend on. capability: 75 for 7.5; shared: bytes of shared memory that
-    a program may have, static arrays included."""
-
-    capability: int
-    shared: int
-
-    @property
-    def lowered(self) -> bool:
-        return self.capability < 80
 
 
 class Config(NamedTuple):
@@ -52,7 +33,6 @@ class Config(NamedTuple):
     rows_per_warp: int
     warps: int
     blocks: int
-    stages: int
     split: int = 1
     registers: int | None = None
     short: int | None = None
@@ -61,19 +41,19 @@ class Config(NamedTuple):
 _chosen: dict[torch.device, str] = {}
 _checked: set[torch.device] = set()
 _failed: set[torch.device] = set()  # whose check failed
-_cards: dict[torch.device, Card] = {}
+_capabilities: dict[torch.device, int] = {}  # 75 for 7.5
 
 
 def forget() -> None:
-    """Forget choices, checks and cards of all devices, as a new process knows none."""
-    for known in (_chosen, _checked, _failed, _cards):
+    """Forget choices, checks and capabilities of all devices, as a new process knows none."""
+    for known in (_chosen, _checked, _failed, _capabilities):
         known.clear()
 
 
-def act_as(device: torch.device, card: Card) -> None:
-    """Choose kernels and launch parameters on a device as on this card: an H100 can run what a T4
-    would, and a device that isn't there can be compiled for."""
-    _cards[device] = card
+def act_as(device: torch.device, capability: int) -> None:
+    """Choose kernels and launch parameters on a device as on a card of this compute capability, 75
+    for 7.5: an H100 can run what a T4 would, and a device that isn't there can be compiled for."""
+    _capabilities[device] = capability
 
 
 def interpreted() -> bool:
@@ -111,7 +91,7 @@ def choose(device: torch.device, kernels: str | None = None) -> str:
             " in its interpreter"
             if interpreted()
             else ", lowered to sm_75"
-            if card(device).lowered
+            if lowered(device)
             else ""
         )
         print(f"kernels on {device}: triton{variant}")
@@ -155,13 +135,13 @@ def _unable(device: torch.device) -> str:
         return "" if interpreted() else "a CPU needs TRITON_INTERPRET=1"
     if device.type != "cuda" or torch.version.hip:
         return "it is no NVIDIA card"
-    if card(device).capability < OLDEST:
-        return f"compute capability {card(device).capability / 10} is below 7.5"
+    if capability(device) < OLDEST:
+        return f"compute capability {capability(device) / 10} is below 7.5"
     try:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed"
-    if card(device).lowered:
+    if lowered(device):
         from prompt_recovery.engine.kernels import sm75
 
         return sm75.install()
@@ -188,53 +168,45 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def card(device: torch.device) -> Card:
-    if device not in _cards:
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            major, minor = properties.major, properties.minor
-            _cards[device] = Card(10 * major + minor, properties.shared_memory_per_block_optin)
-        else:
-            _cards[device] = Card(90, 227 * KIB)
-    return _cards[device]
+def capability(device: torch.device) -> int:
+    """Compute capability, 75 for 7.5; on the CPU, where kernels are interpreted, an H100's."""
+    if device not in _capabilities:
+        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+        _capabilities[device] = 10 * major + minor
+    return _capabilities[device]
+
+
+def lowered(device: torch.device) -> bool:
+    """Whether kernels of sm_80 are lowered to sm_75 for a device."""
+    return capability(device) < 80
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Options of every launch on a device: on sm_75 the code of sm_80 without pipelining, which
     `sm75` lowers."""
-    return {"arch": "sm80", "num_stages": 1} if card(device).lowered else {}
+    return {"arch": "sm80", "num_stages": 1} if lowered(device) else {}
 
 
 # --- the experts' decode kernel -------------------------------------------------------------------
 
 
-def tile_rows(card: Card, tokens: int) -> int:
+def tile_rows(lowered: bool, tokens: int) -> int:
     """Most rows of a tile for so many tokens, by what experts take on an H100 (docs/MEASURED.md):
     each tile of an expert reads its weights again, and a larger one takes more of everything
     else."""
     if tokens <= 8:
         return 8
-    return 16 if tokens <= 16 or card.lowered else 32
+    return 16 if tokens <= 24 or lowered else 32
 
 
-def configs(card: Card, rows: int) -> tuple[Config, Config]:
+def configs(lowered: bool, rows: int) -> tuple[Config, Config]:
     """Launch parameters of the gate and up, and of the down projection, by rows of a tile: the
-    fastest on an H100 of those that do not spill and have room on the card.
+    fastest on an H100 of those that do not spill.
 
     A T4 has room for one program a multiprocessor, hence 8 warps in each.
     """
-    if card.lowered:
-        if rows <= 8:
-            return Config(32, 8, 2, 1), Config(16, 8, 2, 1, split=4)
-        return Config(16, 8, 4, 1, short=8), Config(16, 8, 4, 1, split=4, short=8)
-    if rows <= 8:
-        return Config(32, 4, 2, 4), Config(16, 8, 4, 4, split=4, registers=128)
-    if rows <= 16:
-        return Config(16, 4, 2, 6), Config(32, 8, 2, 4, split=4, registers=128)
-    return Config(16, 4, 2, 5, short=16), Config(32, 4, 2, 5, split=4, short=16)
-
-
-def fits(card: Card, dynamic: int) -> bool:
-    """Whether a kernel with the tables and so much dynamic shared memory can be launched: in all no
-    more than a program gets unasked, or so much that Triton asks."""
-    return dynamic <= UNASKED - TABLES or UNASKED < dynamic <= card.shared - TABLES
+    warps, short = 8 if lowered else 4, rows // 2 if rows > 8 else None
+    down = Config(16, warps, 4, split=4, registers=128, short=short)
+    if rows > 16:
+        down = Config(32, warps, 4, split=4, short=short)
+    return Config(16, warps, 4, short=short), down

@@ -11,14 +11,16 @@ the arithmetic a weight costs is what counts:
 - the weights are the left operand of a batched dot, a batch entry a warp: mma.sync with operands
   straight from the tile, each weight decoded by one warp (a 2-D dot of this size becomes wgmma or
   repeats the decoding along the columns).
-- scales multiply fp32 sums of 64 products instead of weights. They're loaded by inline PTX because
-  Triton would load them in another layout and exchange them through shared memory behind a barrier.
+- scales multiply fp32 sums of 64 products instead of weights.
+- a thread loads what it multiplies, 8 bytes of weights and 32 of x at a time, and no warp waits for
+  another: the loop has no barrier. To that end the columns of a block are in another order, the
+  same in weights and x (`_columns`). The loads are inline PTX because Triton would load in another
+  layout and exchange the values through shared memory behind a barrier.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -43,7 +45,7 @@ _FILL = tl.constexpr(
     * 8
     + "add.u32 i, i, $4; setp.lt.u32 more, i, 256; @more bra nf4_fill; bar.sync 0; mov.u32 $0, i; }"
 )
-_PAIR_OF_BYTE = tl.constexpr(
+_PAIRS_OF_WORD = tl.constexpr(
     "{ .reg .b32 a, l, t; mov.u32 l, %laneid; mov.u32 t, nf4_pairs; mad.lo.u32 l, l, 4, t; "
     + " ".join(
         f"prmt.b32 a, $4, 0, {0x4440 + i}; mad.lo.u32 a, a, 128, l; ld.shared.b32 ${i}, [a];"
@@ -100,26 +102,74 @@ def _route(
 
 
 @triton.jit
-def _tile_weights(
-    byte,
-    pairs,
-    kind: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    WARPS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Packed tile [WARPS * ROWS, 32] -> NF4 values [WARPS, ROWS, 64] of `kind`, unscaled."""
-    # (the interpreter's dot takes no bf16, hence fp32 there)
+def _columns(a, b, c, d, e, f, g, h, kind: tl.constexpr):
+    """[R, 64] of `kind` from eight int32 [R, 4] of two values each. Thread t of four, which loads
+    16 neighbours, has in mma.sync columns 4 t to 4 t + 3 of each 16: that is where they go."""
+    low = tl.join(tl.join(a, c), tl.join(b, d))
+    words = tl.join(low, tl.join(tl.join(e, g), tl.join(f, h)))  # [R, thread, half, word, low]
+    even = words.to(tl.int16).to(kind, bitcast=True)
+    odd = (words >> 16).to(tl.int16).to(kind, bitcast=True)
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 4, 2, 1, 3, 5)), (a.shape[0], 64))
+
+
+@triton.jit
+def _load_16_bytes(pointer, INTERPRETED: tl.constexpr):
+    """Four int32 from each address."""
     if INTERPRETED:
-        pair = tl.load(pairs + byte.to(tl.int32))
-    else:
-        pair = tl.inline_asm_elementwise(
-            _PAIR_OF_BYTE, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4
+        words = pointer.to(tl.pointer_type(tl.int32))
+        return tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [pointer.to(tl.int64)],
+        (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_8_bytes(pointer, INTERPRETED: tl.constexpr):
+    """Two int32 from each address."""
+    if INTERPRETED:
+        words = pointer.to(tl.pointer_type(tl.int32))
+        return tl.load(words), tl.load(words + 1)
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [pointer.to(tl.int64)],
+        (tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _look_up(word, pairs, INTERPRETED: tl.constexpr):
+    """The pairs of NF4 values of the four bytes of int32 `word`."""
+    if INTERPRETED:
+        return (
+            tl.load(pairs + (word & 255)),
+            tl.load(pairs + ((word >> 8) & 255)),
+            tl.load(pairs + ((word >> 16) & 255)),
+            tl.load(pairs + ((word >> 24) & 255)),
         )
-    even = pair.to(tl.int16).to(kind, bitcast=True)
-    odd = (pair >> 16).to(tl.int16).to(kind, bitcast=True)
-    weight = tl.reshape(tl.join(even, odd), (WARPS, ROWS, 64))
-    return weight.to(tl.float32) if INTERPRETED else weight
+    return tl.inline_asm_elementwise(
+        _PAIRS_OF_WORD, "=&r,=&r,=&r,=&r,r", [word],
+        (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _values(x, INTERPRETED: tl.constexpr):
+    """[64, M], 16 values from each address of [M, 4]."""
+    a, b, c, d = _load_16_bytes(x, INTERPRETED)
+    e, f, g, h = _load_16_bytes(x + 8, INTERPRETED)
+    values = tl.trans(_columns(a, b, c, d, e, f, g, h, x.dtype.element_ty))
+    # (the interpreter's dot takes no bf16, hence fp32 there)
+    return values.to(tl.float32) if INTERPRETED else values
+
+
+@triton.jit
+def _weights(packed, pairs, kind: tl.constexpr, INTERPRETED: tl.constexpr):
+    """NF4 values [R, 64] of `kind`, unscaled, 16 from each address of [R, 4]."""
+    low, high = _load_8_bytes(packed, INTERPRETED)
+    a, b, c, d = _look_up(low, pairs, INTERPRETED)
+    e, f, g, h = _look_up(high, pairs, INTERPRETED)
+    weights = _columns(a, b, c, d, e, f, g, h, kind)
+    return weights.to(tl.float32) if INTERPRETED else weights
 
 
 @triton.jit
@@ -208,48 +258,37 @@ def _multiply(
 
     m = tl.arange(0, M)
     row = tl.load(order + tl.load(tile + 1) + m, mask=m < count, other=0)
-    x_row = x + (row // X_PER_ROW).to(tl.int64)[None, :] * K
+    quarter = tl.arange(0, 4)
+    x_row = x + (row // X_PER_ROW).to(tl.int64)[:, None] * K + quarter[None, :] * 16
     n = tl.program_id(1) * (WARPS * ROWS) + tl.arange(0, WARPS * ROWS)
     line = tl.minimum(n, N - 1)
-    bytes_of = packed + line[:, None] * (K // 2) + tl.arange(0, 32)[None, :]
+    bytes_of = packed + line[:, None] * (K // 2) + quarter[None, :] * 8
     by_warp = tl.reshape(line, (WARPS, ROWS)) * PER_ROW
     first = tl.zeros((WARPS, ROWS, M), tl.float32)
     second = tl.zeros((WARPS, ROWS, M), tl.float32)
     begin = tl.program_id(2) * STEPS
-    # absmax bytes are loaded an iteration ahead
-    levels = _load_levels(absmax, by_warp + begin * BLOCKS, BLOCKS, INTERPRETED)
-    if GATE:
-        up_levels = _load_levels(
-            absmax, by_warp + N * PER_ROW + begin * BLOCKS, BLOCKS, INTERPRETED
-        )
     for step in range(begin, begin + STEPS):
         block = by_warp + step * BLOCKS
-        following = by_warp + tl.minimum(step + 1, begin + STEPS - 1) * BLOCKS
         nested_scale = _load_nested(nested, block, INTERPRETED)
-        next_levels = _load_levels(absmax, following, BLOCKS, INTERPRETED)
+        levels = _load_levels(absmax, block, BLOCKS, INTERPRETED)
         if GATE:
             up_nested_scale = _load_nested(nested, block + N * PER_ROW, INTERPRETED)
-            next_up_levels = _load_levels(absmax, following + N * PER_ROW, BLOCKS, INTERPRETED)
+            up_levels = _load_levels(absmax, block + N * PER_ROW, BLOCKS, INTERPRETED)
         for i in tl.static_range(BLOCKS):
             column = step * BLOCKS + i
-            k = column * 64 + tl.arange(0, 64)
-            values = tl.load(x_row + k[:, None], mask=(m < count)[None, :], other=0.0)
-            if INTERPRETED:
-                values = values.to(tl.float32)
+            values = _values(x_row + column * 64, INTERPRETED)
             values = tl.broadcast_to(values[None, :, :], (WARPS, 64, M))
-            weight = _tile_weights(
-                tl.load(bytes_of + column * 32), pairs, kind, INTERPRETED, WARPS, ROWS
-            )
+            gate = bytes_of + column * 32
+            weight = tl.reshape(_weights(gate, pairs, kind, INTERPRETED), (WARPS, ROWS, 64))
             scale = _scale(levels, i, nested_scale, shift, table, INTERPRETED)
             first += tl.dot(weight, values) * scale[:, :, None]
             if GATE:
-                byte = tl.load(bytes_of + N * (K // 2) + column * 32)
-                weight = _tile_weights(byte, pairs, kind, INTERPRETED, WARPS, ROWS)
+                up = bytes_of + N * (K // 2) + column * 32
+                weight = tl.reshape(_weights(up, pairs, kind, INTERPRETED), (WARPS, ROWS, 64))
                 scale = _scale(up_levels, i, up_nested_scale, shift, table, INTERPRETED)
                 second += tl.dot(weight, values) * scale[:, :, None]
-        levels = next_levels
-        if GATE:
-            up_levels = next_up_levels
+    # read again: kept over the loop it would be spilled
+    row = tl.load(order + tl.load(tile + 1) + m, mask=m < count, other=0, volatile=True)
     inside = (tl.reshape(n, (WARPS, ROWS)) < N)[:, :, None] & (m < count)[None, None, :]
     at = row.to(tl.int64)[None, None, :] * N + tl.reshape(n, (WARPS, ROWS))[:, :, None]
     if GATE:
@@ -404,32 +443,8 @@ def _launch_project(
         "num_warps": config.warps,
         "maxnreg": config.registers,
     }
-    options["num_stages"] = _stages(arguments, grid, options, config.stages, x.device, x.dtype)
     _project[grid](*arguments, **options)
     return out
-
-
-_fitting: dict[tuple, int] = {}
-
-
-def _stages(
-    arguments: tuple,
-    grid: tuple,
-    options: dict[str, Any],
-    stages: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> int:
-    """The stages asked for, or one where a small shape's shared memory can't be launched with
-    them."""
-    card = dispatch.card(device)
-    if dispatch.interpreted() or card.lowered:
-        return 1  # nothing is pipelined there
-    key = (card, dtype, stages, *options.values())
-    if key not in _fitting:
-        kernel = _project.warmup(*arguments, grid=grid, **options | {"num_stages": stages})
-        _fitting[key] = stages if dispatch.fits(card, kernel.metadata.shared) else 1
-    return _fitting[key]
 
 
 def few_rows(
@@ -460,9 +475,9 @@ def few_rows(
     if hidden % 64 or down["packed"].shape[2] % 32:
         return None
     tokens, top_k = top_k_index.shape
-    card = dispatch.card(x.device)
-    m = rows or dispatch.tile_rows(card, tokens)
-    first, second = configs or dispatch.configs(card, m)
+    lowered = dispatch.lowered(x.device)
+    m = rows or dispatch.tile_rows(lowered, tokens)
+    first, second = configs or dispatch.configs(lowered, m)
     order, tiles, most = _route_rows(top_k_index.contiguous(), count, m)
     inner = _launch_project(
         x.contiguous(), gate_up, order, tiles, most, top_k_weights.contiguous(), m, top_k, first
@@ -498,9 +513,9 @@ def linear(x: torch.Tensor, pieces: dict[str, torch.Tensor]) -> torch.Tensor:
 
     K a multiple of 64. Once it has run for so many tokens, it can be captured in a CUDA graph.
     """
-    tokens, card = x.shape[0], dispatch.card(x.device)
-    m = dispatch.tile_rows(card, tokens)
+    tokens, lowered = x.shape[0], dispatch.lowered(x.device)
+    m = dispatch.tile_rows(lowered, tokens)
     order, tiles = _whole(x.device, tokens, m)
-    config = dispatch.configs(card, m)[1]
+    config = dispatch.configs(lowered, m)[1]
     partial = _launch_project(x.contiguous(), pieces, order, tiles, len(tiles), None, m, 1, config)
     return _sum(partial, tokens, x.dtype)
