@@ -279,7 +279,8 @@ def merged(work: Work) -> None:
 
 
 def three_beside_one(work: Work, cards: str, environment: dict[str, str]) -> None:
-    for part in (f"_adapters3{cards}", f"_adapters1{cards}"):
+    for count in (1, 3, 1):  # the first compiles Triton's kernels
+        part = f"_adapters{count}{cards}"
         subprocess.run(command(work.args, part), check=True, env=environment)
     (answering3, other3), (answering1, other1) = (
         json.loads((work.folder / f"adapters{count}.json").read_text()) for count in (3, 1)
