@@ -279,7 +279,7 @@ def test_of_an_fp32_base_no_kernel_of_a_decode_step_is_checked(seeming, monkeypa
 # --- launch parameters ----------------------------------------------------------------------------
 
 
-def project(monkeypatch, blocks):
+def project(monkeypatch, blocks, warps=4):
     """A product with one matrix, of so many blocks an iteration, and the options of the launches
     that it makes, which compute nothing."""
     pytest.importorskip("triton")
@@ -289,7 +289,7 @@ def project(monkeypatch, blocks):
 
     meta, launches = torch.device("meta"), []
     dispatch.act_as(meta, T4)
-    monkeypatch.setattr(dispatch, "configs", lambda *_: [Config(16, 4, blocks)] * 2)
+    monkeypatch.setattr(dispatch, "configs", lambda *_: [Config(16, warps, blocks)] * 2)
     monkeypatch.setattr(JITFunction, "run", lambda *_, **options: launches.append(options))
     pieces = {piece: torch.empty(0, device=meta) for piece in storage.PIECES}
     pieces["packed"] = torch.empty(1, 64, 256, device=meta)
@@ -301,6 +301,13 @@ def project(monkeypatch, blocks):
 def test_blocks_that_are_no_word_are_refused_by_name(monkeypatch, blocks):
     launches, multiply = project(monkeypatch, blocks)
     with pytest.raises(ValueError, match=rf"Config\.blocks is {blocks}; .*1, 2 or 4"):
+        multiply()
+    assert launches == []
+
+
+def test_more_warps_than_fill_the_tables_are_refused(monkeypatch):
+    launches, multiply = project(monkeypatch, 4, warps=16)
+    with pytest.raises(ValueError, match=r"Config\.warps is 16; .*at most 8"):
         multiply()
     assert launches == []
 

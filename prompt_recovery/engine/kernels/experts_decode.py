@@ -12,7 +12,7 @@ the arithmetic a weight costs is what counts:
   straight from the tile, each weight decoded by one warp (a 2-D dot of this size becomes wgmma or
   repeats the decoding along the columns).
 - scales multiply fp32 sums of 64 products instead of weights.
-- a thread loads what it multiplies, 8 bytes of weights and 32 of x at a time, and no warp waits for
+- a thread loads what it multiplies, 8 bytes of weights and 16 of x at a time, and no warp waits for
   another: the loop has no barrier. To that end the columns of a block are in another order, the
   same in weights and x (`_columns`). The loads are inline PTX because Triton would load in another
   layout and exchange the values through shared memory behind a barrier.
@@ -105,8 +105,8 @@ def _route(
 def _columns(a, b, c, d, e, f, g, h, kind: tl.constexpr):
     """[R, 64] of `kind` from eight int32 [R, 4] of two values each. Thread t of four, which loads
     16 neighbours, has in mma.sync columns 4 t to 4 t + 3 of each 16: that is where they go."""
-    low = tl.join(tl.join(a, c), tl.join(b, d))
-    words = tl.join(low, tl.join(tl.join(e, g), tl.join(f, h)))  # [R, thread, half, word, low]
+    # [R, thread, 2, 2, 2], the last three by the bits of a word's number: 2's, 1's, 4's
+    words = tl.join(tl.join(tl.join(a, c), tl.join(b, d)), tl.join(tl.join(e, g), tl.join(f, h)))
     even = words.to(tl.int16).to(kind, bitcast=True)
     odd = (words >> 16).to(tl.int16).to(kind, bitcast=True)
     return tl.reshape(tl.permute(tl.join(even, odd), (0, 4, 2, 1, 3, 5)), (a.shape[0], 64))
@@ -394,13 +394,18 @@ def _launch_project(
     """`_project` with a gate where there are routing weights; [R, N] in the dtype of x, or fp32
     [split, R, N].
 
-    Raises ValueError for config.blocks other than 1, 2 or 4: the absmax bytes of an iteration are
-    read as one word.
+    Raises ValueError for config.blocks other than 1, 2 or 4, since the absmax bytes of an iteration
+    are read as one word, and for more than 8 warps.
     """
     if config.blocks not in (1, 2, 4):
         raise ValueError(
             f"Config.blocks is {config.blocks}; an iteration reads 1, 2 or 4 blocks of absmax as "
             "one word."
+        )
+    if config.warps > 8:
+        raise ValueError(
+            f"Config.warps is {config.warps}; the threads of at most 8 fill the tables, of more "
+            "they would write beyond them."
         )
     packed, rows, gate = pieces["packed"], order.numel(), routing is not None
     columns = packed.shape[2] * 2
