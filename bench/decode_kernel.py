@@ -130,7 +130,7 @@ def tune(
         begun = time.monotonic()
         for rows, configs in choices.items():
             if lowered and rows == 32:
-                continue  # too much shared memory
+                continue  # which dispatch never takes there
             tokens = TUNED[rows]
             print(
                 f"{('up', 'down')[place]}, tiles of {rows}, tokens {tokens}: ms of both "

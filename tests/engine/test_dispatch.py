@@ -279,7 +279,7 @@ def test_of_an_fp32_base_no_kernel_of_a_decode_step_is_checked(seeming, monkeypa
 # --- launch parameters ----------------------------------------------------------------------------
 
 
-def project(monkeypatch, blocks, warps=4):
+def project(monkeypatch, blocks, warps=4, device="meta"):
     """A product with one matrix, of so many blocks an iteration, and the options of the launches
     that it makes, which compute nothing."""
     pytest.importorskip("triton")
@@ -287,13 +287,15 @@ def project(monkeypatch, blocks, warps=4):
 
     from prompt_recovery.engine.kernels import experts_decode
 
-    meta, launches = torch.device("meta"), []
-    dispatch.act_as(meta, T4)
+    device, launches = torch.device(device), []
+    dispatch.act_as(device, T4)
     monkeypatch.setattr(dispatch, "configs", lambda *_: [Config(16, warps, blocks)] * 2)
-    monkeypatch.setattr(JITFunction, "run", lambda *_, **options: launches.append(options))
-    pieces = {piece: torch.empty(0, device=meta) for piece in storage.PIECES}
-    pieces["packed"] = torch.empty(1, 64, 256, device=meta)
-    x = torch.empty(1, 512, device=meta, dtype=torch.float16)
+    monkeypatch.setattr(
+        JITFunction, "run", lambda _, x, *__, **options: launches.append(options | {"x": x})
+    )
+    pieces = {piece: torch.empty(0, device=device) for piece in storage.PIECES}
+    pieces["packed"] = torch.empty(1, 64, 256, device=device)
+    x = torch.ones(513, device=device, dtype=torch.float16)[1:].view(1, 512)
     return launches, lambda: experts_decode.linear(x, pieces)
 
 
@@ -303,6 +305,29 @@ def test_blocks_that_are_no_word_are_refused_by_name(monkeypatch, blocks):
     with pytest.raises(ValueError, match=rf"Config\.blocks is {blocks}; .*1, 2 or 4"):
         multiply()
     assert launches == []
+
+
+def test_x_that_begins_between_sixteen_bytes_is_copied(monkeypatch):
+    launches, multiply = project(monkeypatch, 4, device="cpu")
+    multiply()
+    x = launches[0]["x"]
+    assert x.data_ptr() % 16 == 0 and x.shape == (1, 512) and x.eq(1).all()
+
+
+def test_a_gate_s_sums_are_not_split(monkeypatch):
+    pytest.importorskip("triton")
+    from triton import JITFunction
+
+    from prompt_recovery.engine.kernels import experts_decode
+
+    monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
+    experts = SimpleNamespace(gate_up_proj_packed=torch.empty(2, 128, 32))
+    for name in storage.PROJECTIONS:
+        for piece in storage.PIECES:
+            vars(experts).setdefault(f"{name}_{piece}", torch.empty(2, 64, 32))
+    x, index, split = torch.ones(1, 64).half(), torch.zeros(1, 2).int(), Config(16, 4, 1, split=2)
+    with pytest.raises(ValueError, match=r"Config\.split is 2; .*take 1"):
+        experts_decode.few_rows(x, index, torch.ones(1, 2), experts, (split, split))
 
 
 def test_more_warps_than_fill_the_tables_are_refused(monkeypatch):

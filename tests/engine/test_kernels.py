@@ -33,6 +33,7 @@ FEW_ROWS = {
     "expert size no multiple of a program's": (3, 128, 320, 17, 2, "float16", "random"),
     "16-bit routing weights": (4, 128, 192, 3, 2, "bfloat16", "random"),
     "larger tiles": (4, 64, 128, 130, 2, "float16", "random"),
+    "more experts than a warp has threads": (40, 64, 64, 9, 6, "float16", "random"),
 }
 ATTENTION = {  # rows, column, columns that all rows share, rows of the batch
     "attention of one row": (1, 300, 0, 1),
@@ -114,7 +115,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def few_rows_differences() -> dict[str, float]:
     from prompt_recovery.engine.kernels import experts_decode as decode
 
-    configs = decode.Config(16, 2, 2), decode.Config(16, 4, 4, split=2)
+    configs = decode.Config(16, 2, 2, short=8), decode.Config(16, 4, 4, split=2, short=16)
     found = {}
     for name, (count, hidden, inner, tokens, top_k, kind, routing) in FEW_ROWS.items():
         experts, dtype = random_experts(count, hidden, inner), getattr(torch, kind)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prompt_recovery.engine.kernels.dispatch import launch_options, lowered
+from prompt_recovery.engine.kernels.dispatch import launch_options
 from prompt_recovery.engine.kernels.launching import launch, power_of_2
 
 # Programs that a launch of attention should have: twice the multiprocessors of an H100, three times
@@ -201,7 +201,7 @@ def attend(
     split = min(32, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * key_heads)))
     partial = torch.empty(rows, key_heads, split, group, size, dtype=torch.float32, device=device)
     sums = torch.empty(rows, key_heads, split, group, 2, dtype=torch.float32, device=device)
-    options = {"num_stages": 1 if lowered(device) else 2, **launch_options(device)}
+    options = {"num_stages": 2, **launch_options(device)}
     _attend[(rows, key_heads, split)](
         query,
         keys,

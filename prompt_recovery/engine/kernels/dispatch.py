@@ -18,17 +18,17 @@ KERNELS = ("triton", "torch")
 VARIABLE = "PROMPT_RECOVERY_KERNELS"
 OLDEST = 75
 # Up to this many tokens the decode kernel beats dequantising a whole layer. Experts of 32 layers on
-# an H100 at 384 tokens: 57 ms in bf16 and 97 lowered to sm_75, where the way of many rows takes
-# 96 and 97 to 138 (docs/MEASURED.md).
+# an H100 at 384 tokens, by it and by the way of many rows: 57 and 96 ms in bf16, 97 and 97 to 138
+# lowered to sm_75 (docs/MEASURED.md).
 FEW_TOKENS = 384
 
 
 class Config(NamedTuple):
     """Launch parameters of the decode kernel's `_project`. A program works on warps * rows_per_warp
     rows of the weights (twice that with a gate), blocks * 64 columns an iteration. split: parts of
-    the columns, each summed by a program of its own. registers: the most that a thread may have;
-    None leaves it to the compiler. short: tiles with at most so many rows are computed as ones of
-    so many; None: as full ones."""
+    the columns, each summed by a program of its own; 1 with a gate. registers: the most that a
+    thread may have; None leaves it to the compiler. short: tiles with at most so many rows are
+    computed as ones of so many; None: as full ones."""
 
     rows_per_warp: int
     warps: int

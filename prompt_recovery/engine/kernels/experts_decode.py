@@ -12,10 +12,10 @@ the arithmetic a weight costs is what counts:
   straight from the tile, each weight decoded by one warp (a 2-D dot of this size becomes wgmma or
   repeats the decoding along the columns).
 - scales multiply fp32 sums of 64 products instead of weights.
-- a thread loads what it multiplies, 8 bytes of weights and 16 of x at a time, and no warp waits for
-  another: the loop has no barrier. To that end the columns of a block are in another order, the
-  same in weights and x (`_columns`). The loads are inline PTX because Triton would load in another
-  layout and exchange the values through shared memory behind a barrier.
+- a thread loads what it multiplies, so that the loop has no barrier. To that end the columns of a
+  block are in another order, the same in weights and x (`_columns`). The loads are inline PTX
+  because Triton would load in another layout and exchange the values through shared memory behind
+  a barrier.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from prompt_recovery.engine import storage
 from prompt_recovery.engine.kernels import dispatch
 from prompt_recovery.engine.kernels.dispatch import Config
 
-# Fills the tables, 256 pairs (a copy a lane) and 256 absmax levels. $1: thread; $2, $3: their
-# addresses; $4: threads.
+# Fills the tables, 256 pairs (a copy a lane) and 256 absmax levels. $1: thread; $2, $3: global
+# addresses of pairs and levels; $4: threads, at most 256.
 # The declarations stay outside the braces: later PTX of the kernel refers to them.
 _FILL = tl.constexpr(
     ".shared .align 16 .b8 nf4_levels[1024]; .shared .align 128 .b8 nf4_pairs[32768];"
@@ -86,25 +86,29 @@ def _route(
     row = tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
     mine = tl.load(index + row, mask=row < rows, other=EXPERTS).to(tl.int32)
-    chosen = (mine[:, None] == expert[None, :]).to(tl.int32)
-    count = tl.sum(chosen, 0)
+    # summed in fp32, exact for so few: of integers it is redux.sync, which sm_75 does not have, and
+    # LLVM ends the process over that
+    chosen = (mine[:, None] == expert[None, :]).to(tl.float32)
+    count = tl.sum(chosen, 0).to(tl.int32)
     start = tl.cumsum(count, 0) - count
-    place = tl.sum(chosen * (tl.cumsum(chosen, 0) - 1 + start[None, :]), 1)
+    place = tl.sum(chosen * (tl.cumsum(chosen, 0) - 1 + start[None, :]), 1).to(tl.int32)
     tl.store(order + place, row, mask=row < rows)
     needed = (count + m - 1) // m
     first = tl.cumsum(needed, 0) - needed
     tile = tl.arange(0, TILES)
     within = tile[:, None] - first[None, :]
-    inside = ((within >= 0) & (within < needed[None, :])).to(tl.int32)
-    tl.store(tiles + tile * 3, tl.sum(inside * expert[None, :], 1))
-    tl.store(tiles + tile * 3 + 1, tl.sum(inside * (start[None, :] + within * m), 1))
-    tl.store(tiles + tile * 3 + 2, tl.sum(inside * tl.minimum(count[None, :] - within * m, m), 1))
+    inside = ((within >= 0) & (within < needed[None, :])).to(tl.float32)
+    at, many = start[None, :] + within * m, tl.minimum(count[None, :] - within * m, m)
+    tl.store(tiles + tile * 3, tl.sum(inside * expert[None, :], 1).to(tl.int32))
+    tl.store(tiles + tile * 3 + 1, tl.sum(inside * at, 1).to(tl.int32))
+    tl.store(tiles + tile * 3 + 2, tl.sum(inside * many, 1).to(tl.int32))
 
 
 @triton.jit
 def _columns(a, b, c, d, e, f, g, h, kind: tl.constexpr):
-    """[R, 64] of `kind` from eight int32 [R, 4] of two values each. Thread t of four, which loads
-    16 neighbours, has in mma.sync columns 4 t to 4 t + 3 of each 16: that is where they go."""
+    """[R, 64] of `kind` from eight int32 [R, 4] of two values each. Thread t of four loads 16
+    neighbours and holds columns 4 t to 4 t + 3 of each 16 of a dot's operands, as Triton lays them
+    out: that is where they go. In another layout they would be exchanged, and be right too."""
     # [R, thread, 2, 2, 2], the last three by the bits of a word's number: 2's, 1's, 4's
     words = tl.join(tl.join(tl.join(a, c), tl.join(b, d)), tl.join(tl.join(e, g), tl.join(f, h)))
     even = words.to(tl.int16).to(kind, bitcast=True)
@@ -174,7 +178,7 @@ def _weights(packed, pairs, kind: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _load_levels(absmax, at, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The 8-bit absmax of BLOCKS neighbours as one int32."""
+    """The 8-bit absmax of BLOCKS neighbours as one int32; `at` is a multiple of BLOCKS."""
     if INTERPRETED:
         levels = tl.load(absmax + at).to(tl.int32)
         for i in tl.static_range(1, BLOCKS):
@@ -197,6 +201,7 @@ def _load_levels(absmax, at, BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _load_nested(nested, block, INTERPRETED: tl.constexpr):
+    """fp32 scale of the absmax of `block` and those beside it, as 256 of them share one."""
     if INTERPRETED:
         bits = tl.load(nested + (block >> 8))
     else:
@@ -257,6 +262,7 @@ def _multiply(
     shift = tl.load(offset + expert).to(tl.float32, bitcast=True)
 
     m = tl.arange(0, M)
+    # places beyond `count` read row 0, and their sums are not stored
     row = tl.load(order + tl.load(tile + 1) + m, mask=m < count, other=0)
     quarter = tl.arange(0, 4)
     x_row = x + (row // X_PER_ROW).to(tl.int64)[:, None] * K + quarter[None, :] * 16
@@ -380,6 +386,24 @@ def _route_rows(
     return order, tiles, most
 
 
+def _check(config: Config, gate: bool) -> None:
+    if config.blocks not in (1, 2, 4):
+        raise ValueError(
+            f"Config.blocks is {config.blocks}; an iteration reads 1, 2 or 4 blocks of absmax as "
+            "one word."
+        )
+    if config.warps > 8:
+        raise ValueError(
+            f"Config.warps is {config.warps}; the threads of at most 8 fill the tables, of more "
+            "they would write beyond them."
+        )
+    if gate and config.split > 1:
+        raise ValueError(
+            f"Config.split is {config.split}; gate and up are multiplied with each other, which "
+            "parts of their sums can't be: take 1."
+        )
+
+
 def _launch_project(
     x: torch.Tensor,
     pieces: dict[str, torch.Tensor],
@@ -394,20 +418,12 @@ def _launch_project(
     """`_project` with a gate where there are routing weights; [R, N] in the dtype of x, or fp32
     [split, R, N].
 
-    Raises ValueError for config.blocks other than 1, 2 or 4, since the absmax bytes of an iteration
-    are read as one word, and for more than 8 warps.
+    Raises ValueError for a Config by which it would be wrong.
     """
-    if config.blocks not in (1, 2, 4):
-        raise ValueError(
-            f"Config.blocks is {config.blocks}; an iteration reads 1, 2 or 4 blocks of absmax as "
-            "one word."
-        )
-    if config.warps > 8:
-        raise ValueError(
-            f"Config.warps is {config.warps}; the threads of at most 8 fill the tables, of more "
-            "they would write beyond them."
-        )
     packed, rows, gate = pieces["packed"], order.numel(), routing is not None
+    _check(config, gate)
+    if x.data_ptr() % 16:  # of which a thread reads that many bytes at a time
+        x = x.clone()
     columns = packed.shape[2] * 2
     size = packed.shape[1] // 2 if gate else packed.shape[1]
     blocks, split = config.blocks, config.split
