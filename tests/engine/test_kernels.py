@@ -33,7 +33,7 @@ FEW_ROWS = {
     "expert size no multiple of a program's": (3, 128, 320, 17, 2, "float16", "random"),
     "16-bit routing weights": (4, 128, 192, 3, 2, "bfloat16", "random"),
     "larger tiles": (4, 64, 128, 130, 2, "float16", "random"),
-    "more experts than a warp has threads": (40, 64, 64, 9, 6, "float16", "random"),
+    "more experts than half a warp": (20, 64, 64, 3, 2, "float16", "random"),
 }
 ATTENTION = {  # rows, column, columns that all rows share, rows of the batch
     "attention of one row": (1, 300, 0, 1),
