@@ -64,7 +64,7 @@ PLAIN = (
 # by dequantised matrices
 DECODERS = {
     "a decoder": ((), (12, 3, 7)),
-    "a decoder with an adapter": (("q_proj", "k_proj", "v_proj", "o_proj"), (70, 3, 7)),
+    "a decoder with an adapter": (("q_proj", "k_proj", "v_proj", "o_proj"), (22, 3, 7)),
     "a decoder with an adapter of two matrices": (("q_proj", "v_proj"), (12, 3, 7)),
 }
 DECODER = [f"step {number} of {name}" for name in DECODERS for number in range(4)]
