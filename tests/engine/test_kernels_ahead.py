@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -176,28 +176,27 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def pieces(rows: int, columns: int) -> dict[str, torch.Tensor]:
+def pieces(rows: int, columns: int, count: int = EXPERTS) -> dict[str, torch.Tensor]:
     """The pieces of `storage` of one matrix [rows, columns] an expert."""
     blocks = rows * columns // storage.BLOCK
     return {
-        "packed": empty(EXPERTS, rows, columns // 2, dtype=torch.uint8),
-        "absmax": empty(EXPERTS, blocks, dtype=torch.uint8),
-        "nested": empty(EXPERTS, -(-blocks // storage.NESTED_BLOCK), dtype=torch.int32),
-        "offset": empty(EXPERTS, dtype=torch.int32),
+        "packed": empty(count, rows, columns // 2, dtype=torch.uint8),
+        "absmax": empty(count, blocks, dtype=torch.uint8),
+        "nested": empty(count, -(-blocks // storage.NESTED_BLOCK), dtype=torch.int32),
+        "offset": empty(count, dtype=torch.int32),
     }
 
 
-def few_rows(tokens: int, dtype: torch.dtype, **others) -> None:
-    """The experts' launches for so many tokens of a decode step."""
-    gate_up, down = pieces(2 * INNER, HIDDEN), pieces(HIDDEN, INNER)
+def few_rows(tokens: int, dtype: torch.dtype, count: int = EXPERTS, **others) -> Any:
+    """The experts' launches for so many tokens of a decode step, and what that gives."""
+    gate_up, down = pieces(2 * INNER, HIDDEN, count), pieces(HIDDEN, INNER, count)
     experts = SimpleNamespace(
         **{f"gate_up_proj_{piece}": tensor for piece, tensor in gate_up.items()},
         **{f"down_proj_{piece}": tensor for piece, tensor in down.items()},
     )
     x, index = empty(tokens, HIDDEN, dtype=dtype), empty(tokens, TOP_K, dtype=torch.int64)
     weights = empty(tokens, TOP_K, dtype=torch.float32)
-    out = experts_decode.few_rows(x, index, weights, experts, **others)
-    assert out is not None and out.shape == (tokens, HIDDEN)
+    return experts_decode.few_rows(x, index, weights, experts, **others)
 
 
 def attention_matrices(tokens: int, dtype: torch.dtype) -> None:
@@ -264,8 +263,7 @@ def test_every_kernel_compiles_and_fits(pretend, capability):
     lowered = dispatch.lowered(META)
     dtype, letters = (torch.float16, "f16") if lowered else (torch.bfloat16, "bf16")
     for tokens in range(1, dispatch.FEW_TOKENS + 1):
-        few_rows(tokens, dtype)
-    experts_decode._route_rows(empty(1, 4, dtype=torch.int64), 32, 8)  # sums of whole warps
+        assert few_rows(tokens, dtype).shape == (tokens, HIDDEN)
     for tokens in (1, 9, 64):
         attention_matrices(tokens, dtype)
     many_rows(dtype)
@@ -297,6 +295,16 @@ def test_every_kernel_compiles_and_fits(pretend, capability):
     none(compiled, lambda each: re.search(r"wgmma|tcgen05", each.ptx))
     if lowered:
         none(compiled, lambda each: re.search(r"m16n8k16|cp\.async|bf16", each.ptx))
+
+
+@pytest.mark.parametrize("capability", [75, 80])
+def test_more_experts_than_a_t4_can_route_are_left_to_the_way_of_many_rows(pretend, capability):
+    """Compiled for it, their routing would end the process."""
+    launches = pretend(capability)
+    assert few_rows(1, torch.float16, 16) is not None and launches
+    before = len(launches)
+    assert (few_rows(1, torch.float16, 17) is None) == (capability == 75)
+    assert (len(launches) == before) == (capability == 75)
 
 
 def test_without_the_lowering_sm75_refuses(pretend, capfd):

@@ -86,22 +86,19 @@ def _route(
     row = tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
     mine = tl.load(index + row, mask=row < rows, other=EXPERTS).to(tl.int32)
-    # summed in fp32, exact for so few: of integers it is redux.sync, which sm_75 does not have, and
-    # LLVM ends the process over that
-    chosen = (mine[:, None] == expert[None, :]).to(tl.float32)
-    count = tl.sum(chosen, 0).to(tl.int32)
+    chosen = (mine[:, None] == expert[None, :]).to(tl.int32)
+    count = tl.sum(chosen, 0)
     start = tl.cumsum(count, 0) - count
-    place = tl.sum(chosen * (tl.cumsum(chosen, 0) - 1 + start[None, :]), 1).to(tl.int32)
+    place = tl.sum(chosen * (tl.cumsum(chosen, 0) - 1 + start[None, :]), 1)
     tl.store(order + place, row, mask=row < rows)
     needed = (count + m - 1) // m
     first = tl.cumsum(needed, 0) - needed
     tile = tl.arange(0, TILES)
     within = tile[:, None] - first[None, :]
-    inside = ((within >= 0) & (within < needed[None, :])).to(tl.float32)
-    at, many = start[None, :] + within * m, tl.minimum(count[None, :] - within * m, m)
-    tl.store(tiles + tile * 3, tl.sum(inside * expert[None, :], 1).to(tl.int32))
-    tl.store(tiles + tile * 3 + 1, tl.sum(inside * at, 1).to(tl.int32))
-    tl.store(tiles + tile * 3 + 2, tl.sum(inside * many, 1).to(tl.int32))
+    inside = ((within >= 0) & (within < needed[None, :])).to(tl.int32)
+    tl.store(tiles + tile * 3, tl.sum(inside * expert[None, :], 1))
+    tl.store(tiles + tile * 3 + 1, tl.sum(inside * (start[None, :] + within * m), 1))
+    tl.store(tiles + tile * 3 + 2, tl.sum(inside * tl.minimum(count[None, :] - within * m, m), 1))
 
 
 @triton.jit
@@ -485,18 +482,19 @@ def few_rows(
         configs, rows: launch parameters and rows of a tile, other ones than dispatch's, to tune
             them.
 
-    Can be captured in a CUDA graph. None where the shape does not fit (hidden or expert size no
-    multiple of 64).
+    Can be captured in a CUDA graph. None where the shape does not fit: hidden or expert size no
+    multiple of 64, or more than 16 experts on sm_75, where `_route` would sum whole warps by
+    redux.sync, over which LLVM ends the process.
     """
     gate_up, down = (
         {piece: getattr(experts, f"{name}_{piece}") for piece in storage.PIECES}
         for name in storage.PROJECTIONS
     )
     count, hidden = gate_up["packed"].shape[0], x.shape[1]
-    if hidden % 64 or down["packed"].shape[2] % 32:
+    lowered = dispatch.lowered(x.device)
+    if hidden % 64 or down["packed"].shape[2] % 32 or (lowered and count > 16):
         return None
     tokens, top_k = top_k_index.shape
-    lowered = dispatch.lowered(x.device)
     m = rows or dispatch.tile_rows(lowered, tokens)
     first, second = configs or dispatch.configs(lowered, m)
     order, tiles, most = _route_rows(top_k_index.contiguous(), count, m)
