@@ -431,37 +431,13 @@ def _launch_project(
     else:
         out = torch.empty(split, rows, size, dtype=torch.float32, device=x.device)
     pairs, table = _tables(x.device, x.dtype)
-    grid = (most, triton.cdiv(size, config.warps * config.rows_per_warp), split)
-    arguments = (
-        x,
-        packed,
-        pieces["absmax"],
-        pieces["nested"],
-        pieces["offset"],
-        order,
-        tiles,
-        routing,
-        out,
-        pairs,
-        table,
-        rows,
-    )
-    options = dispatch.launch_options(x.device) | {
-        "K": columns,
-        "N": size,
-        "X_PER_ROW": per_row,
-        "GATE": gate,
-        "M": m,
-        "SHORT": min(config.short or m, m),
-        "ROWS": config.rows_per_warp,
-        "WARPS": config.warps,
-        "BLOCKS": blocks,
-        "SPLIT": split,
-        "INTERPRETED": dispatch.interpreted(),
-        "num_warps": config.warps,
-        "maxnreg": config.registers,
-    }
-    _project[grid](*arguments, **options)
+    _project[(most, triton.cdiv(size, config.warps * config.rows_per_warp), split)](
+        x, packed, pieces["absmax"], pieces["nested"], pieces["offset"], order, tiles, routing,
+        out, pairs, table, rows, K=columns, N=size, X_PER_ROW=per_row, GATE=gate,
+        M=m, SHORT=min(config.short or m, m), ROWS=config.rows_per_warp, WARPS=config.warps,
+        BLOCKS=blocks, SPLIT=split, INTERPRETED=dispatch.interpreted(), num_warps=config.warps,
+        maxnreg=config.registers, **dispatch.launch_options(x.device),
+    )  # fmt: skip
     return out
 
 
